@@ -16,10 +16,13 @@ from pathlib import Path
 from types import ModuleType
 
 # From the ground up: a module imports only from modules to its left (tests/test_environment.py).
+# fmt: off
 MODULES = (
-    "params positions flows samples stats plots store models encode reference sweep "
-    "knockout lens modules curation miniature execute"
-).split()
+    "params", "positions", "flows", "samples", "stats", "plots", "store",
+    "models", "encode", "reference", "sweep", "knockout", "lens", "modules", "curation",
+    "miniature", "execute",
+)
+# fmt: on
 
 
 @cache
