@@ -1,0 +1,259 @@
+"""Flows of information, windows of layers, and the interventions that block them (paper §3.2, Eq. 7).
+
+A `Flow` names two position sets of a prompt; a `Variant` is one concrete run with that flow blocked in some
+layers. Both engines (`reference` and `sweep`) execute variants and know nothing of flows or prompts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mmflow_utils.positions import Spans
+
+__all__ = [
+    "CAPTIONS_TO_LAST",
+    "EDGE_INTERVENTIONS",
+    "FLOW_TO_LAST",
+    "Flow",
+    "IMAGE_PATCHES_TO_QUESTION",
+    "IMAGE_TO_PARTS",
+    "IMAGE_TO_QUESTION",
+    "Intervention",
+    "MODULE_INTERVENTIONS",
+    "OTHER_PATCHES_TO_PARTS",
+    "PARTS_TO_LAST",
+    "PARTS_TO_PARTS",
+    "RELATED_PATCHES_TO_PARTS",
+    "Variant",
+    "flow_problem",
+    "pretty_name",
+    "variants",
+    "window_layers",
+]
+
+Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
+Placement = Literal["centred", "forward"]
+MODULE_INTERVENTIONS = ("attention_output", "mlp_output")
+EDGE_INTERVENTIONS = tuple(name for name in get_args(Intervention) if name not in MODULE_INTERVENTIONS)
+
+_PRETTY = {
+    "image_newline": "Image newlines",
+    "image_related": "Related image patches",
+    "image_other": "Other image patches",
+    "option_true": "True option",
+    "option_false": "False option",
+}
+
+
+def pretty_name(name: str) -> str:
+    """Name a position set as a figure's legend does.
+
+    >>> pretty_name("image_related"), pretty_name("question_without_options")
+    ('Related image patches', 'Question without options')
+    """
+    return _PRETTY.get(name, name.replace("_", " ").capitalize())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Information that leaves the positions `source` (keys) and would reach the positions `target` (queries).
+
+    Both are names of position sets (`Spans`). Geva et al. call the query `source`: here it is the `target`.
+
+    >>> str(Flow(source="question", target="last"))
+    'Question -> Last'
+    """
+
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{pretty_name(self.source)} -> {pretty_name(self.target)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One intervened run of one prompt: what both engines execute.
+
+    Only causal pairs (source <= target) count; a variant without layers, or an edge intervention without a
+    source, changes nothing, which makes it a control.
+
+    Attributes:
+        layers: Layers (0-based) in which the intervention holds.
+        target: Query positions; for a module intervention, the positions whose module output is zeroed.
+        source: Key positions; empty for a module intervention.
+        intervention: `mask` sets the edges to -inf before the softmax, `zero_value` and `mean_value` keep the
+            attention pattern and replace what the edges carry, `attention_output` and `mlp_output` zero the
+            output of a module.
+        flow, layer: Labels for the results: the flow, and the layer that the window belongs to.
+
+    Raises:
+        ValueError: Positions that are negative, repeated or unsorted; an unknown intervention; a source on a
+            module intervention.
+    """
+
+    layers: range
+    target: tuple[int, ...]
+    source: tuple[int, ...] = ()
+    intervention: Intervention = "mask"
+    flow: Flow | None = None
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_intervention(self.intervention)
+        if not isinstance(self.layers, range) or self.layers.step != 1 or self.layers.start < 0:
+            raise ValueError(f"layers must be a range of consecutive layers from 0 up, not {self.layers!r}")
+        if not self.target:
+            raise ValueError("a variant needs at least one target position, got none")
+        for name in ("target", "source"):
+            _check_positions(name, getattr(self, name))
+        if self.source and self.intervention in MODULE_INTERVENTIONS:
+            raise ValueError(
+                f"{self.intervention!r} zeroes a module at its target positions: leave source empty"
+            )
+
+    @property
+    def n_layers_blocked(self) -> int:
+        """Number of layers in which the intervention really holds: windows are clipped at both ends."""
+        return len(self.layers)
+
+
+def window_layers(layer: int, *, window: int, n_layers: int, placement: Placement = "centred") -> range:
+    """Give the layers of the window that belongs to a layer.
+
+    Args:
+        layer: Layer (0-based).
+        window: Width in layers; the paper's is 9.
+        n_layers: Number of decoder layers L.
+        placement: `centred` gives `max(0, l - w//2) … min(L, l + ceil(w/2)) - 1` (§3.2, App. B); `forward`
+            gives `l … min(l + w, L) - 1`, the module knockout's (App. D).
+
+    Raises:
+        ValueError: A width below 1, or a layer outside the model.
+
+    >>> window_layers(0, window=9, n_layers=40), window_layers(20, window=9, n_layers=40)
+    (range(0, 5), range(16, 25))
+    >>> window_layers(38, window=9, n_layers=40, placement="forward")
+    range(38, 40)
+    """
+    if window < 1:
+        raise ValueError(f"window must be a width of 1 or more layers, got {window}")
+    if not 0 <= layer < n_layers:
+        raise ValueError(f"layer {layer} is outside the model: its layers are 0 to {n_layers - 1}")
+    if placement not in get_args(Placement):
+        raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
+    before = window // 2 if placement == "centred" else 0
+    return range(max(0, layer - before), min(n_layers, layer - before + window))
+
+
+def flow_problem(spans: Spans, flow: Flow, *, intervention: Intervention = "mask") -> str | None:
+    """Say why a flow can't be blocked in a prompt, or None when it can.
+
+    >>> spans = Spans(n_tokens=4, sets={"question": (1, 2), "last": (3,)}, missing={"image": "text only"})
+    >>> flow_problem(spans, Flow(source="last", target="question"))
+    'no position of Last comes before one of Question: nothing flows back in time'
+    >>> flow_problem(spans, Flow(source="question", target="last")) is None
+    True
+    """
+    edges = intervention not in MODULE_INTERVENTIONS
+    for name in (flow.source, flow.target) if edges else (flow.target,):
+        if name not in spans:
+            return spans.why_missing(name)
+    if edges and min(spans[flow.source]) > max(spans[flow.target]):
+        source, target = pretty_name(flow.source), pretty_name(flow.target)
+        return f"no position of {source} comes before one of {target}: nothing flows back in time"
+    return None
+
+
+def variants(
+    spans: Spans,
+    flows: Iterable[Flow],
+    *,
+    window: int,
+    n_layers: int,
+    layers: Sequence[int] | None = None,
+    intervention: Intervention = "mask",
+    placement: Placement | None = None,
+) -> list[Variant]:
+    """List the runs of an experiment on one prompt: each flow, blocked around each layer.
+
+    Args:
+        spans: The prompt's position sets.
+        flows: Flows to block. A module intervention acts on the flow's target; its source is not used.
+        window: Width in layers.
+        n_layers: Number of decoder layers.
+        layers: Layers to visit, every layer by default.
+        intervention: What is done to the edges or modules.
+        placement: How the window lies about its layer; by default as in the paper, `centred` for edges and
+            `forward` for modules.
+
+    Returns:
+        Flow by flow, within a flow in the order of `layers`.
+
+    Raises:
+        ValueError: No flow; a flow whose positions are missing or empty, or that runs against causality (see
+            `flow_problem`); a layer outside the model or named twice; a bad window or intervention.
+
+    >>> spans = Spans(n_tokens=6, sets={"image": (1, 2), "question": (3, 4), "last": (5,)})
+    >>> [v.layers for v in variants(spans, IMAGE_TO_QUESTION, window=3, n_layers=3)]
+    [range(0, 2), range(0, 3), range(1, 3)]
+    """
+    _check_intervention(intervention)
+    flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
+    layers = range(n_layers) if layers is None else tuple(layers)
+    if not flows or not layers:
+        raise ValueError(
+            f"expected at least one flow and one layer, got {len(flows)} flows, {len(layers)} layers"
+        )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers names a layer twice: {list(layers)}")
+    modules = intervention in MODULE_INTERVENTIONS
+    placement = placement or ("forward" if modules else "centred")
+    windows = [(i, window_layers(i, window=window, n_layers=n_layers, placement=placement)) for i in layers]
+    found = []
+    for flow in flows:
+        if problem := flow_problem(spans, flow, intervention=intervention):
+            raise ValueError(f"can't block {flow}: {problem}")
+        source, target = () if modules else spans[flow.source], spans[flow.target]
+        labels = {"source": source, "target": target, "intervention": intervention, "flow": flow}
+        found += [Variant(layers=held, layer=i, **labels) for i, held in windows]
+    return found
+
+
+def _check_intervention(name: str) -> None:
+    if name not in get_args(Intervention):
+        raise ValueError(f"intervention must be one of {', '.join(get_args(Intervention))}, got {name!r}")
+
+
+def _check_positions(name: str, positions: tuple[int, ...]) -> None:
+    ascending = all(a < b for a, b in zip(positions, positions[1:], strict=False))
+    if positions and (positions[0] < 0 or not ascending):
+        raise ValueError(f"{name} positions must be 0 or more, ascending, each once, got {positions[:8]}")
+
+
+def _each(sources: str, targets: str) -> tuple[Flow, ...]:
+    return tuple(Flow(source=a, target=b) for a in sources.split() for b in targets.split())
+
+
+_PARTS = "option_true option_false objects question_without_options question_without_objects"
+
+FLOW_TO_LAST = _each("question image last", "last")
+"""Experiment 1, Fig. 3."""
+IMAGE_TO_QUESTION = _each("image", "question")
+"""Experiment 2, Fig. 4."""
+IMAGE_PATCHES_TO_QUESTION = _each("image_related image_other", "question")
+"""§6, Fig. 5."""
+CAPTIONS_TO_LAST = _each("captions question", "last")
+"""App. G, Fig. 17: the language model alone, captions in place of the image."""
+PARTS_TO_LAST = _each(f"{_PARTS} options", "last")
+"""App. J.1, Fig. 32."""
+PARTS_TO_PARTS = _each("question_without_options", "option_true option_false") + _each(
+    "question_without_objects", "objects"
+)
+"""App. J.2, Fig. 33."""
+IMAGE_TO_PARTS = _each("image", _PARTS)
+"""App. J.3, Fig. 34."""
+OTHER_PATCHES_TO_PARTS = _each("image_other", _PARTS)
+"""App. J.4, Fig. 35."""
+RELATED_PATCHES_TO_PARTS = _each("image_related", _PARTS)
+"""App. J.5, Fig. 36."""
