@@ -1,0 +1,208 @@
+"""Tiny random models of the studied architectures, built in a second and equal on every machine.
+
+Torch's random initial weights differ between instruction sets for the same seed, so every weight is
+drawn from a numpy generator instead. The tokenizer is trained here, the processors are the library's own.
+
+    model = tiny_vlm("llava_next", n_layers=4, n_kv_heads=2)
+    sample = tiny_sample(tmp_path)
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from mmflow_utils.models import VLM
+from mmflow_utils.samples import Box, Sample, SceneObject
+
+PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
+QUESTION = "Is the cup to the left or to the right of the green ball?"
+IMAGE_SIZE, PATCH_SIZE = 24, 6  # 4 x 4 image tokens per tile
+GRID = [[24, 48], [48, 24], [48, 48]]
+CORPUS = (
+    QUESTION,
+    PROMPT,
+    "What is the color of the box, red or blue? Which side of the photo is the bag on?",
+    "Is there a wooden table or a metal chair? Yes No Left Right Red Blue Green yes no left right red blue",
+)
+
+
+@cache
+def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """Train a Llama-like tokenizer: BPE on Metaspace without byte fallback, `<s>` in front."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
+    )
+    core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    alphabet = [chr(code) for code in range(32, 127)] + ["\n"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    core.train_from_iterator(CORPUS, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def fill_weights(module: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
+    """Draw every weight from numpy's generator, large enough that attention is far from uniform."""
+    rng = np.random.default_rng(seed)
+    for name, weight in sorted(module.named_parameters()):
+        if weight.ndim == 1 and name.endswith("weight"):  # the scale of a norm
+            values = 1 + 0.1 * rng.standard_normal(tuple(weight.shape))
+        elif "embed" in name or "image_newline" in name:
+            values = rng.standard_normal(tuple(weight.shape))
+        elif weight.ndim == 1:
+            values = 0.1 * rng.standard_normal(tuple(weight.shape))
+        else:
+            fan_in = int(np.prod(weight.shape[1:]))
+            values = scale * rng.standard_normal(tuple(weight.shape)) / np.sqrt(fan_in)
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(values))
+
+
+def tiny_vlm(
+    family: str = "llava",
+    *,
+    n_layers: int = 4,
+    n_heads: int = 4,
+    n_kv_heads: int | None = None,
+    d_model: int = 32,
+    seed: int = 0,
+    prompt: str = PROMPT,
+    do_pad: bool = True,
+    dtype: torch.dtype = torch.float32,
+    text_config: object | None = None,
+) -> VLM:
+    """Build a random `llava`, `llava_next` or text-only `llama` model.
+
+    Args:
+        text_config: another decoder's configuration (sliding windows, say) in place of the Llama one; its
+            vocabulary must be the tiny tokenizer's.
+    """
+    tokenizer = tiny_tokenizer()
+    text = text_config or LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=d_model,
+        intermediate_size=2 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads or n_heads,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=16,
+    )
+    shared = dict(text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id)
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    geometry = dict(
+        patch_size=PATCH_SIZE, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    if family == "llava":
+        hf = LlavaForConditionalGeneration(LlavaConfig(**shared))
+        images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+        processor = LlavaProcessor(images, tokenizer, **geometry)
+    elif family == "llava_next":
+        hf = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=GRID, **shared))
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_grid_pinpoints=GRID
+        )
+        processor = LlavaNextProcessor(images, tokenizer, **geometry)
+    elif family == "llama":
+        hf, processor = LlamaForCausalLM(text), None
+    else:
+        raise ValueError(f"family must be 'llava', 'llava_next' or 'llama', not {family!r}.")
+    fill_weights(hf, seed)
+    hf = hf.to(dtype).eval().requires_grad_(False)
+    hf.set_attn_implementation("sdpa")
+    return VLM(
+        name=f"tiny-{family}",
+        hf=hf,
+        processor=processor,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        do_pad=do_pad,
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+
+
+def tiny_sample(
+    folder: Path,
+    *,
+    size: tuple[int, int] = (40, 28),
+    question: str = QUESTION,
+    sample_id: str = "q1",
+    seed: int = 0,
+    **changes,
+) -> Sample:
+    """Draw a picture (width, height) of a red cup and a green ball; ask a question with two options."""
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
+    width, height = size
+    picture = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8), "RGB")
+    cup = Box(x=width * 0.1, y=height * 0.2, w=width * 0.2, h=height * 0.3)
+    ball = Box(x=width * 0.6, y=height * 0.5, w=width * 0.25, h=height * 0.4)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((cup.x, cup.y, cup.x + cup.w, cup.y + cup.h), fill=(200, 30, 30))
+    draw.ellipse((ball.x, ball.y, ball.x + ball.w, ball.y + ball.h), fill=(30, 160, 40))
+    file = folder / f"{sample_id}.png"
+    picture.save(file)
+    fields = dict(
+        sample_id=sample_id,
+        image_id=f"image-{sample_id}",
+        image=file,
+        question=question,
+        answer="left",
+        task="ChooseRel",
+        structural="choose",
+        semantic="rel",
+        detailed="relChooser",
+        option_true="left",
+        option_false="right",
+        objects=(
+            SceneObject(name="cup", object_id="1", box=cup, words=(2, 3)),
+            SceneObject(name="ball", object_id="2", box=ball, words=(13, 14)),
+        ),
+        full_answer="The cup is to the left of the ball.",
+        caption="A red cup stands to the left of a green ball.",
+    )
+    return Sample(**{**fields, **changes})
