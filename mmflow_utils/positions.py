@@ -5,10 +5,36 @@ clothing item is not black, the shirt or the hat?" the first "hat" stands inside
 is recorded with its reason. Knows no model and no sample.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["Spans"]
+__all__ = [
+    "Spans",
+    "find_objects",
+    "find_options",
+    "find_phrase",
+    "question_sets",
+    "tokens_in",
+]
+
+Range = tuple[int, int]  # characters, half-open
+Named = tuple[
+    str, tuple[int, int] | None
+]  # an object's name and its half-open range of words, where annotated
+
+UNNAMED = "_"  # how GQA writes an object that its question asks for without naming it
+_WORD = re.compile(r"\w+(?:-\w+)*")
+_IRREGULAR = {
+    "child": "children",
+    "die": "dice",
+    "foot": "feet",
+    "goose": "geese",
+    "mouse": "mice",
+    "ox": "oxen",
+    "person": "people",
+    "tooth": "teeth",
+}
 
 
 @dataclass(frozen=True)
@@ -84,3 +110,243 @@ class Spans:
         """Give a copy in which some sets are absent, each for a recorded reason."""
         sets = {name: positions for name, positions in self.sets.items() if name not in reasons}
         return replace(self, sets=sets, missing={**self.missing, **reasons})
+
+
+def tokens_in(offsets: Iterable[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
+    """Give the tokens that overlap the characters `start … end - 1`.
+
+    A token that begins with the space before its word overlaps that word alone; a special token, of no
+    characters, overlaps nothing.
+
+    Args:
+        offsets: Each token's half-open character range, from a fast tokenizer.
+        start, end: Half-open character range.
+
+    >>> tokens_in([(0, 0), (0, 3), (3, 7), (7, 8)], 4, 7)  # "the cat?", the range of "cat"
+    (2,)
+    """
+    return tuple(i for i, (s, e) in enumerate(offsets) if max(s, start) < min(e, end))
+
+
+def find_phrase(text: str, phrase: str, *, within: Range | None = None) -> list[Range]:
+    """Find a phrase as whole words, in any case; where it doesn't stand so, in another grammatical number.
+
+    A word with hyphens is one word: "shirt" isn't found in "t-shirt".
+
+    Args:
+        text: Where to look.
+        phrase: One or more words.
+        within: Half-open range of characters that a find must lie in; by default the whole text.
+
+    Returns:
+        Half-open ranges of characters, in order; empty when there is none.
+
+    >>> find_phrase("Are there bags or a mailbag?", "bag")
+    [(10, 14)]
+    """
+    exact, inflected = _matches(text, phrase)
+    start, end = within or (0, len(text))
+    inside = [[r for r in found if start <= r[0] and r[1] <= end] for found in (exact, inflected)]
+    return inside[0] or inside[1]
+
+
+def find_options(
+    question: str, option_true: str, option_false: str
+) -> tuple[tuple[Range, Range] | None, str]:
+    """Find the two options that a question offers.
+
+    Where a word stands twice, the pair around "or" is meant: "… to the right or to the left of the chair on
+    the left side?"
+
+    Returns:
+        The ranges of the true and of the false option and an empty string, or None and the reason: nothing is
+        guessed.
+
+    >>> find_options("Which is white, the train car or the car?", "car", "train car")
+    (((37, 40), (20, 29)), '')
+    """
+    if option_true.lower() == option_false.lower():
+        return None, f"both options are {option_true!r}"
+    exact = [find_phrase(question, option) for option in (option_true, option_false)]
+    for option, found in zip((option_true, option_false), exact, strict=True):
+        if not found:
+            return None, f"option {option!r} is not a whole word of the question"
+    every = [sum(_matches(question, option), []) for option in (option_true, option_false)]
+    for true, false in (exact, every):
+        pairs = _pairs_around_or(question, true, false)
+        if len(pairs) == 1:
+            return pairs.pop(), ""
+        if pairs:
+            return None, f"{option_true!r} and {option_false!r} stand around more than one 'or'"
+    (true, *more), (false, *others) = exact
+    if more or others or _overlap(true, false):
+        return (
+            None,
+            f"{option_true!r} or {option_false!r} stands more than once, and no 'or' settles it",
+        )
+    return (true, false), ""
+
+
+def find_objects(question: str, objects: Sequence[Named]) -> tuple[tuple[Range, ...] | None, str]:
+    """Find the names of the objects that a question is about.
+
+    Args:
+        question: The question.
+        objects: Name and, where GQA annotates it, the half-open range of words (split at spaces) that stands
+            for the object: the name is sought there, and where those words don't hold it ("it", "the lady"),
+            they are the name. An object that GQA writes "_" is asked for, not named, and counts for nothing.
+
+    Returns:
+        The ranges and an empty string, or None and the reason: a name that isn't there, or that stands more
+        often than there are such objects.
+
+    >>> find_objects("Is the red bottle left of the water bottle?", [("bottle", None), ("water bottle", None)])
+    (((11, 17), (30, 42)), '')
+    """
+    named = [(name, _characters(question, words)) for name, words in objects if name != UNNAMED]
+    if not named:
+        return None, "the question names no object"
+    claimed = {_name_in(question, name, held) for name, held in named if held}
+    names = [name for name, held in named if held is None]
+    for name in sorted(set(names), key=len, reverse=True):  # "water bottle" before "bottle"
+        found = find_phrase(question, name)
+        free = [r for r in found if not any(_overlap(r, other) for other in claimed)]
+        if not free:
+            return None, f"object {name!r} is not a whole word of the question"
+        if len(free) > names.count(name):
+            return None, f"object {name!r} stands {len(free)} times in the question"
+        claimed.update(free)
+    return tuple(sorted(claimed)), ""
+
+
+def question_sets(
+    prompt: str,
+    question: str,
+    offsets: Sequence[tuple[int, int]],
+    *,
+    options: tuple[str, str] | None = None,
+    objects: Sequence[Named] = (),
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Give the position sets of a question and its parts.
+
+    Args:
+        prompt: The text that was tokenized.
+        question: The question, as it stands in the prompt (its last occurrence counts).
+        offsets: Each token's half-open character range in the prompt.
+        options: The true and the false option, where the question has options.
+        objects: The objects it is about, as for `find_objects`.
+
+    Returns:
+        The sets `question`, `option_true`, `option_false`, `options`, `question_without_options`, `objects`
+        and `question_without_objects`, as far as they are there, and for the others the reason why not.
+
+    Raises:
+        ValueError: The prompt doesn't hold the question.
+
+    >>> question_sets("Q: red?", "red?", [(0, 2), (2, 6), (6, 7)])[0]
+    {'question': (1, 2)}
+    """
+    begin = prompt.rfind(question)
+    if begin < 0 or not question:
+        raise ValueError(f"the prompt doesn't hold the question {question!r}: fill it in unchanged")
+    whole = tokens_in(offsets, begin, begin + len(question))
+    sets, missing = {"question": whole}, {}
+
+    def part(start: int, end: int) -> tuple[int, ...]:
+        return tokens_in(offsets, begin + start, begin + end)
+
+    pair, reason = find_options(question, *options) if options else (None, "the question has no options")
+    if pair:
+        true, false = part(*pair[0]), part(*pair[1])
+        either = tuple(sorted({*true, *false}))
+        sets |= {"option_true": true, "option_false": false, "options": either}
+        sets["question_without_options"] = tuple(p for p in whole if p not in either)
+    else:
+        names = ("option_true", "option_false", "options", "question_without_options")
+        missing |= dict.fromkeys(names, reason)
+    ranges, reason = find_objects(question, objects)
+    if ranges:
+        sets["objects"] = tuple(sorted({p for r in ranges for p in part(*r)}))
+        sets["question_without_objects"] = tuple(p for p in whole if p not in sets["objects"])
+    else:
+        missing |= dict.fromkeys(("objects", "question_without_objects"), reason)
+    return sets, missing
+
+
+def _matches(text: str, phrase: str) -> tuple[list[Range], list[Range]]:
+    """Find a phrase's words in a text: as they are, and with one word in another grammatical number."""
+    words, wanted = list(_WORD.finditer(text)), list(_WORD.finditer(phrase))
+    found: tuple[list[Range], list[Range]] = ([], [])
+    for i in range(len(words) - len(wanted) + 1 if wanted else 0):
+        here = words[i : i + len(wanted)]
+        if _gaps(text, here) != _gaps(phrase, wanted):
+            continue
+        pairs = [(a.group().lower(), b.group().lower()) for a, b in zip(here, wanted, strict=True)]
+        differ = [pair for pair in pairs if pair[0] != pair[1]]
+        if not differ or (len(differ) == 1 and _same_noun(*differ[0])):
+            found[bool(differ)].append((here[0].start(), here[-1].end()))
+    return found
+
+
+def _gaps(text: str, words: Sequence[re.Match[str]]) -> list[str]:
+    # "salt & pepper" isn't "salt, pepper", but white space is all one.
+    return [text[a.end() : b.start()].strip() for a, b in zip(words, words[1:], strict=False)]
+
+
+def _same_noun(a: str, b: str) -> bool:
+    return a in _plurals(b) or b in _plurals(a)
+
+
+def _plurals(noun: str) -> set[str]:
+    """Give the plurals that a noun may have; one too many does no harm: only words of the question count."""
+    plurals = {noun + "s"}
+    if noun.endswith(("s", "x", "z", "ch", "sh", "o")):
+        plurals.add(noun + "es")
+    if noun.endswith("z"):
+        plurals.add(noun + "zes")
+    if noun.endswith("y"):
+        plurals.add(noun[:-1] + "ies")
+    if noun.endswith(("f", "fe")):
+        plurals.add(noun.removesuffix("e")[:-1] + "ves")
+    if noun.endswith("man"):
+        plurals.add(noun[:-2] + "en")
+    if noun.endswith("us"):
+        plurals.add(noun[:-2] + "i")
+    compounds = (noun[: -len(one)] + many for one, many in _IRREGULAR.items() if noun.endswith(one))
+    return plurals.union(compounds)  # "grandchild", "salesperson" too
+
+
+def _pairs_around_or(text: str, true: list[Range], false: list[Range]) -> set[tuple[Range, Range]]:
+    """Give, for each "or" with an option on either side, the pair (true, false) nearest to it."""
+    pairs = set()
+    for gap in re.finditer(r"\bor\b", text, re.IGNORECASE):
+        near = []
+        for left, right in ((true, false), (false, true)):
+            before = [r for r in left if r[1] <= gap.start()]
+            after = [r for r in right if r[0] >= gap.end()]
+            if before and after:
+                a, b = max(before, key=lambda r: (r[1], -r[0])), min(after, key=lambda r: (r[0], -r[1]))
+                near.append((b[0] - a[1], a[0] - b[1], (a, b) if left is true else (b, a)))
+        if near:
+            pairs.add(min(near)[-1])
+    return pairs
+
+
+def _overlap(a: Range, b: Range) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _characters(text: str, words: tuple[int, int] | None) -> Range | None:
+    """Turn a half-open range of words into characters, or None where the text has no such words."""
+    spans = [m.span() for m in re.finditer(r"\S+", text)]
+    if words is None or not 0 <= words[0] < words[1] <= len(spans):
+        return None
+    start, end = spans[words[0]][0], spans[words[1] - 1][1]
+    bare = list(_WORD.finditer(text, start, end))
+    return (bare[0].start(), bare[-1].end()) if bare else None
+
+
+def _name_in(text: str, name: str, held: Range) -> Range:
+    # GQA annotates "white wall" for the object "wall".
+    found = find_phrase(text, name, within=held)
+    return found[-1] if found else held
