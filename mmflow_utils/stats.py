@@ -1,0 +1,427 @@
+"""From tidy frames to means with intervals, paired differences, and sentences that report them.
+
+Half of GQA's questions share their image with another question, so rows are not independent: every
+interval and test here resamples images (clusters), never rows. Knows no model and draws nothing.
+
+    summary = summarise(frame)                        # one row per task, flow and layer
+    print("\\n".join(describe_strongest(summary)))
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from math import isfinite, sqrt
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy.special import ndtr, stdtrit
+
+__all__ = [
+    "describe_differences",
+    "describe_strongest",
+    "fixed",
+    "holm",
+    "layer_ranges",
+    "paired_difference",
+    "strongest_layer",
+    "summarise",
+]
+
+# Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
+SETTINGS = ("model", "window", "intervention", "protocol")
+
+
+def summarise(
+    frame: pd.DataFrame,
+    value: str = "rel_change_pct",
+    by: Sequence[str] = ("task", "flow", "layer"),
+    *,
+    cluster: str | None = "image_id",
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    simultaneous_over: str | None = None,
+) -> pd.DataFrame:
+    """Average `value` in every group, with a bootstrap interval over clusters.
+
+    Curves measured on the same images share their resamples. Quantiles are widened for the number of
+    clusters (Hesterberg 2015, expanded percentiles; clusters of unequal size count for fewer, by Kish's
+    formula): with a few dozen images plain ones cover too little.
+
+    Args:
+        frame: one row per measurement; rows whose `value` is NaN are left out and not counted.
+        value: the column to average, in its own unit.
+        by: the columns that make a group.
+        cluster: the column of what is drawn anew, or None to draw single rows (too narrow if images repeat).
+        n_boot: resamples, at least 100.
+        seed: of the resampling; the rows' order and the other groups in the frame do not matter.
+        level: coverage of the interval, between 0 and 1.
+        simultaneous_over: a column of `by`, such as "layer": the intervals then form a band that covers a
+            whole curve at once, as a claim about its lowest point needs. By default each point has its own.
+
+    Returns:
+        A frame with `by`, mean, ci_low, ci_high (unit of `value`), n (samples), n_clusters. The interval of
+        a group of one cluster is NaN: one image tells no spread. `attrs` holds value, level and band.
+
+    Raises:
+        ValueError: a column is missing, there are no rows, a value is infinite or has no cluster, or a group
+            mixes settings (models, windows, ...).
+
+    Example:
+        >>> rows = pd.DataFrame({"task": "t", "image_id": ["a", "a", "b"], "drop": [1.0, 1.0, 4.0]})
+        >>> summarise(rows, "drop", by=["task"])[["mean", "n", "n_clusters"]].to_dict("records")
+        [{'mean': 2.0, 'n': 3, 'n_clusters': 2}]
+    """
+    by = list(by)
+    if n_boot < 100 or not 0 < level < 1:
+        raise ValueError(f"expected n_boot >= 100 and 0 < level < 1, got n_boot={n_boot} and level={level}")
+    if simultaneous_over is not None and simultaneous_over not in by:
+        raise ValueError(
+            f"simultaneous_over={simultaneous_over!r} is not one of the grouping columns {by}: add it to `by`"
+        )
+    table, sums, counts = _cluster_table(frame, value, by, cluster)
+    low, high = (np.full(len(table), np.nan) for _ in range(2))
+    resampled = np.full((n_boot, len(table)), np.nan)
+    for rows, columns, names in _same_clusters(counts, table.attrs.pop("clusters")):
+        weights = _weights(names, n_boot, seed)
+        resampled[:, rows] = (weights @ sums[rows][:, columns].T) / (weights @ counts[rows][:, columns].T)
+        for row in rows if len(columns) > 1 else ():
+            tail = ndtr(_t_quantile(counts[row], (1 - level) / 2))
+            low[row], high[row] = np.quantile(resampled[:, row], [tail, 1 - tail])
+    if simultaneous_over is not None:
+        low, high = _simultaneous(table, counts, resampled, [c for c in by if c != simultaneous_over], level)
+    table.insert(len(by) + 1, "ci_low", low)
+    table.insert(len(by) + 2, "ci_high", high)
+    table.attrs.update(value=value, level=level, band="simultaneous" if simultaneous_over else "pointwise")
+    return table
+
+
+def paired_difference(
+    frame: pd.DataFrame,
+    a: object,
+    b: object,
+    *,
+    column: str = "flow",
+    value: str = "rel_change_pct",
+    on: Sequence[str] = ("sample_id", "layer"),
+    by: Sequence[str] = ("task", "layer"),
+    family: Sequence[str] = (),
+    cluster: str = "image_id",
+    n_boot: int = 1000,
+    n_flips: int = 9999,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Compare two conditions on the same samples: `a` minus `b`, tested by sign flips of whole clusters.
+
+    The test asks whether the differences are balanced around 0: it flips the sign of all differences of an
+    image together, and p is the share of flips whose mean is at least as far from 0 as the one observed.
+
+    Args:
+        frame: holds both conditions, told apart by `column`.
+        a: value of `column` in the first condition, e.g. "Related image patches -> Question".
+        b: value of `column` in the second condition.
+        column: what tells the conditions apart: "flow", "model", "window", "intervention", ...
+        value: the column to compare, in its own unit.
+        on: the columns that pair a row of `a` with its row of `b`.
+        by: the columns that make a group.
+        family: the columns that make a family of tests for Holm's correction; none: the table is one family.
+        cluster: the column whose values are drawn, and flipped, together.
+        n_boot: resamples for the interval.
+        n_flips: sign flips for p, which is never below 1 / (n_flips + 1).
+        seed: of resamples and flips.
+        level: coverage of the pointwise interval.
+
+    Returns:
+        summarise's frame for the difference, with contrast ("a minus b"), p and p_holm. `attrs["n_unpaired"]`
+        counts the rows that have no partner and were left out.
+
+    Raises:
+        ValueError: a column or condition is missing, a pair is not unique, or nothing pairs.
+    """
+    by, keys = list(by), list(dict.fromkeys([*by, *on, cluster]))
+    _need(frame, [*keys, column, value])
+    sides = []
+    for name in (a, b):
+        side = frame.loc[frame[column] == name, [*keys, value]]
+        if side.empty:
+            found = ", ".join(map(repr, frame[column].unique()[:12]))
+            raise ValueError(f"no row has {column} == {name!r}; choose two of the values found: {found}")
+        if side.duplicated(keys).any():
+            raise ValueError(
+                f"rows of {name!r} are not unique in {keys}: select one setting, or add a column to `on`"
+            )
+        sides.append(side)
+    pairs = sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
+    if pairs.empty:
+        raise ValueError(
+            f"no row of {a!r} has a partner in {b!r} with the same {keys}: were both run on the same samples?"
+        )
+    pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
+    table = summarise(pairs, "difference", by, cluster=cluster, n_boot=n_boot, seed=seed, level=level)
+    _, sums, _ = _cluster_table(pairs, "difference", by, cluster)
+    table.insert(0, "contrast", f"{a} minus {b}")
+    table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, n_flips, seed), np.nan)
+    groups = table.groupby(list(family), dropna=False)["p"] if family else None
+    table["p_holm"] = holm(table["p"]) if groups is None else groups.transform(holm)
+    table.attrs.update(value=value, n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
+    return table
+
+
+def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
+    """Adjust p values by Holm's step-down method, which holds the chance of any false claim in the family.
+
+    NaN stays NaN and does not count as a test.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p, dtype=float)
+    adjusted = np.full(p.shape, np.nan)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # NaN sorts last
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return adjusted
+
+
+# --- sentences ---
+
+
+def strongest_layer(
+    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", tie: float = 0.05
+) -> pd.DataFrame:
+    """Find the layer with the largest drop (the lowest mean) of each curve.
+
+    Args:
+        summary: from `summarise`.
+        by: the columns that make a curve; those that the summary lacks are passed over.
+        over: the column along the curve.
+        tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
+            first is taken: else differences at the level of float rounding would choose.
+
+    Returns:
+        One row of `summary` per curve, with layers (all the tied ones, such as "3-5") and below_zero (the
+        layers whose whole interval is below 0, or "").
+    """
+    by = [column for column in by if column in summary]
+    _need(summary, [over, "mean", "ci_low", "ci_high", "n"])
+    found = []
+    for _, curve in _curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
+        tied = curve[curve["mean"] <= curve["mean"].min() + tie]
+        below = curve.loc[curve["ci_high"] < 0, over]
+        found.append({**tied.iloc[0], "layers": layer_ranges(tied[over]), "below_zero": layer_ranges(below)})
+    table = pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
+    table.attrs.update(summary.attrs)
+    return table
+
+
+def describe_strongest(
+    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", unit: str = "%"
+) -> list[str]:
+    """Write one finding per curve: where the drop is largest, how large, its interval, n.
+
+    The largest of many noisy points looks larger than it is: a summary made with `simultaneous_over="layer"`
+    allows for that, and the sentence names the kind of interval.
+
+    Example:
+        >>> row = dict(task="T", flow="A -> B", layer=4, mean=-43.21, ci_low=-50.0, ci_high=-36.1)
+        >>> describe_strongest(pd.DataFrame([row | dict(n=24, n_clusters=20)]))[0].split("; ")[0]
+        'T, A -> B: largest drop at layer 4, -43.2 % (95 % interval -50.0 to -36.1, 24 samples on 20 images)'
+    """
+    sentences = []
+    for row in strongest_layer(summary, by, over=over).to_dict("records"):
+        name = ", ".join(str(row[column]) for column in by if column in row)
+        where = _layers(row["layers"], over)
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
+        if row["ci_high"] < 0:
+            text = (
+                f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
+            )
+        elif isfinite(row["ci_high"]):
+            text = f"no drop that the interval tells from 0; lowest at {where}, {effect}"
+        else:
+            text = f"lowest at {where}, {effect}; too few images for an interval"
+        sentences.append(f"{name}: {text}." if name else f"{text[0].upper()}{text[1:]}.")
+    return sentences
+
+
+def describe_differences(
+    table: pd.DataFrame,
+    by: Sequence[str] = ("task",),
+    *,
+    over: str = "layer",
+    unit: str = "percentage points",
+    alpha: float = 0.05,
+) -> list[str]:
+    """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect."""
+    by, sentences = [column for column in by if column in table], []
+    for _, curve in _curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
+        size = curve["mean"].abs()
+        row = curve[size >= size.max() - 0.05].iloc[0].to_dict()
+        name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
+        differs = curve.loc[curve["p_holm"] < alpha, over]
+        claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, table.attrs)})"
+        sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")
+    return sentences
+
+
+def fixed(value: float | int, digits: int = 1) -> str:
+    """Print a number with fixed decimals, alike on every machine: exact ties go away from 0, no "-0.0".
+
+    Example:
+        >>> fixed(31.25), fixed(31.25 - 1e-12), fixed(-0.01)
+        ('31.3', '31.3', '0.0')
+    """
+    if not isfinite(value):
+        return "n/a" if np.isnan(value) else f"{value:+}"
+    text = f"{abs(value) + 1e-4 * 10.0**-digits:.{digits}f}"
+    return f"-{text}" if value < 0 and float(text) else text
+
+
+def layer_ranges(layers: Iterable) -> str:
+    """Shorten a set of layers.
+
+    Example:
+        >>> layer_ranges([4, 3, 5, 9])
+        '3-5, 9'
+    """
+    numbers = sorted({int(layer) for layer in layers})
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(s) if s == e else f"{s}-{e}" for s, e in zip(starts, ends, strict=True))
+
+
+# --- inner parts ---
+
+
+def _need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
+    for column in columns:
+        if column not in frame:
+            near = get_close_matches(column, map(str, frame.columns), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(str, frame.columns))}"
+            raise ValueError(f"the frame has no column {column!r}: {hint}")
+
+
+def _curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.DataFrame]]:
+    return (
+        iter(table.groupby(by, dropna=False, observed=True))
+        if by
+        else iter([((), table)] if len(table) else [])
+    )
+
+
+def _cluster_table(
+    frame: pd.DataFrame, value: str, by: list[str], cluster: str | None
+) -> tuple[pd.DataFrame, Float[np.ndarray, "groups clusters"], Float[np.ndarray, "groups clusters"]]:
+    """Table of groups (means and counts), and each group's sum and count of `value` in each cluster."""
+    _need(frame, [*by, value, *([cluster] if cluster else [])])
+    if frame.empty:
+        raise ValueError(
+            f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?"
+        )
+    values = frame[value].to_numpy(dtype=float, na_value=np.nan)
+    if np.isinf(values).any():
+        raise ValueError(
+            f"{int(np.isinf(values).sum())} values of {value!r} are infinite: leave out rows with p_base = 0"
+        )
+    if cluster and frame[cluster].isna().any():
+        raise ValueError(
+            f"{frame[cluster].isna().sum()} rows have no {cluster!r}: fill it in, or choose another cluster"
+        )
+    groups = frame.groupby(by, dropna=False, observed=True)
+    for name in SETTINGS:
+        if name in frame and name not in by and groups[name].nunique().max() > 1:
+            raise ValueError(
+                f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`"
+            )
+    kept = np.isfinite(values)
+    ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)
+    shape = (groups.ngroups, len(names))
+    cell = groups.ngroup().to_numpy()[kept] * shape[1] + ids[kept]
+    sums = np.bincount(cell, values[kept], minlength=shape[0] * shape[1]).reshape(shape)
+    counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(float)
+    table = groups.size().reset_index()[by]
+    n_rows = counts.sum(1)
+    table["mean"] = np.divide(sums.sum(1), n_rows, out=np.full(len(table), np.nan), where=n_rows > 0)
+    table["n"] = n_rows.astype(int)
+    if "sample_id" in frame:  # a group may hold several rows of a sample, e.g. one per layer
+        samples = frame["sample_id"].where(kept).groupby(groups.ngroup().to_numpy()).nunique()
+        table["n"] = samples.to_numpy()
+    table["n_clusters"] = (counts > 0).sum(1)
+    table.attrs = {"clusters": np.asarray(names).astype(str)}
+    return table, sums, counts
+
+
+def _same_clusters(
+    counts: np.ndarray, names: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the groups that have the very same clusters, with these clusters' columns and names."""
+    patterns: dict[bytes, list[int]] = {}
+    for row, present in enumerate(counts > 0):
+        patterns.setdefault(present.tobytes(), []).append(row)
+    for rows in patterns.values():
+        columns = np.flatnonzero(counts[rows[0]])
+        if len(columns):
+            yield np.array(rows), columns, names[columns]
+
+
+def _weights(names: np.ndarray, n_boot: int, seed: int) -> Float[np.ndarray, "n_boot clusters"]:
+    """How often each cluster is drawn in each resample. A set of clusters always gets the same draws."""
+    rng = np.random.default_rng([seed, crc32("\n".join(names).encode())])
+    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot).astype(float)
+
+
+def _t_quantile(sizes: Float[np.ndarray, " clusters"], tail: float) -> float:
+    """Lower normal score of the expanded percentile: t in place of z, n - 1 in place of n."""
+    n = max(2.0, sizes.sum() ** 2 / (sizes**2).sum())  # Kish's effective number of clusters
+    return float(sqrt(n / (n - 1)) * stdtrit(n - 1, tail))
+
+
+def _simultaneous(
+    table: pd.DataFrame, counts: np.ndarray, resampled: np.ndarray, by: list[str], level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bands whose greatest standardised deviation along a curve stays inside in `level` of the resamples."""
+    half = np.full(len(table), np.nan)
+    for _, curve in _curves(table.reset_index(drop=True), by):
+        rows = curve.index.to_numpy()[curve["n_clusters"].to_numpy() > 1]
+        if not len(rows):
+            continue
+        mean, spread = table["mean"].to_numpy()[rows], resampled[:, rows].std(0)
+        moved = spread > 1e-9 * np.abs(mean)  # where all images agree, nothing to scale by
+        deviation = np.abs(resampled[:, rows[moved]] - mean[moved]) / spread[moved]
+        tail = ndtr(-np.quantile(deviation.max(1), level)) if moved.any() else 0.5
+        half[rows] = spread * [-_t_quantile(counts[row], float(tail)) for row in rows]
+    mean = table["mean"].to_numpy()
+    return mean - half, mean + half
+
+
+def _sign_flip_p(
+    sums: Float[np.ndarray, "groups clusters"], n_flips: int, seed: int
+) -> Float[np.ndarray, " groups"]:
+    rng, observed = (
+        np.random.default_rng(seed),
+        np.abs(sums.sum(1)) * (1 - 1e-9),
+    )  # ties count, in spite of rounding
+    as_far, left = np.ones(len(sums)), n_flips
+    while left:  # in pieces, so that thousands of images fit in memory
+        signs = rng.integers(0, 2, size=(min(left, 1000), sums.shape[1])) * 2.0 - 1
+        as_far += (np.abs(signs @ sums.T) >= observed).sum(0)
+        left -= len(signs)
+    return as_far / (n_flips + 1)
+
+
+def _quantity(value: float, unit: str) -> str:
+    return f"{fixed(value)} {unit}".strip()
+
+
+def _layers(ranges: str, over: str) -> str:
+    return f"{over}s {ranges}" if "-" in ranges or "," in ranges else f"{over} {ranges}"
+
+
+def _evidence(row: dict, attrs: dict) -> str:
+    kind = "simultaneous " if attrs.get("band") == "simultaneous" else ""
+    interval = f"{100 * attrs.get('level', 0.95):g} % {kind}interval"
+    ends = f"{fixed(row['ci_low'])} to {fixed(row['ci_high'])}"
+    return f"{interval} {ends}, {row['n']} samples on {row['n_clusters']} images"

@@ -1,0 +1,317 @@
+"""Intervals cover what they promise on clustered data, tests hold their level, sentences print stably."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmflow_utils import stats
+
+TOLERANCE = 1e-12
+
+
+def clustered(
+    n_groups: int, n_images: int, *, seed: int = 0, effect: float = 0.0, share: float = 0.8
+) -> pd.DataFrame:
+    """Independent repetitions of one experiment whose images hold 1 to 6 questions each; variance 1, of which
+    `share` lies between images."""
+    rng = np.random.default_rng(seed)
+    sizes = np.resize([1, 2, 6], n_images)
+    image = np.repeat(np.arange(n_images), sizes)
+    between = rng.normal(size=(n_groups, n_images))[:, image] * np.sqrt(share)
+    within = rng.normal(size=(n_groups, len(image))) * np.sqrt(1 - share)
+    n = len(image)
+    return pd.DataFrame(
+        {
+            "group": np.repeat(np.arange(n_groups), n),
+            "image_id": np.tile(image, n_groups).astype(str),
+            "sample_id": np.tile(np.arange(n), n_groups).astype(str),
+            "y": (effect + between + within).ravel(),
+        }
+    )
+
+
+def coverage(frame: pd.DataFrame, truth: float = 0.0, **options) -> float:
+    table = stats.summarise(frame, "y", ["group"], **options)
+    return float(((table["ci_low"] <= truth) & (truth <= table["ci_high"])).mean())
+
+
+def sweep_frame(
+    n_layers: int = 6, n_samples: int = 30, flows=("Question -> Last", "Image -> Last")
+) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    rows = [
+        {"task": task, "flow": flow, "layer": layer, "sample_id": f"{task}{i}", "image_id": f"im{i // 2}"}
+        for task in ("ChooseAttr", "QueryAttr")
+        for flow in flows
+        for layer in range(n_layers)
+        for i in range(n_samples)
+    ]
+    frame = pd.DataFrame(rows)
+    at = (frame["layer"] == 3) & (frame["flow"] == flows[0])
+    frame["rel_change_pct"] = rng.normal(size=len(frame)) - 40 * at
+    return frame
+
+
+# --- intervals ---
+
+
+@pytest.mark.parametrize("n_images", [12, 40])
+def test_the_clustered_interval_covers_and_the_row_bootstrap_does_not(n_images):
+    frame = clustered(600, n_images)
+    assert 0.92 <= coverage(frame) <= 0.975
+    assert coverage(frame, cluster="sample_id") < 0.85  # negative control: rows of an image go together
+    assert coverage(frame, truth=2.0) < 0.05  # and the interval does not simply hold everything
+
+
+def test_rows_that_do_not_share_images_need_no_clusters():
+    frame = clustered(600, 40).drop_duplicates(["group", "image_id"])
+    assert 0.92 <= coverage(frame, cluster=None) <= 0.975
+
+
+def test_a_simultaneous_band_covers_whole_curves_and_a_pointwise_one_does_not():
+    frame = clustered(2400, 30).rename(columns={"group": "layer"})
+    frame["curve"], frame["layer"] = frame["layer"] // 8, frame["layer"] % 8
+
+    def whole_curves_inside(**options):
+        table = stats.summarise(frame, "y", ["curve", "layer"], **options)
+        inside = (table["ci_low"] <= 0) & (table["ci_high"] >= 0)
+        return inside.groupby(table["curve"]).all().mean()
+
+    assert whole_curves_inside() < 0.85
+    assert whole_curves_inside(simultaneous_over="layer") >= 0.92
+
+
+def test_means_are_plain_means_of_rows():
+    frame = sweep_frame()
+    table = stats.summarise(frame)
+    expected = frame.groupby(["task", "flow", "layer"])["rel_change_pct"].mean()
+    assert np.allclose(table["mean"], expected.to_numpy(), atol=TOLERANCE)
+    assert list(table) == ["task", "flow", "layer", "mean", "ci_low", "ci_high", "n", "n_clusters"]
+    assert set(table["n"]) == {30} and set(table["n_clusters"]) == {15}
+    assert ((table["ci_low"] < table["mean"]) & (table["mean"] < table["ci_high"])).all()
+
+
+def test_the_vectorised_bootstrap_equals_the_plain_one():
+    frame = clustered(1, 9)
+    names = np.sort(frame["image_id"].unique())
+    weights = stats._weights(names, 200, 3)
+    by_image = {name: frame.loc[frame["image_id"] == name, "y"].to_numpy() for name in names}
+    means = [
+        np.concatenate(
+            [np.tile(by_image[name], int(times)) for name, times in zip(names, row, strict=True)]
+        ).mean()
+        for row in weights
+    ]
+    tail = stats.ndtr(stats._t_quantile(np.resize([1.0, 2.0, 6.0], 9), 0.05))
+    table = stats.summarise(frame, "y", ["group"], n_boot=200, seed=3, level=0.9)
+    assert np.allclose(
+        table[["ci_low", "ci_high"]].iloc[0], np.quantile(means, [tail, 1 - tail]), atol=TOLERANCE
+    )
+
+
+def test_order_of_rows_and_other_groups_do_not_matter():
+    frame = sweep_frame()
+    whole = stats.summarise(frame)
+    shuffled = stats.summarise(frame.sample(frac=1, random_state=0))
+    part = stats.summarise(frame[frame["task"] == "QueryAttr"])
+    pd.testing.assert_frame_equal(whole, shuffled)
+    pd.testing.assert_frame_equal(whole[whole["task"] == "QueryAttr"].reset_index(drop=True), part)
+    other_seed = stats.summarise(frame, seed=1)
+    assert not np.allclose(whole["ci_low"], other_seed["ci_low"])
+
+
+def test_curves_on_the_same_images_share_their_resamples():
+    frame = sweep_frame(flows=("a",))
+    twice = pd.concat([frame, frame.assign(flow="b", rel_change_pct=frame["rel_change_pct"] + 5)])
+    table = stats.summarise(twice)
+    low = table.set_index(["task", "layer", "flow"])["ci_low"].unstack()
+    assert np.allclose(low["b"] - low["a"], 5, atol=1e-9)
+
+
+def test_nan_rows_are_left_out_and_an_empty_group_stays_visible():
+    frame = sweep_frame()
+    frame.loc[(frame["task"] == "QueryAttr"), "rel_change_pct"] = np.nan
+    frame.loc[frame["sample_id"] == "ChooseAttr0", "rel_change_pct"] = np.nan
+    table = stats.summarise(frame).set_index("task")
+    assert set(table.loc["QueryAttr", "n"]) == {0} and table.loc["QueryAttr", "mean"].isna().all()
+    assert set(table.loc["ChooseAttr", "n"]) == {29}
+
+
+def test_a_single_image_gets_no_interval_and_a_constant_a_point():
+    rows = pd.DataFrame({"task": "t", "image_id": "one", "y": [1.0, 3.0]})
+    assert stats.summarise(rows, "y", ["task"])[["ci_low", "ci_high"]].isna().all(axis=None)
+    same = pd.DataFrame({"task": "t", "layer": 0, "image_id": ["a", "b", "c"], "y": -100.0})
+    for options in ({}, {"simultaneous_over": "layer"}):
+        table = stats.summarise(same, "y", ["task", "layer"], **options)
+        assert np.allclose(table[["ci_low", "ci_high"]], -100)
+
+
+def test_a_group_that_spans_layers_counts_samples_not_rows():
+    table = stats.summarise(sweep_frame(n_layers=6), by=["task", "flow"])
+    assert set(table["n"]) == {30}
+
+
+def test_samples_without_a_task_are_a_group():
+    frame = sweep_frame().assign(task=None)
+    assert len(stats.summarise(frame)) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda f: f.rename(columns={"image_id": "image"}), {}, "no column 'image_id': did you mean 'image'"),
+        (lambda f: f, {"value": "nonsense"}, "no column 'nonsense': it has task"),
+        (lambda f: f[:0], {}, "empty frame"),
+        (lambda f: f.assign(rel_change_pct=np.inf), {}, "infinite"),
+        (lambda f: f.assign(image_id=None), {}, "rows have no 'image_id'"),
+        (
+            lambda f: pd.concat([f.assign(window=1), f.assign(window=9)]),
+            {},
+            "mixes several values of 'window'",
+        ),
+        (lambda f: f, {"level": 95.0}, "0 < level < 1"),
+        (lambda f: f, {"n_boot": 5}, "n_boot >= 100"),
+        (lambda f: f, {"simultaneous_over": "stage"}, "not one of the grouping columns"),
+    ],
+)
+def test_refusals_say_what_to_do(change, options, message):
+    with pytest.raises(ValueError, match=message):
+        stats.summarise(change(sweep_frame()), **options)
+
+
+# --- differences ---
+
+
+def two_flows(n_groups: int, effect: float, n_images: int = 20) -> pd.DataFrame:
+    a, b = clustered(n_groups, n_images, seed=1, effect=effect), clustered(n_groups, n_images, seed=2)
+    frame = pd.concat([a.assign(flow="a"), b.assign(flow="b")])
+    return frame.rename(columns={"group": "layer", "y": "rel_change_pct"}).assign(task="t")
+
+
+def test_the_sign_flip_test_holds_its_level_and_finds_what_is_there():
+    options = {"n_boot": 100, "n_flips": 999}
+    nothing = stats.paired_difference(two_flows(600, 0.0), "a", "b", **options)
+    assert 0.025 <= (nothing["p"] < 0.05).mean() <= 0.08
+    rows_as_images = two_flows(600, 0.0).assign(image_id=lambda f: f["sample_id"])
+    assert (stats.paired_difference(rows_as_images, "a", "b", **options)["p"] < 0.05).mean() > 0.12
+    there = stats.paired_difference(two_flows(50, 3.0), "a", "b", **options)
+    assert (there["p"] < 0.05).all() and np.isclose(there["mean"].mean(), 3, atol=0.2)
+
+
+def test_swapping_the_conditions_mirrors_the_result():
+    frame = two_flows(4, 1.0)
+    ab, ba = (stats.paired_difference(frame, x, y) for x, y in (("a", "b"), ("b", "a")))
+    assert np.allclose(ab["mean"], -ba["mean"]) and np.allclose(ab["ci_low"], -ba["ci_high"])
+    assert np.allclose(ab["p"], ba["p"])
+    assert ab["contrast"].unique().tolist() == ["a minus b"]
+
+
+def test_pairing_drops_and_counts_rows_without_a_partner():
+    frame = two_flows(3, 0.0)
+    cut = frame[~((frame["flow"] == "b") & (frame["sample_id"] == "4"))]
+    table = stats.paired_difference(cut, "a", "b")
+    assert table.attrs["n_unpaired"] == 3
+    assert set(table["n"]) == {frame["sample_id"].nunique() - 1}
+
+
+def test_holm_is_taken_over_the_table_or_over_families():
+    frame = pd.concat([two_flows(4, 0.6).assign(task=name) for name in ("t", "u")])
+    whole = stats.paired_difference(frame, "a", "b", n_flips=999)
+    by_task = stats.paired_difference(frame, "a", "b", n_flips=999, family=["task"])
+    assert np.allclose(whole["p_holm"], stats.holm(whole["p"]))
+    assert (by_task["p_holm"] <= whole["p_holm"]).all() and (by_task["p_holm"] < whole["p_holm"]).any()
+
+
+def test_differences_refuse_what_cannot_be_paired():
+    frame = two_flows(2, 0.0)
+    with pytest.raises(ValueError, match="no row has flow == 'c'"):
+        stats.paired_difference(frame, "a", "c")
+    with pytest.raises(ValueError, match="not unique"):
+        stats.paired_difference(pd.concat([frame, frame]), "a", "b")
+    apart = frame.assign(sample_id=frame["sample_id"] + frame["flow"])
+    with pytest.raises(ValueError, match="were both run on the same samples"):
+        stats.paired_difference(apart, "a", "b")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1) | st.just(float("nan")), max_size=12))
+def test_holm_never_lowers_p_keeps_order_and_equals_the_plain_rule(p):
+    adjusted = stats.holm(p)
+    tested = sorted(x for x in p if x == x)
+    for raw, new in zip(p, adjusted.tolist(), strict=True):
+        if raw != raw:
+            assert new != new
+            continue
+        plain = max(min(1.0, (len(tested) - i) * q) for i, q in enumerate(tested) if q <= raw)
+        assert new == pytest.approx(plain) and new >= raw
+
+
+# --- sentences ---
+
+
+def test_the_strongest_layer_is_the_planted_one():
+    table = stats.strongest_layer(stats.summarise(sweep_frame()))
+    hit = table[table["flow"] == "Question -> Last"]
+    assert set(hit["layer"]) == {3} and set(hit["layers"]) == {"3"}
+    assert all("3" in text for text in hit["below_zero"])
+
+
+def test_layers_that_differ_by_rounding_are_tied():
+    base = {"task": "t", "flow": "f", "ci_low": -1.0, "ci_high": 0.5, "n": 2, "n_clusters": 2}
+    means = [-1.0, -50.0, -50.0000001, -49.99, -3.0]
+    summary = pd.DataFrame([base | {"layer": layer, "mean": mean} for layer, mean in enumerate(means)])
+    row = stats.strongest_layer(summary).iloc[0]
+    assert (row["layer"], row["layers"]) == (1, "1-3")
+    assert stats.strongest_layer(summary, tie=0.0).iloc[0]["layer"] == 2
+
+
+def test_findings_state_effect_unit_interval_and_n():
+    summary = stats.summarise(sweep_frame(), simultaneous_over="layer")
+    found = [text for text in stats.describe_strongest(summary) if "Question -> Last" in text]
+    assert found[0].startswith("ChooseAttr, Question -> Last: largest drop at layer 3, -40.")
+    assert " % (95 % simultaneous interval -4" in found[0] and "30 samples on 15 images" in found[0]
+    assert "interval below 0 in layer 3" in found[0]
+
+
+def test_findings_claim_no_drop_where_the_interval_holds_zero_or_is_missing():
+    row = {
+        "task": "t",
+        "flow": "f",
+        "layer": 2,
+        "mean": -1.0,
+        "ci_low": -3.0,
+        "ci_high": 1.0,
+        "n": 9,
+        "n_clusters": 9,
+    }
+    (text,) = stats.describe_strongest(pd.DataFrame([row]))
+    assert "no drop that the interval tells from 0" in text and "largest drop" not in text
+    (text,) = stats.describe_strongest(
+        pd.DataFrame([row | {"ci_low": np.nan, "ci_high": np.nan, "n_clusters": 1}])
+    )
+    assert "too few images" in text and "nan" not in text
+
+
+def test_findings_of_a_difference_name_only_layers_that_pass_holm():
+    frame = two_flows(4, 0.0)
+    frame.loc[(frame["layer"] == 2) & (frame["flow"] == "a"), "rel_change_pct"] -= 5
+    (text,) = stats.describe_differences(stats.paired_difference(frame, "a", "b"))
+    assert text.startswith("t, a minus b: differs in layer 2 (Holm p < 0.05); largest at layer 2, -")
+    (text,) = stats.describe_differences(stats.paired_difference(two_flows(4, 0.0), "a", "b"))
+    assert "no layer differs" in text
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(-2000, 2000), st.floats(-1e-9, 1e-9))
+def test_numbers_at_ties_print_the_same_whatever_the_rounding_noise(twentieths, noise):
+    value = twentieths / 20  # every tie of one decimal, and every value between
+    text = stats.fixed(value + noise)
+    assert text == stats.fixed(value) and text != "-0.0"
+    assert abs(float(text) - value) <= 0.05 + 1e-9
+
+
+def test_ranges_of_layers():
+    assert stats.layer_ranges([]) == ""
+    assert stats.layer_ranges(np.array([7, 0, 1, 2, 9, 10])) == "0-2, 7, 9-10"
