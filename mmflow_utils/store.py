@@ -1,0 +1,153 @@
+"""Results on disk: a parquet file that carries the manifest of the run that made it.
+
+>>> path = tmp / "flow.parquet"
+>>> save_frame(frame, path, manifest(params))
+>>> load_frame(path, manifest(params)).equals(frame)
+True
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmflow_utils.params import ROOT, Params
+
+__all__ = ["load_frame", "manifest", "read_manifest", "save_frame"]
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
+# What changes neither a sample nor a probability: where results go, where they are computed, how
+# they are summarised.
+NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "n_boot"})
+KEY = b"mmflow_manifest"
+
+
+def manifest(
+    params: Params, model: Any = None, *, fields: Iterable[str] | None = None, **measured: Any
+) -> dict[str, Any]:
+    """Describe a run: what its result depends on, and how it came about.
+
+    Args:
+        params: The run's parameters.
+        model: The loaded model, for the device it really ran on and the commit the hub served.
+        fields: The parameters that the result depends on; by default all that can change a number.
+        measured: What else is worth keeping, such as `max_check_diff` of the self-check.
+
+    Returns:
+        `depends_on` (compared when a frame is loaded) and `made_by` (kept for the record).
+    """
+    names = set(type(params).model_fields) - NOT_OF_THE_RESULT if fields is None else set(fields)
+    values = params.model_dump(mode="json")
+    depends_on = {name: values[name] for name in values if name in names}
+    files = sorted(params.path("checkpoint").glob("*.safetensors"))
+    commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
+    depends_on["weights_sha256"] = _sha256(*files) if files else commit
+    data = [params.path(name) for name in ("questions", "scene_graphs")]
+    depends_on["data_sha256"] = _sha256(*data) if all(file.is_file() for file in data) else None
+    return {
+        "depends_on": depends_on,
+        "made_by": {
+            "device": str(getattr(model, "device", params.device)),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "git_commit": _git_commit(),
+            **measured,
+        },
+    }
+
+
+def save_frame(frame: pd.DataFrame, path: str | Path, manifest: Mapping[str, Any]) -> Path:
+    """Write a frame with its manifest, whole or not at all.
+
+    The manifest is inside the parquet file, so that the two can't be parted, and beside it as
+    `.json`, to be read by eye.
+    """
+    path = Path(path)
+    table = pa.Table.from_pandas(frame)
+    text = json.dumps(manifest, indent=2, default=str)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: text.encode()})
+    _write_whole(path, lambda file: pq.write_table(table, file))
+    _write_whole(path.with_suffix(".json"), lambda file: file.write_bytes(f"{text}\n".encode()))
+    return path
+
+
+def load_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Read a frame, and refuse it if it was made from something other than `expected`.
+
+    Raises:
+        ValueError: No such file, not a results file, or a manifest that differs; says where.
+    """
+    path = Path(path)
+    found = read_manifest(path)
+    if expected is not None:
+        was, now = (json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
+        differ = [
+            f"{key} was {was.get(key)!r:.80}, now {now[key]!r:.80}" for key in now if was.get(key) != now[key]
+        ]
+        if differ:
+            raise ValueError(
+                f"{path} comes from another run ({'; '.join(differ)}): "
+                "run the notebook that writes it again, or set these parameters back."
+            )
+    return pd.read_parquet(path)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Read the manifest that a frame carries, without the frame."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There are no results at {path}: run the notebook that writes them first.")
+    try:
+        return json.loads(pq.read_schema(path).metadata[KEY])
+    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} was not written by save_frame or is damaged ({error!r:.80}): delete it and run again."
+        ) from None
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write to a temporary name in the same folder, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _sha256(*files: Path) -> str:
+    """Hash files one after another; a file that didn't change since is not read again."""
+    parts = [_sha256_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+@cache
+def _sha256_of(file: Path, mtime_ns: int, size: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _git_commit() -> str | None:
+    """Name the project's commit, with `+` where tracked files were changed since; None outside git."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None

@@ -1,0 +1,118 @@
+"""Results on disk: lossless, whole or absent, and never mistaken for those of another run."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmflow_utils import store
+from mmflow_utils.params import Params
+from mmflow_utils.store import load_frame, manifest, read_manifest, save_frame
+
+
+@pytest.fixture
+def frame():
+    columns = {
+        "sample_id": ["a", "b"],
+        "layer": [0, 11],
+        "p_base": [0.5, np.nan],
+        "option_true": ["red", None],
+    }
+    frame = pd.DataFrame(columns)
+    frame.attrs["skipped"] = [{"sample_id": "c", "reason": "no options"}]
+    return frame
+
+
+@pytest.fixture
+def params(tmp_path):
+    """Parameters whose weights and data are two small files."""
+    for name in ("model.safetensors", "questions.json", "graphs.json"):
+        (tmp_path / name).write_text(name)
+    return Params(
+        checkpoint=str(tmp_path),
+        questions=f"{tmp_path}/questions.json",
+        scene_graphs=f"{tmp_path}/graphs.json",
+    )
+
+
+def test_a_frame_comes_back_as_it_went(tmp_path, frame, params):
+    path = save_frame(frame, tmp_path / "deep" / "flow.parquet", manifest(params, max_check_diff=1e-7))
+    back = load_frame(path, manifest(params))
+    pd.testing.assert_frame_equal(back, frame)
+    assert back.attrs == frame.attrs
+    assert sorted(file.name for file in path.parent.iterdir()) == ["flow.json", "flow.parquet"]
+
+
+def test_the_manifest_is_inside_and_beside(tmp_path, frame, params):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params, max_check_diff=1e-7))
+    assert json.loads(path.with_suffix(".json").read_text()) == read_manifest(path)
+    made_by = read_manifest(path)["made_by"]
+    assert made_by["max_check_diff"] == 1e-7
+    assert made_by["packages"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 5}, {"seed": 1}, {"tasks": ["ChooseRel"]}, {"dtype": "float16"}]
+)
+def test_a_frame_of_other_parameters_is_refused_by_name(tmp_path, frame, params, change):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    other = params.model_copy(update=change)
+    with pytest.raises(ValueError, match=rf"another run \({next(iter(change))} was .*run the notebook"):
+        load_frame(path, manifest(other))
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"n_boot": 50}, {"outputs": "elsewhere"}])
+def test_what_changes_no_number_is_no_reason_to_refuse(tmp_path, frame, params, change):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    assert len(load_frame(path, manifest(params.model_copy(update=change)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("model.safetensors", "weights_sha256"), ("graphs.json", "data_sha256")]
+)
+def test_other_weights_and_other_data_are_noticed(tmp_path, frame, params, file, key):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    (tmp_path / file).write_text("something else")
+    with pytest.raises(ValueError, match=key):
+        load_frame(path, manifest(params))
+
+
+def test_a_result_may_depend_on_fewer_parameters(tmp_path, frame, params):
+    path = save_frame(frame, tmp_path / "samples.parquet", manifest(params, fields=["model", "seed"]))
+    wider = params.model_copy(update={"window": 7})
+    assert len(load_frame(path, manifest(wider, fields=["model", "seed"]))) == 2
+    with pytest.raises(ValueError, match="seed"):
+        load_frame(path, manifest(params.model_copy(update={"seed": 3}), fields=["model", "seed"]))
+
+
+def test_a_write_that_fails_leaves_the_old_result_and_no_litter(tmp_path, frame, params, monkeypatch):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+
+    def break_off(table, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(store.pq, "write_table", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        save_frame(frame.assign(layer=3), path, manifest(params))
+    assert sorted(tmp_path.iterdir()) == before
+    pd.testing.assert_frame_equal(load_frame(path), frame)
+
+
+def test_missing_foreign_and_damaged_files_are_told_apart(tmp_path, frame):
+    with pytest.raises(ValueError, match="no results at .*run the notebook"):
+        load_frame(tmp_path / "flow.parquet")
+    frame.to_parquet(tmp_path / "foreign.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    for name in ("foreign", "damaged"):
+        with pytest.raises(ValueError, match=f"{name}.parquet.*not written by save_frame or is damaged"):
+            load_frame(tmp_path / f"{name}.parquet")
+
+
+def test_storing_and_loading_needs_no_torch():
+    code = "import mmflow_utils as mm, sys; mm.save_frame; mm.load_frame; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
