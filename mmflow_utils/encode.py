@@ -1,0 +1,270 @@
+"""A sample and a model to input tensors and named positions; boxes of the picture to image tokens.
+
+encoded = encode(model, sample)
+encoded.spans["question"], encoded.spans["image_related"]
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, floor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from mmflow_utils.models import VLM
+from mmflow_utils.positions import Spans, question_sets, tokens_in
+from mmflow_utils.samples import Box, Sample, load_image
+
+__all__ = ["Encoded", "encode", "find_image_patches"]
+
+_PLACEHOLDER = re.compile(r"(<image>|\{question\}|\{caption\})")
+_PICTURE_SETS = ("image", "image_newline", "image_related", "image_other")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt, ready to run.
+
+    Attributes:
+        inputs: the model's keyword arguments, a batch of one on its device.
+        spans: the named positions, counted with image tokens expanded.
+        prompt: the text, with one placeholder for the picture.
+        tokens: the text of each position, for display.
+    """
+
+    sample: Sample
+    inputs: dict[str, Tensor]
+    spans: Spans
+    prompt: str
+    tokens: tuple[str, ...]
+
+
+def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "") -> Encoded:
+    """Ask a sample's question in the model's own prompt and find its positions.
+
+    A part of the question that can't be found is missing from the spans, with the reason.
+
+    Args:
+        model: its `prompt` may hold `<image>`, `{question}` and `{caption}` (App. G: captions in place of
+            the picture; their positions are named `captions`).
+        answer_prefix: what the model has answered so far (App. C): `last` moves to its end. Token ids are
+            appended as they are, which is exact; a string is appended to the prompt and cut with it.
+
+    Raises:
+        ValueError: a picture that can't be read; a prompt without question; a text that holds the picture's
+            placeholder; a tokenizer without character offsets, or that cuts the prompt unlike the processor.
+
+    Example:
+        >>> spans = encode(model, sample).spans
+        >>> spans["last"] == (spans.n_tokens - 1,)
+        True
+    """
+    text, chars = _fill(model, sample)
+    text += answer_prefix if isinstance(answer_prefix, str) else ""
+    extra = [] if isinstance(answer_prefix, str) else [int(token) for token in answer_prefix]
+    picture = load_image(sample) if "<image>" in chars else None
+    inputs = _process(model, text, picture)
+    offsets = _offsets(model, text, inputs["input_ids"][0].tolist())
+    inputs = _append(inputs, extra)
+    offsets += [(len(text), len(text))] * len(extra)
+    ids = inputs["input_ids"][0].tolist()
+    spans = _find_text(sample, text, chars, offsets)
+    if picture:
+        spans = spans.with_(image=[n for n, token in enumerate(ids) if token == model.image_token_id])
+        spans = _name_patches(model, spans, sample, picture.size, inputs)
+    else:
+        spans = spans.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
+    inputs = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+    return Encoded(sample, inputs, spans, text, _token_texts(model, ids, text, offsets))
+
+
+def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tuple[int, ...]:
+    """Give the image tokens whose piece of the picture lies under a box, if only with a corner (§6, Fig. 5).
+
+    The boxes are drawn as a picture of the same size and sent through the model's own picture processor, so
+    resizing, cropping, padding and tiles come out as they do for the picture itself. Of LLaVA-NeXT's tokens,
+    those of the base image and those of the tiles are found alike; newline tokens belong to no box.
+
+    Raises:
+        ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
+    """
+    if "image" not in encoded.spans:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
+    positions = sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
+    flags = _flag_tokens(model, load_image(encoded.sample).size, encoded.inputs, boxes)
+    if len(flags) != len(positions):
+        raise ValueError(_unaligned(len(flags), len(positions)))
+    return tuple(p for p, flag in zip(positions, flags.tolist(), strict=True) if flag > 0)
+
+
+def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Fill the prompt's template; give the text and the characters that each placeholder became."""
+    if "{question}" not in model.prompt:
+        raise ValueError(f"Expected a prompt that holds {{question}}, got {model.prompt!r}.")
+    filling = {"<image>": model.image_token, "{question}": sample.question, "{caption}": sample.caption}
+    text, chars = "", {}
+    for piece in _PLACEHOLDER.split(model.prompt):
+        value = filling.get(piece, piece)
+        if value is None:
+            raise ValueError(f"The prompt asks for a caption, but sample {sample.sample_id} has none.")
+        if piece in ("{question}", "{caption}") and model.image_token in value:
+            raise ValueError(
+                f"Sample {sample.sample_id} holds {model.image_token!r} in its text, which stands for the "
+                f"picture: {value!r}. Reword it."
+            )
+        chars[piece] = (len(text), len(text) + len(value))
+        text += value
+    if model.processor is None and "<image>" in chars:
+        raise ValueError(f"The prompt shows a picture, but {model.name} reads text only: drop <image>.")
+    return text, chars
+
+
+def _process(model: VLM, text: str, picture: Image.Image | None) -> dict[str, Tensor]:
+    options = {"return_tensors": "pt", "add_special_tokens": _wants_special(model, text)}
+    if picture is None:
+        return dict(model.tokenizer(text, **options))
+    mean = getattr(model.processor.image_processor, "image_mean", None) or (0, 0, 0)
+    picture = _square(model, picture, tuple(int(255 * part) for part in mean))
+    return dict(model.processor(images=picture, text=text, **options))
+
+
+def _square(model: VLM, picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Pad a picture to a square, where the model wants it, as LLaVA-1.5's own code does."""
+    if not model.pads_to_square:
+        return picture
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def _wants_special(model: VLM, text: str) -> bool:
+    # A chat template spells its own beginning-of-text token; a second one would be a new prompt.
+    return not (model.tokenizer.bos_token and text.startswith(model.tokenizer.bos_token))
+
+
+def _offsets(model: VLM, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Give each position its characters in the prompt.
+
+    The processor writes the picture's placeholder many times before it cuts the text; here the text is cut
+    with one placeholder, and both must agree before and after the picture.
+    """
+    if not model.tokenizer.is_fast:
+        raise ValueError(
+            f"{model.name} needs a tokenizer with character offsets: a tokenizer.json beside the weights."
+        )
+    plain = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=_wants_special(model, text))
+    pieces, offsets = plain["input_ids"], [tuple(pair) for pair in plain["offset_mapping"]]
+    if model.image_token_id in pieces:
+        at = pieces.index(model.image_token_id)
+        n_more = len(ids) - len(pieces)
+        pieces = pieces[:at] + list(ids[at : at + n_more]) + pieces[at:]
+        offsets = offsets[:at] + [offsets[at]] * n_more + offsets[at:]
+    if pieces != list(ids):
+        raise ValueError(
+            f"{model.name}'s processor and tokenizer cut the prompt differently, so its words can't be "
+            f"located: {text!r}. Check that the checkpoint's tokenizer and processor files belong together."
+        )
+    return offsets
+
+
+def _token_texts(
+    model: VLM, ids: Sequence[int], text: str, offsets: Sequence[tuple[int, int]]
+) -> tuple[str, ...]:
+    # A token that stands for no character of the prompt (<s>, an appended one) shows its own name.
+    return tuple(
+        text[start:end] or model.tokenizer.decode([token])
+        for token, (start, end) in zip(ids, offsets, strict=True)
+    )
+
+
+def _append(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
+    """Append token ids to the prompt; what runs along with the ids (masks, types) grows with them."""
+    shape, grown = inputs["input_ids"].shape, {}
+    for name, tensor in inputs.items():
+        fill = {"input_ids": list(ids), "attention_mask": [1] * len(ids)}.get(name, [0] * len(ids))
+        more = torch.tensor([fill], dtype=tensor.dtype)
+        grown[name] = torch.cat([tensor, more], dim=1) if tensor.shape == shape else tensor
+    return grown
+
+
+def _find_text(
+    sample: Sample, text: str, chars: Mapping[str, tuple[int, int]], offsets: Sequence[tuple[int, int]]
+) -> Spans:
+    options = (sample.option_true, sample.option_false)
+    sets, missing = question_sets(
+        text[: chars["{question}"][1]],
+        sample.question,
+        offsets,
+        options=options if all(options) else None,
+        objects=[(thing.name, thing.words) for thing in sample.objects],
+    )
+    if "{caption}" in chars:
+        sets["captions"] = tokens_in(offsets, *chars["{caption}"])
+    else:
+        missing["captions"] = "the prompt holds no caption"
+    return Spans(n_tokens=len(offsets), sets=sets | {"last": (len(offsets) - 1,)}, missing=missing)
+
+
+def _name_patches(
+    model: VLM, spans: Spans, sample: Sample, size: tuple[int, int], inputs: Mapping[str, Tensor]
+) -> Spans:
+    """Part the image tokens into newlines, patches under a box of the question's objects, and the others."""
+    boxes = [thing.box for thing in sample.objects if thing.box]
+    flags = _flag_tokens(model, size, inputs, boxes)
+    tokens = spans["image"]
+    if len(flags) != len(tokens):
+        reason = _unaligned(len(flags), len(tokens))
+        return spans.with_missing(image_newline=reason, image_related=reason, image_other=reason)
+    newline, related = torch.isnan(flags).tolist(), (flags > 0).tolist()
+    marks = list(zip(tokens, newline, related, strict=True))
+    spans = spans.with_(
+        image=[p for p, is_newline, _ in marks if not is_newline],
+        image_newline=[p for p, is_newline, _ in marks if is_newline],
+        image_related=[p for p, _, is_related in marks if is_related],
+        image_other=[p for p, is_newline, is_related in marks if not is_newline and not is_related],
+    )
+    if not boxes:
+        reason = "no object of the question has a box in the picture"
+        return spans.with_missing(image_related=reason, image_other=reason)
+    if "image_related" not in spans:
+        return spans.with_missing(image_related="every box lies outside what the model sees of the picture")
+    return (
+        spans if "image_other" in spans else spans.with_missing(image_other="boxes cover the whole picture")
+    )
+
+
+def _flag_tokens(
+    model: VLM, size: tuple[int, int], inputs: Mapping[str, Tensor], boxes: Iterable[Box]
+) -> Float[Tensor, " image_tokens"]:
+    """Say for each image token whether a box reaches into it: above 0 yes, 0 no, NaN for a newline.
+
+    Args:
+        size: width and height of the stored picture.
+    """
+    drawn = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    for box in boxes:
+        left, top = max(0, floor(box.x)), max(0, floor(box.y))
+        drawn[top : max(0, ceil(box.y + box.h)), left : max(0, ceil(box.x + box.w))] = 255
+    # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
+    pixels = model.processor.image_processor(
+        images=_square(model, Image.fromarray(drawn), (0, 0, 0)),
+        do_normalize=False,
+        resample=Image.Resampling.BOX,
+        return_tensors="pt",
+    )["pixel_values"]
+    tiles = pixels.reshape(-1, *pixels.shape[-3:]).float().amax(1, keepdim=True)
+    patches = F.max_pool2d(tiles, model.image_patch_size).flatten(1)
+    return model.in_token_order(patches[:, :, None], inputs)[:, 0]
+
+
+def _unaligned(n_patches: int, n_tokens: int) -> str:
+    return f"this model's {n_tokens} image tokens are not the {n_patches} patches of its picture in order"

@@ -1,0 +1,234 @@
+"""The plain slow way: one full forward pass of the decoder for every variant.
+
+It is the oracle that the fast sweep is held against, and the fallback where the sweep does not fit. It shares
+nothing with the sweep: the library's own attention runs, with another mask, another value or a zeroed output.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mmflow_utils.encode import Encoded
+from mmflow_utils.flows import Variant
+from mmflow_utils.models import VLM, text_inputs
+
+__all__ = ["Run", "run_reference"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine returns: float32 logits at one position, clean and under each variant.
+
+    Attributes:
+        base: the clean run's logits.
+        variants: one row of logits for each variant, in their order.
+        resid_post: the clean residual stream there: the embedding, then the output of each layer, before
+            the final norm.
+    """
+
+    base: Float[Tensor, " vocab"]
+    variants: Float[Tensor, "n_variants vocab"]
+    resid_post: Float[Tensor, "n_layers_plus_1 d"] | None = None
+
+
+@torch.inference_mode()
+def run_reference(
+    model: VLM,
+    encoded: Encoded,
+    variants: Sequence[Variant],
+    *,
+    read: int | None = None,
+    progress: Callable[[], Any] | None = None,
+) -> Run:
+    """Run a prompt clean and under every variant, each in a full forward pass (§3.2, Eq. 7).
+
+    In the layers of a variant, for each of its causal edges (source <= target), in all heads:
+
+    - `mask`: the edge gets -inf before the softmax, and the target's attention renormalises over the keys
+      left. A target with no key left gets nothing: its mixed values, before the output projection, are 0.
+    - `zero_value`: the attention pattern stays, the value that runs along the edge is 0.
+    - `mean_value`: the pattern stays; the value is the mean of the values of this target's sources in this
+      layer and head. What the sources have in common gets through, what tells them apart does not; a single
+      source is its own mean and changes nothing.
+    - `attention_output`, `mlp_output`: the module's output is 0 at the target positions (App. D).
+
+    Args:
+        model: the model.
+        encoded: the prompt. The picture's features are computed once.
+        variants: what to change, one run each.
+        read: position whose logits are wanted; the last by default.
+        progress: called after each variant.
+
+    Raises:
+        ValueError: a variant names a layer or position that isn't there; `read` is outside the prompt.
+    """
+    n_tokens = encoded.spans.n_tokens
+    read = encoded.spans.last if read is None else read
+    if not 0 <= read < n_tokens:
+        raise ValueError(f"Expected `read` to be a position from 0 to {n_tokens - 1}, got {read}.")
+    for variant in variants:
+        _check_inside(variant, n_layers=model.n_layers, n_tokens=n_tokens)
+    with _collect_stream(model, read) as stream:
+        kwargs, hidden = text_inputs(model, encoded.inputs)
+    base = _logits(model, hidden, read)
+    rows = []
+    for variant in variants:
+        with intervene(model, variant, n_tokens):
+            rows.append(_logits(model, model.text(**kwargs).last_hidden_state, read))
+        if progress:
+            progress()
+    return Run(
+        base=base,
+        variants=torch.stack(rows) if rows else base.new_empty(0, len(base)),
+        resid_post=torch.stack(stream),
+    )
+
+
+def _logits(model: VLM, hidden: Float[Tensor, "1 n d"], read: int) -> Float[Tensor, " vocab"]:
+    return model.unembed(hidden[0, read]).float().cpu()
+
+
+@contextmanager
+def _collect_stream(model: VLM, read: int) -> Iterator[list[Tensor]]:
+    """Collect the residual stream at one position: what enters layer 0, then what leaves each layer."""
+    stream: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> None:
+        stream.append(tensor[0, read].float().cpu())
+
+    hooks = [model.layers[0].register_forward_pre_hook(lambda _, args: keep(args[0]))]
+    hooks += [layer.register_forward_hook(lambda _, __, out: keep(out)) for layer in model.layers]
+    try:
+        yield stream
+    finally:
+        _remove(hooks)
+
+
+@contextmanager
+def intervene(model: VLM, variant: Variant, n_tokens: int) -> Iterator[None]:
+    """Hold a variant's intervention while the block runs; undo it however the block ends."""
+    blocked = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
+    for target in variant.target:
+        blocked[target, [source for source in variant.source if source <= target]] = True
+    install = {
+        "mask": _mask_edges,
+        "zero_value": _replace_values,
+        "mean_value": _replace_values,
+        "attention_output": _zero_module,
+        "mlp_output": _zero_module,
+    }[variant.intervention]
+    hooks: list[Any] = []
+    try:
+        for layer in variant.layers:
+            install(hooks, model, layer, variant, blocked)
+        yield
+    finally:
+        _remove(hooks)
+
+
+def _mask_edges(
+    hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]
+) -> None:
+    """Add the blocked edges to whatever mask the layer is given: causal, sliding or the library's own."""
+    starved = torch.zeros(len(blocked), dtype=torch.bool)
+
+    def change_mask(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = _additive(kwargs.get("attention_mask"), hidden)
+        closed = blocked.to(mask.device)
+        lowest = torch.finfo(mask.dtype).min
+        left = (mask > lowest / 2) & ~closed
+        # A row without an open key has no softmax. It keeps its own mask, and what it then reads is
+        # thrown away below.
+        starved.copy_(~left.any(-1).any(1)[0])
+        closed = closed & ~starved.to(mask.device)[:, None]
+        return args, kwargs | {"attention_mask": mask.masked_fill(closed, lowest)}
+
+    def give_nothing(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].masked_fill(starved.to(args[0].device)[:, None], 0.0),)
+
+    hooks.append(model.layers[layer].register_forward_pre_hook(change_mask, with_kwargs=True))
+    hooks.append(model.output_proj(layer).register_forward_pre_hook(give_nothing))
+
+
+def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 heads n n"]:
+    """Write a layer's own mask, in any of the library's forms, as one to be added to the scores."""
+    n_tokens = hidden.shape[1]
+    if mask is None:  # fused attention is told "causal" and gets no mask
+        mask = torch.ones(1, 1, n_tokens, n_tokens, dtype=torch.bool, device=hidden.device).tril()
+    if mask.ndim != 4 or mask.shape[-2:] != (n_tokens, n_tokens):
+        raise ValueError(
+            f"Expected an attention mask of shape (1, 1, {n_tokens}, {n_tokens}) in a decoder layer, got "
+            f"{tuple(mask.shape)}: load the model with the `sdpa` or `eager` attention kernel."
+        )
+    if mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(hidden.dtype).min
+    return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
+
+
+def _replace_values(
+    hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]
+) -> None:
+    """Run the layer's attention again with other values, and give the targets what comes out of that."""
+    attention, value_proj = model.attention(layer), model.value_proj(layer)
+    # Targets that see the same sources share a run.
+    sources, group = blocked.unique(dim=0, return_inverse=True)
+
+    def rerun(_: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
+        mixed = output[0].clone()
+        for n, held in enumerate(sources):
+            if held.any():
+                hook = value_proj.register_forward_hook(lambda _, __, v, held=held: other_values(v, held))
+                try:
+                    again = attention.forward(*args, **kwargs)[0]
+                finally:
+                    hook.remove()
+                rows = (group == n).to(mixed.device)
+                mixed[:, rows] = again[:, rows]
+        return (mixed, *output[1:])
+
+    def other_values(values: Tensor, held: Tensor) -> Tensor:
+        values = values.clone()
+        held = held.to(values.device)
+        mean = values[:, held].mean(1, keepdim=True)
+        values[:, held] = mean if variant.intervention == "mean_value" else 0.0
+        return values
+
+    hooks.append(attention.register_forward_hook(rerun, with_kwargs=True))
+
+
+def _zero_module(
+    hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]
+) -> None:
+    """Zero what a module adds to the residual stream at the target positions."""
+    module = (model.attention if variant.intervention == "attention_output" else model.mlp)(layer)
+
+    def zero(_: nn.Module, __: tuple, output: Any) -> Any:
+        first = (output[0] if isinstance(output, tuple) else output).clone()
+        first[:, list(variant.target)] = 0.0
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    hooks.append(module.register_forward_hook(zero))
+
+
+def _remove(hooks: Sequence[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _check_inside(variant: Variant, *, n_layers: int, n_tokens: int) -> None:
+    if len(variant.layers) and variant.layers[-1] >= n_layers:
+        raise ValueError(
+            f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}."
+        )
+    if max((*variant.target, *variant.source)) >= n_tokens:
+        raise ValueError(
+            f"A variant names position {max((*variant.target, *variant.source))}, but the prompt has "
+            f"{n_tokens} tokens, image tokens expanded."
+        )
