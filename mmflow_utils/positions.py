@@ -19,9 +19,7 @@ __all__ = [
 ]
 
 Range = tuple[int, int]  # characters, half-open
-Named = tuple[
-    str, tuple[int, int] | None
-]  # an object's name and its half-open range of words, where annotated
+Named = tuple[str, tuple[int, int] | None]  # an object's name and its range of words, where annotated
 
 UNNAMED = "_"  # how GQA writes an object that its question asks for without naming it
 _WORD = re.compile(r"\w+(?:-\w+)*")
@@ -200,8 +198,8 @@ def find_objects(question: str, objects: Sequence[Named]) -> tuple[tuple[Range, 
         The ranges and an empty string, or None and the reason: a name that isn't there, or that stands more
         often than there are such objects.
 
-    >>> find_objects("Is the red bottle left of the water bottle?", [("bottle", None), ("water bottle", None)])
-    (((11, 17), (30, 42)), '')
+    >>> find_objects("Is that bottle left of the water bottle?", [("bottle", None), ("water bottle", None)])
+    (((8, 14), (27, 39)), '')
     """
     named = [(name, _characters(question, words)) for name, words in objects if name != UNNAMED]
     if not named:

@@ -1,0 +1,25 @@
+"""Samples: one question about one picture, and the readers that make them (paper §4, App. A)."""
+
+from mmflow_utils.samples.authors import read_authors_csv
+from mmflow_utils.samples.gqa import read_gqa
+from mmflow_utils.samples.records import (
+    TASKS,
+    Box,
+    Sample,
+    SceneObject,
+    frame_to_samples,
+    load_image,
+    samples_to_frame,
+)
+
+__all__ = [
+    "Box",
+    "Sample",
+    "SceneObject",
+    "TASKS",
+    "frame_to_samples",
+    "load_image",
+    "read_authors_csv",
+    "read_gqa",
+    "samples_to_frame",
+]

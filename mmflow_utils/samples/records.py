@@ -1,0 +1,169 @@
+"""The records: a sample, its objects and their boxes; its picture; and their way into a frame and back."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+__all__ = [
+    "TASKS",
+    "Box",
+    "Sample",
+    "SceneObject",
+    "frame_to_samples",
+    "load_image",
+    "samples_to_frame",
+    "task_of",
+]
+
+TASKS: dict[str, frozenset[str]] = {
+    "ChooseAttr": frozenset({"chooseAttr", "materialChoose", "typeChoose", "activityChoose"}),
+    "ChooseCat": frozenset({"objThisChoose", "categoryThatChoose", "categoryThisChoose"}),
+    "ChooseRel": frozenset({"relChooser"}),
+    "CompareAttr": frozenset({"twoCommon"}),
+    "LogicalObj": frozenset({"existThatOr", "existThatOrC"}),
+    "QueryAttr": frozenset({"positionQuery"}),
+}
+"""The six tasks, in the paper's order (Table 1), by GQA's `types.detailed`."""
+
+
+def task_of(detailed: str) -> str | None:
+    """Give the task that GQA's `types.detailed` belongs to, or None where the paper leaves it out.
+
+    >>> task_of("relChooser"), task_of("verifyAttr")
+    ('ChooseRel', None)
+    """
+    return next((task for task, kinds in TASKS.items() if detailed in kinds), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A rectangle in pixels of the stored picture: its left upper corner, its width and height."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObject:
+    """An object that a question is about.
+
+    Attributes:
+        name: Its name in the question's operations; "_" where the question asks for it without naming it.
+        object_id: Its id in the scene graph; None where the picture doesn't have it (GQA writes "-").
+        box: Where it is; None where that isn't known.
+        words: Half-open range of the question's words (split at spaces) that stand for it, where GQA says so.
+    """
+
+    name: str
+    object_id: str | None = None
+    box: Box | None = None
+    words: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        answer: The label, in lower case.
+        task: One of `TASKS`, or None for the kinds of question that the paper leaves out.
+        structural, semantic, detailed: GQA's types of the question.
+        option_true, option_false: The options, where it offers two; the true one is the answer.
+        image_size: Width and height in pixels that the boxes refer to; `load_image` holds the picture to it.
+    """
+
+    sample_id: str
+    image_id: str
+    image: Path
+    question: str
+    answer: str
+    task: str | None
+    structural: str
+    semantic: str
+    detailed: str
+    option_true: str | None = None
+    option_false: str | None = None
+    objects: tuple[SceneObject, ...] = ()
+    full_answer: str | None = None
+    caption: str | None = None
+    image_size: tuple[int, int] | None = None
+
+
+def load_image(sample: Sample) -> Image.Image:
+    """Open a sample's picture, as RGB.
+
+    Raises:
+        ValueError: The picture is missing or broken, or of another size than its boxes refer to.
+    """
+    try:
+        with Image.open(sample.image) as stored:
+            picture = stored.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"sample {sample.sample_id}: no picture {sample.image}; unpack the pictures there, or name their"
+            " folder by the parameter images"
+        ) from error
+    except Exception as error:  # a decoder that meets a broken file raises what it likes
+        raise ValueError(
+            f"sample {sample.sample_id}: picture {sample.image} is broken ({error}); fetch it again"
+        ) from error
+    if sample.image_size and picture.size != sample.image_size:
+        raise ValueError(
+            f"sample {sample.sample_id}: picture {sample.image} is {picture.size} pixels, but its boxes refer"
+            f" to {sample.image_size}; use the pictures that belong to the questions, not resized"
+        )
+    return picture
+
+
+def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:
+    """Put samples into a frame of text columns, nested values as JSON, which parquet can hold.
+
+    >>> samples_to_frame([]).columns[:4].tolist()
+    ['sample_id', 'image_id', 'image', 'question']
+    """
+    rows = []
+    for sample in samples:
+        row = asdict(sample)
+        row |= {"image": str(sample.image), "objects": json.dumps(row["objects"])}
+        row["image_size"] = json.dumps(sample.image_size) if sample.image_size else None
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[field.name for field in fields(Sample)], dtype="str")
+
+
+def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
+    """Turn the frame of `samples_to_frame` back into samples.
+
+    Raises:
+        ValueError: A column that is missing, or a nested value that can't be read.
+    """
+    names = [field.name for field in fields(Sample)]
+    if missing := [name for name in names if name not in frame]:
+        raise ValueError(
+            f"the frame lacks the columns {', '.join(missing)}: expected that of samples_to_frame"
+        )
+    samples = []
+    for row in frame[names].to_dict("records"):
+        row = {name: None if pd.isna(value) else value for name, value in row.items()}
+        try:
+            row["objects"] = tuple(_scene_object(value) for value in json.loads(row["objects"]))
+            row["image_size"] = tuple(json.loads(row["image_size"])) if row["image_size"] else None
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"sample {row['sample_id']}: objects or image_size can't be read: {error}"
+            ) from error
+        samples.append(Sample(**row | {"image": Path(row["image"])}))
+    return samples
+
+
+def _scene_object(value: dict[str, Any]) -> SceneObject:
+    box, words = value["box"], value["words"]
+    return SceneObject(
+        **value | {"box": Box(**box) if box else None, "words": tuple(words) if words else None}
+    )
