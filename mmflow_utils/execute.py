@@ -1,0 +1,210 @@
+"""Run one notebook for one model through papermill, and judge honestly whether it succeeded.
+
+    python -m mmflow_utils.execute 02_flow_to_last llava-1.5-7b -p window 5
+
+The executed copy goes to outputs/<model>/. A run that fails leaves `<notebook>.failed.ipynb` there,
+with everything up to the error and its traceback, and ends with exit code 1.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillException, PapermillExecutionError
+from traitlets.config import Config
+
+from mmflow_utils.params import ROOT, Params, read_yaml, unknown_parameters
+
+__all__ = ["check_parameters", "find_problems", "run_notebook"]
+
+# Without this, every kernel start prints a notice about TCP.
+QUIET_KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
+
+
+def run_notebook(
+    notebook: str | Path,
+    model: str | Path = "mini",
+    overrides: dict[str, Any] | None = None,
+    *,
+    timeout_s: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Execute a notebook with a model's parameters and return the executed copy.
+
+    Args:
+        notebook: A path, or a name in notebooks/.
+        model: A path to a parameter file, or a name in params/.
+        overrides: Parameters that win over the file's.
+        timeout_s: Longest time that a single cell may take, in seconds.
+        progress: Show a bar of cells.
+
+    Raises:
+        ValueError: The parameters are wrong; nothing was run.
+        RuntimeError: The notebook failed; names the cell, the error and the half-run copy.
+    """
+    notebook, file = _find(notebook, "notebooks", ".ipynb"), _find(model, "params", ".yaml")
+    values = read_yaml(file) | (overrides or {})
+    folder = check_parameters(notebook, values).folder
+    finished, failed = folder / f"{notebook.stem}.ipynb", folder / f"{notebook.stem}.failed.ipynb"
+    running = folder / f".{notebook.stem}.running.ipynb"
+    folder.mkdir(parents=True, exist_ok=True)
+    running.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
+
+    stopped = _execute(notebook, running, values, timeout_s=timeout_s, progress=progress)
+    problems = find_problems(nbformat.read(running, as_version=4)) if running.exists() else []
+    if stopped or problems:
+        if running.exists():
+            os.replace(running, failed)
+        raise RuntimeError(
+            f"{notebook.stem} failed for {file.stem}: {stopped or problems[0]}\n  Half-run copy: {failed}"
+        )
+    executed = nbformat.read(running, as_version=4)
+    _name_the_model(executed, values.get("model", file.stem))
+    nbformat.write(executed, running)
+    os.replace(running, finished)
+    return finished
+
+
+def refresh_outputs(notebook: str | Path) -> Path:
+    """Execute a notebook as it stands and write it back with its outputs, free of this machine's traces."""
+    notebook = _find(notebook, "notebooks", ".ipynb")
+    running = ROOT / "outputs" / f".{notebook.stem}.running.ipynb"
+    running.parent.mkdir(exist_ok=True)
+    try:
+        stopped = _execute(notebook, running, {}, timeout_s=None, progress=True)
+        executed = nbformat.read(running, as_version=4)
+        problems = find_problems(executed)
+        if stopped or problems:
+            raise RuntimeError(f"{notebook.stem} failed and stays as it was: {stopped or problems[0]}")
+        executed.metadata = NotebookNode(
+            kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+            language_info={"name": "python"},
+        )
+        for cell in executed.cells:
+            kept = {
+                key: value for key, value in cell.metadata.items() if key not in ("papermill", "execution")
+            }
+            cell.metadata = NotebookNode({key: value for key, value in kept.items() if value != []})
+        nbformat.write(executed, running)
+        os.replace(running, notebook)
+    finally:
+        running.unlink(missing_ok=True)
+    return notebook
+
+
+def check_parameters(notebook: Path, values: dict[str, Any]) -> Params:
+    """Hold values against the schema and the notebook's `parameters` cell, before a kernel starts.
+
+    Raises:
+        ValueError: One sentence for each name that the notebook doesn't declare, wrong type, or value
+            out of range. What one notebook alone has is judged by the notebook's own validating cell.
+    """
+    declared = papermill.inspect_notebook(str(notebook))
+    unknown = unknown_parameters(values, declared)
+    if unknown:
+        raise ValueError(f"{notebook.name}: " + "; ".join(unknown))
+    return Params(**{name: value for name, value in values.items() if name in Params.model_fields})
+
+
+def find_problems(executed: NotebookNode) -> list[str]:
+    """List what shows that a notebook did not run to its end: cells that never ran, cells with an error.
+
+    papermill's own status can't be trusted: after a kernel's death it calls every cell completed.
+    """
+    problems = []
+    code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
+    for number, cell in enumerate(code, start=1):
+        first_line = cell.source.strip().splitlines()[0]
+        expected = "raises-exception" in cell.metadata.get("tags", [])
+        for output in cell.outputs:
+            if output.output_type == "error" and not expected:
+                problems.append(f"code cell {number} ({first_line}) raised {output.ename}: {output.evalue}")
+        if cell.execution_count is None:
+            problems.append(f"code cell {number} ({first_line}) never ran")
+    return problems
+
+
+def _execute(
+    source: Path, target: Path, values: dict[str, Any], *, timeout_s: int | None, progress: bool
+) -> str:
+    """Run papermill from `source` to `target`; say what stopped it, or nothing."""
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters=values,
+            kernel_name="python3",
+            cwd=ROOT,
+            progress_bar={"desc": source.stem} if progress else False,
+            execution_timeout=timeout_s,
+            config=QUIET_KERNEL,
+        )
+    except PapermillExecutionError as error:
+        return f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        return "the kernel died; most often memory ran out: try fewer samples or a smaller dtype"
+    except CellTimeoutError:
+        return f"a cell took longer than {timeout_s} s: give it more with --timeout-s"
+    except PapermillException as error:
+        return str(error)
+    return ""
+
+
+def _find(name: str | Path, folder: str, suffix: str) -> Path:
+    """Take a path that exists, or a name in one of the project's folders."""
+    path = Path(name)
+    path = path.resolve() if path.suffix == suffix else ROOT / folder / f"{name}{suffix}"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (ROOT / folder).glob(f"*{suffix}"))) or "nothing"
+        raise ValueError(f"There is no {path}; {folder}/ holds {known}.")
+    return path
+
+
+def _name_the_model(executed: NotebookNode, model: str) -> None:
+    """Put the model into the title, so that pages of several models can be told apart."""
+    for cell in executed.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("# "):
+            title, *rest = cell.source.split("\n")
+            cell.source = "\n".join([f"{title} — {model}", *rest])
+            executed.metadata["title"] = cell.source.split("\n")[0].removeprefix("# ")
+            return
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmflow_utils.execute", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("notebook", help="a path, or a name in notebooks/")
+    parser.add_argument("model", nargs="?", default="mini", help="a parameter file, or a name in params/")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override"
+    )
+    parser.add_argument("--timeout-s", type=int, help="longest time for one cell, in seconds")
+    parser.add_argument("--in-place", action="store_true", help="refresh the outputs in notebooks/ instead")
+    given = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        if given.in_place:
+            path = refresh_outputs(given.notebook)
+        else:
+            overrides = {name: yaml.safe_load(value) for name, value in given.p}
+            path = run_notebook(given.notebook, given.model, overrides, timeout_s=given.timeout_s)
+    except (ValueError, RuntimeError, yaml.YAMLError) as error:
+        print(f"mmflow: {error}", file=sys.stderr)
+        return 1
+    print(f"mmflow: {path.parent.name}/{path.name} is done, {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

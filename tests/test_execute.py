@@ -1,0 +1,147 @@
+"""One notebook through papermill: parameters judged first, success judged by what really ran."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from mmflow_utils import execute
+from mmflow_utils.execute import find_problems, main, run_notebook
+
+DECLARED = """
+model: str = "mini"  # which
+outputs: str = "outputs"
+window: int = 3  # layers
+sharpness: float = 0.5
+""".strip()
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a notebook whose parameters cell is followed by the given cells, and a parameter file for it."""
+    (tmp_path / "tiny.yaml").write_text(f"model: tiny\noutputs: {tmp_path}/out\n")
+
+    def write(*cells: str, title="# 02 · Flow: who speaks?\n\nText."):
+        parameters = new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
+        code = [new_code_cell(cell) for cell in cells]
+        path = tmp_path / "02_flow.ipynb"
+        nbformat.write(
+            new_notebook(cells=[new_markdown_cell(title), parameters, *code], metadata=KERNEL), path
+        )
+        return path
+
+    return write
+
+
+def run(path, *more):
+    return main([str(path), str(path.with_name("tiny.yaml")), *more])
+
+
+def left_behind(tmp_path):
+    return sorted(file.name for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+def test_a_good_run_leaves_one_titled_copy(tmp_path, write, capfd):
+    path = write("print(model, window)")
+    before = path.read_bytes()
+    assert run(path, "-p", "window", "7") == 0
+    assert left_behind(tmp_path) == ["02_flow.ipynb"]
+    done = nbformat.read(tmp_path / "out" / "tiny" / "02_flow.ipynb", as_version=4)
+    assert done.cells[-1].outputs[0].text == "tiny 7\n"
+    assert done.cells[0].source == "# 02 · Flow: who speaks? — tiny\n\nText."
+    assert path.read_bytes() == before
+    assert "TCP" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (("windw", "7"), "Unknown parameter windw = 7: did you mean window?"),
+        (("seed", "1"), "Unknown parameter seed = 1"),  # the schema has it, this notebook doesn't
+        (("window", "many"), "window = 'many'"),
+        (("window", "0"), "window = 0"),
+    ],
+)
+def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, write, capsys, monkeypatch, override, said):
+    monkeypatch.setattr(execute.papermill, "execute_notebook", pytest.fail)
+    assert run(write("1"), "-p", *override) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["02_no_such"], ["no/such.ipynb"], ["{notebook}", "minni"]])
+def test_a_missing_notebook_or_model_is_one_sentence(write, capsys, arguments):
+    assert main([argument.format(notebook=write("1")) for argument in arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mmflow: There is no")
+    assert said.count("\n") == 1
+
+
+def test_an_error_keeps_the_half_run_copy_with_its_traceback(tmp_path, write, capsys):
+    path = write("print('so far')", "1 / 0", "print('never')")
+    assert run(path) == 1
+    assert left_behind(tmp_path) == ["02_flow.failed.ipynb"]
+    assert "02_flow failed for tiny: ZeroDivisionError: division by zero" in capsys.readouterr().err
+    half = (tmp_path / "out" / "tiny" / "02_flow.failed.ipynb").read_text()
+    assert "so far" in half
+    assert "ZeroDivisionError" in half
+
+
+def test_a_failure_leaves_the_last_good_copy_and_a_success_clears_the_failed_one(tmp_path, write):
+    assert run(write("assert sharpness == 0.5")) == 0
+    good = (tmp_path / "out" / "tiny" / "02_flow.ipynb").read_bytes()
+    assert run(write("raise SystemError('later')")) == 1
+    assert left_behind(tmp_path) == ["02_flow.failed.ipynb", "02_flow.ipynb"]
+    assert (tmp_path / "out" / "tiny" / "02_flow.ipynb").read_bytes() == good
+    assert run(write("1")) == 0
+    assert left_behind(tmp_path) == ["02_flow.ipynb"]
+
+
+def test_a_kernel_that_dies_is_a_failure(tmp_path, write, capsys):
+    assert run(write("import os; os._exit(9)", "print('never')")) == 1
+    assert "kernel died" in capsys.readouterr().err
+    assert left_behind(tmp_path) == ["02_flow.failed.ipynb"]
+
+
+def test_a_cell_that_takes_too_long_is_a_failure(tmp_path, write, capsys):
+    assert run(write("import time; time.sleep(60)"), "--timeout-s", "2") == 1
+    assert "longer than 2 s" in capsys.readouterr().err
+    assert left_behind(tmp_path) == ["02_flow.failed.ipynb"]
+
+
+def test_a_run_that_papermill_calls_a_success_is_still_judged(write, monkeypatch):
+    monkeypatch.setattr(
+        execute.papermill,
+        "execute_notebook",
+        lambda source, target, **rest: target.write_bytes(source.read_bytes()),
+    )
+    path = write("print('never ran')")
+    with pytest.raises(RuntimeError, match=r"code cell 1 \(model: str.* never ran"):
+        run_notebook(path, path.with_name("tiny.yaml"), progress=False)
+
+
+def test_an_error_that_a_cell_announces_is_no_problem():
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="as shown", traceback=[])
+    cell = new_code_cell("show()", execution_count=1, outputs=[error])
+    assert find_problems(new_notebook(cells=[cell])) == ["code cell 1 (show()) raised ValueError: as shown"]
+    cell.metadata["tags"] = ["raises-exception"]
+    assert find_problems(new_notebook(cells=[cell])) == []
+
+
+def test_refreshing_in_place_leaves_outputs_and_no_traces(write):
+    path = write("print(window)", "display('picture')")
+    assert main([str(path), "--in-place"]) == 0
+    text = path.read_text()
+    done = nbformat.reads(text, as_version=4)
+    assert [cell.get("execution_count") for cell in done.cells] == [None, 1, 2, 3]
+    assert done.cells[2].outputs[0].text == "3\n"
+    assert done.metadata.kernelspec.name == "python3"
+    assert not [trace for trace in ("papermill", "iopub", str(path.parent)) if trace in text]
+
+
+def test_a_refresh_that_fails_changes_nothing(write, capsys):
+    path = write("1 / 0")
+    before = path.read_bytes()
+    assert main([str(path), "--in-place"]) == 1
+    assert path.read_bytes() == before
+    assert "stays as it was" in capsys.readouterr().err
