@@ -58,8 +58,9 @@ def _authors_sample(row: dict[str, Any], subjects: tuple[str, ...], folder: Path
         sides = {side: row[f"{subject} {side}"] for side in "xywh"}
         box = None
         if "-" not in sides.values():
+            numbers = {side: number(value) for side, value in sides.items()}
             try:
-                box = clipped_box(sides, *size)
+                box = clipped_box(numbers, *size)
             except ValueError as error:
                 _LOG.warning(
                     "question %s: no box for %s (%s): %s", row["question_id"], name, object_id, error

@@ -145,7 +145,7 @@ def _options(
         choices = next(part for part in argument.split(",") if "|" in part).split("|")
         choices = [re.sub(r"^to the (.+) of$", r"\1", choice.strip()) for choice in choices]
         true = [choice for choice in choices if choice.lower() == answer]
-        if len(choices) == 2 and len(true) == 1:
+        if len(choices) == 2 and len(true) == 1 and all(choices):
             return true[0], next(choice for choice in choices if choice != true[0])
         notes.append(f"options not used: the answer {answer!r} should be one of two, got {argument!r}")
     return None, None
