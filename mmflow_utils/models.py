@@ -191,16 +191,7 @@ def load_model(params: Any) -> VLM:
     folder = find_checkpoint(params.checkpoint, params.revision)
     config = _read_part(AutoConfig, folder, "a model configuration (config.json)")
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    hf = _read_part(
-        AutoModelForImageTextToText if sees else AutoModelForCausalLM,
-        folder,
-        "model weights",
-        dtype=getattr(torch, params.dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        device_map=params.device_map,
-    )
-    hf = hf.eval().requires_grad_(False)
+    hf = _read_weights(AutoModelForImageTextToText if sees else AutoModelForCausalLM, folder, params)
     processor = _read_processor(folder, config) if sees else None
     tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer")
     return VLM(
@@ -270,9 +261,29 @@ def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:
     """Read one part of a checkpoint, or say in one sentence which part could not be read."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what a broken file raises depends on where it is broken
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"Expected {what} in {folder}, but it can't be read: {reason}") from error
+
+
+def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
+    hf, info = _read_part(
+        kind,
+        folder,
+        "model weights",
+        dtype=getattr(torch, params.dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        device_map=params.device_map,
+        output_loading_info=True,
+    )
+    # The library fills what a checkpoint lacks with random numbers and goes on.
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"Expected all of the model's weights in {folder}, but {len(missing)} are missing, {missing[0]} "
+            "among them: is this checkpoint of the architecture that its config.json names?"
+        )
+    return hf.eval().requires_grad_(False)
 
 
 def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:

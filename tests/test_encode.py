@@ -1,0 +1,212 @@
+"""Positions are the tokens they are called, and boxes reach the image tokens that really see them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import IMAGE_SIZE, PATCH_SIZE, PROMPT, QUESTION, tiny_sample, tiny_vlm
+
+from mmflow_utils.encode import encode, find_image_patches
+from mmflow_utils.models import text_inputs
+from mmflow_utils.samples import Box, SceneObject
+
+FAMILIES = ["llava", "llava_next"]
+SIDE = IMAGE_SIZE // PATCH_SIZE
+
+
+def spelled(encoded, name):
+    return "".join(encoded.tokens[p] for p in encoded.spans[name]).strip()
+
+
+def box_of(x, y, w, h):
+    return Box(x=float(x), y=float(y), w=float(w), h=float(h))
+
+
+def with_box(*box, name="cup"):
+    return (SceneObject(name=name, box=box_of(*box)),)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_name_stands_for_its_words(family, tmp_path):
+    encoded = encode(tiny_vlm(family), tiny_sample(tmp_path))
+    assert spelled(encoded, "question") == QUESTION
+    assert [spelled(encoded, name) for name in ("option_true", "option_false")] == ["left", "right"]
+    assert spelled(encoded, "objects") == "cup ball"
+    assert encoded.spans["last"] == (encoded.inputs["input_ids"].shape[1] - 1,)
+    assert {encoded.tokens[p] for p in encoded.spans["image"]} == {"<image>"}
+    text = "".join(t for p, t in enumerate(encoded.tokens) if p not in encoded.spans["image"][1:])
+    assert text.replace("<image>" * (text.count("<image>") - 1), "").endswith(PROMPT[-40:])
+
+
+@pytest.mark.parametrize("size", [(40, 28), (28, 40), (30, 30), (90, 20), (20, 90)])
+def test_newline_positions_hold_the_newline_embedding_and_no_others_do(size, tmp_path):
+    model = tiny_vlm("llava_next")
+    encoded = encode(model, tiny_sample(tmp_path, size=size))
+    embeddings = text_inputs(model, encoded.inputs)[0]["inputs_embeds"][0]
+    is_newline = (embeddings == model.hf.model.image_newline).all(-1)
+    assert tuple(is_newline.nonzero().flatten().tolist()) == encoded.spans["image_newline"]
+    parts = [encoded.spans[name] for name in ("image_related", "image_other", "image_newline")]
+    placeholders = (encoded.inputs["input_ids"][0] == model.image_token_id).nonzero().flatten().tolist()
+    assert sorted(sum(parts, ())) == placeholders
+    assert sorted(parts[0] + parts[1]) == sorted(encoded.spans["image"])
+
+
+def changed_tokens(model, sample, box):
+    """Paint the box over in the picture itself, and see which image tokens get other pixels."""
+    before = encode(model, sample).inputs["pixel_values"]
+    pixels = np.array(Image.open(sample.image))
+    inside = pixels[int(box.y) : int(box.y + box.h), int(box.x) : int(box.x + box.w)]
+    inside[:] = 255 - inside
+    Image.fromarray(pixels).save(sample.image)
+    encoded = encode(model, sample)
+    change = (encoded.inputs["pixel_values"] - before).abs().reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).amax(1)
+    patches = change.reshape(-1, SIDE, PATCH_SIZE, SIDE, PATCH_SIZE).amax((2, 4)).flatten(1)
+    order = model.in_token_order(patches[:, :, None], encoded.inputs)[:, 0]
+    image = sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
+    return encoded, {p for p, value in zip(image, order.tolist(), strict=True) if value > 0}
+
+
+@pytest.mark.parametrize("box", [(6, 6, 6, 6), (5, 6, 1, 1), (0, 0, 24, 1), (11, 11, 2, 2), (23, 23, 1, 1)])
+def test_boxes_reach_exactly_the_patches_whose_pixels_they_cover(box, tmp_path):
+    sample = tiny_sample(tmp_path, size=(IMAGE_SIZE, IMAGE_SIZE), objects=with_box(*box))
+    encoded, changed = changed_tokens(tiny_vlm("llava"), sample, sample.objects[0].box)
+    assert set(encoded.spans["image_related"]) == changed
+    rows = {r // PATCH_SIZE for r in range(box[1], box[1] + box[3])}
+    columns = {c // PATCH_SIZE for c in range(box[0], box[0] + box[2])}
+    start = encoded.spans["image"][0]
+    assert changed == {start + r * SIDE + c for r in rows for c in columns}
+
+
+def test_boxes_reach_the_tiles_of_the_next_generation_too(tmp_path):
+    sample = tiny_sample(tmp_path, size=(48, 48), objects=with_box(13, 25, 4, 10))
+    encoded, changed = changed_tokens(tiny_vlm("llava_next"), sample, sample.objects[0].box)
+    related, base_end = set(encoded.spans["image_related"]), encoded.spans["image"][0] + SIDE**2
+    tiles = {p for p in related if p >= base_end}
+    assert tiles and tiles == {p for p in changed if p >= base_end}  # tiles are not resampled here
+    assert related - tiles and related <= changed  # the base image is, and its filter spreads
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+@pytest.mark.parametrize("size", [(48, 24), (24, 48)])
+def test_padding_and_cropping_move_boxes_with_the_picture(do_pad, size, tmp_path):
+    middle = box_of(size[0] / 2 - 3, size[1] / 2 - 3, 6, 6)
+    sample = tiny_sample(tmp_path, size=size, objects=(SceneObject(name="cup", box=middle),))
+    encoded, changed = changed_tokens(tiny_vlm("llava", do_pad=do_pad), sample, middle)
+    related = {p - encoded.spans["image"][0] for p in encoded.spans["image_related"]}
+    assert related == {5, 6, 9, 10}
+    assert set(encoded.spans["image_related"]) <= changed
+
+
+def test_a_cropped_box_is_missing_with_its_reason_and_padding_brings_it_back(tmp_path):
+    sample = tiny_sample(tmp_path, size=(60, 20), objects=with_box(0, 0, 5, 20))
+    spans = encode(tiny_vlm("llava", do_pad=False), sample).spans
+    assert "image_related" not in spans and "outside" in spans.why_missing("image_related")
+    assert "image_related" in encode(tiny_vlm("llava", do_pad=True), sample).spans
+
+
+def test_the_square_is_filled_with_the_processors_mean_colour(tmp_path):
+    model = tiny_vlm("llava")
+    pixels = encode(model, tiny_sample(tmp_path, size=(48, 24))).inputs["pixel_values"][0]
+    band = pixels[:, : IMAGE_SIZE // 8]
+    assert band.abs().max() < 0.02  # the mean, normalised, is 0 but for rounding to whole colours
+    assert pixels[:, IMAGE_SIZE // 2].abs().max() > 0.5
+
+
+def test_a_thin_box_in_a_large_picture_is_not_lost(tmp_path):
+    sample = tiny_sample(tmp_path, size=(192, 192), objects=with_box(100, 10, 1, 90))
+    assert len(encode(tiny_vlm("llava"), sample).spans["image_related"]) == 3
+
+
+def test_boxes_that_say_nothing_leave_a_reason(tmp_path):
+    model = tiny_vlm("llava")
+    spans = encode(model, tiny_sample(tmp_path, objects=(SceneObject(name="cup"),))).spans
+    assert "no object" in spans.why_missing("image_other") and "image" in spans
+    spans = encode(model, tiny_sample(tmp_path, size=(30, 30), objects=with_box(0, 0, 30, 30))).spans
+    assert "whole picture" in spans.why_missing("image_other")
+    assert spans["image_related"] == spans["image"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_boxes_can_be_looked_up_later(family, tmp_path):
+    model, sample = tiny_vlm(family), tiny_sample(tmp_path)
+    encoded = encode(model, sample)
+    assert (
+        find_image_patches(model, encoded, [o.box for o in sample.objects]) == encoded.spans["image_related"]
+    )
+    assert find_image_patches(model, encoded, []) == ()
+    beyond = box_of(-10, -10, 1000, 1000)
+    assert find_image_patches(model, encoded, [beyond]) == encoded.spans["image"]
+
+
+def test_answered_tokens_move_last_and_nothing_else(tmp_path):
+    model, sample = tiny_vlm("llava_next"), tiny_sample(tmp_path)
+    plain, longer = encode(model, sample), encode(model, sample, answer_prefix=[7, 9])
+    assert longer.spans.last == plain.spans.last + 2
+    assert longer.inputs["input_ids"][0, -2:].tolist() == [7, 9]
+    assert longer.inputs["attention_mask"].shape == longer.inputs["input_ids"].shape
+    assert longer.spans.with_(last=[plain.spans.last]).sets == plain.spans.sets
+    written = encode(model, sample, answer_prefix=" Left")
+    assert written.tokens[-1] == " Left" and written.spans["question"] == plain.spans["question"]
+
+
+def test_a_question_full_of_braces_is_left_alone(tmp_path):
+    question = "Is the {question} of {caption} 100% {0}?"
+    encoded = encode(tiny_vlm(), tiny_sample(tmp_path, question=question, objects=()))
+    assert spelled(encoded, "question") == question
+
+
+def test_a_question_that_also_stands_in_the_prompt_is_found_where_it_was_filled_in(tmp_path):
+    model = tiny_vlm(prompt="the left? <image>\n{question} Is it the left? ASSISTANT:")
+    encoded = encode(model, tiny_sample(tmp_path, question="the left?", objects=()))
+    assert encoded.spans["question"][0] > encoded.spans["image"][-1]
+    assert encoded.spans["question"][-1] < encoded.spans.last - 5
+
+
+def test_captions_take_the_place_of_the_picture_in_a_text_only_model(tmp_path):
+    model = tiny_vlm("llama", prompt="Picture: {caption}\n{question} ASSISTANT:")
+    encoded = encode(model, tiny_sample(tmp_path))
+    assert spelled(encoded, "captions") == "A red cup stands to the left of a green ball."
+    assert "no picture" in encoded.spans.why_missing("image_related")
+    assert set(encoded.inputs) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="has none"):
+        encode(model, tiny_sample(tmp_path, caption=None))
+    with pytest.raises(ValueError, match="shows no picture"):
+        find_image_patches(model, encoded, [])
+
+
+def test_a_prompt_that_spells_its_own_first_token_gets_no_second_one(tmp_path):
+    ids = encode(tiny_vlm(prompt="<s>" + PROMPT), tiny_sample(tmp_path)).inputs["input_ids"][0].tolist()
+    assert ids.count(ids[0]) == 1
+
+
+def test_floating_inputs_take_the_models_precision(tmp_path):
+    inputs = encode(tiny_vlm(dtype=torch.bfloat16), tiny_sample(tmp_path)).inputs
+    assert inputs["pixel_values"].dtype == torch.bfloat16 and inputs["input_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "changes", "said"),
+    [
+        ("llava", PROMPT, {"question": "Is <image> left?"}, "stands for the picture"),
+        ("llava", "<image> ASSISTANT:", {}, "Expected a prompt that holds"),
+        ("llama", PROMPT, {}, "reads text only"),
+        ("llava", PROMPT, {"image": "nowhere.png"}, "no picture"),
+    ],
+)
+def test_what_cannot_be_encoded_says_why(family, prompt, changes, said, tmp_path):
+    if "image" in changes:
+        changes = {"image": tmp_path / changes["image"]}
+    with pytest.raises(ValueError, match=said):
+        encode(tiny_vlm(family, prompt=prompt), tiny_sample(tmp_path, **changes))
+
+
+def test_a_processor_that_cuts_the_text_differently_is_refused(tmp_path, monkeypatch):
+    model = tiny_vlm()
+    whole = type(model.processor).__call__
+
+    def other(self, *, text, **kwargs):
+        return whole(self, text=text.replace("USER", "U SER"), **kwargs)
+
+    monkeypatch.setattr(type(model.processor), "__call__", other)
+    with pytest.raises(ValueError, match="cut the prompt differently"):
+        encode(model, tiny_sample(tmp_path))

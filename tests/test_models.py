@@ -1,0 +1,197 @@
+"""The adapter finds a family's parts, and what can't be loaded says so in one sentence, network or not."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from tiny import PROMPT, tiny_sample, tiny_vlm
+
+from mmflow_utils import models
+from mmflow_utils.encode import encode
+from mmflow_utils.models import find_checkpoint, load_model, text_inputs
+
+
+def wanted(folder, **changes):
+    values = dict(
+        model="test",
+        checkpoint=str(folder),
+        revision=None,
+        prompt=PROMPT,
+        do_pad=True,
+        dtype="float32",
+        device="cpu",
+        device_map=None,
+    )
+    return SimpleNamespace(**values | changes)
+
+
+def save(model, folder):
+    model.hf.save_pretrained(folder)
+    (model.processor or model.tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return save(tiny_vlm("llava"), tmp_path_factory.mktemp("stored"))
+
+
+def copy(stored, folder, *, without):
+    folder.mkdir()
+    for file in stored.iterdir():
+        if not any(file.match(pattern) for pattern in without):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llama"])
+def test_the_parts_of_each_family_are_found(family):
+    model = tiny_vlm(family, n_layers=3, n_kv_heads=2)
+    assert (model.n_layers, model.n_heads) == (3, 4)
+    assert (model.image_token_id is None) == (family == "llama")
+    out_width = model.unembed(model.final_norm(torch.zeros(32))).shape[-1]
+    assert out_width == len(model.tokenizer)
+    assert model.output_proj(2).in_features == 32 and model.value_proj(2).out_features == 16
+
+
+def test_weights_do_not_come_from_torchs_generator():
+    torch.manual_seed(1)
+    one = tiny_vlm(seed=3).unembed.weight
+    torch.manual_seed(2)
+    assert torch.equal(one, tiny_vlm(seed=3).unembed.weight)
+    assert not torch.equal(one, tiny_vlm(seed=4).unembed.weight)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_stored_model_comes_back_as_it_was(family, tmp_path):
+    model = tiny_vlm(family, n_kv_heads=2)
+    back = load_model(wanted(save(model, tmp_path / "m")))
+    sample = tiny_sample(tmp_path)
+    ours, theirs = encode(model, sample), encode(back, sample)
+    assert ours.spans == theirs.spans
+    with torch.inference_mode():
+        assert torch.allclose(model.hf(**ours.inputs).logits, back.hf(**theirs.inputs).logits, atol=1e-6)
+    assert not back.hf.training and not any(p.requires_grad for p in back.hf.parameters())
+    assert back.text.config._attn_implementation == "sdpa"
+    assert back.processor.image_processor.backend == "pil"
+
+
+def test_a_text_only_model_loads_without_a_processor(tmp_path):
+    back = load_model(
+        wanted(save(tiny_vlm("llama"), tmp_path / "m"), prompt="{caption} {question}", dtype="bfloat16")
+    )
+    assert back.processor is None and back.dtype == torch.bfloat16
+    assert "captions" in encode(back, tiny_sample(tmp_path)).spans
+
+
+def test_the_geometry_that_old_processor_files_leave_out_is_filled_in(stored, tmp_path):
+    folder = copy(stored, tmp_path / "old", without=())
+    file = folder / "processor_config.json"
+    config = json.loads(file.read_text())
+    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        config.pop(name)
+    file.write_text(json.dumps(config))
+    model = load_model(wanted(folder))
+    assert len(encode(model, tiny_sample(tmp_path)).spans["image"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (["config.json"], "no config.json"),
+        (["*.safetensors"], "model.safetensors"),
+        (["processor_config.json", "preprocessor_config.json"], "picture processor"),
+        (["tokenizer*"], "processor"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_names_it(stored, tmp_path, without, said):
+    folder = copy(stored, tmp_path / "broken", without=without)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_model(wanted(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(stored, tmp_path):
+    folder = copy(stored, tmp_path / "holes", without=[])
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.2.mlp.up_proj.weight"))
+    save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 are missing, .*layers.2.mlp.up_proj"):
+        load_model(wanted(folder))
+
+
+def test_pickled_weights_are_not_read(stored, tmp_path):
+    folder = copy(stored, tmp_path / "pickled", without=["*.safetensors"])
+    torch.save(tiny_vlm().hf.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors only"):
+        load_model(wanted(folder))
+
+
+def test_a_missing_shard_and_a_cut_file_are_named(stored, tmp_path):
+    folder = copy(stored, tmp_path / "shards", without=[])
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model-00002"):
+        find_checkpoint(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="Expected model weights"):
+        load_model(wanted(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Expected a model configuration"):
+        load_model(wanted(folder))
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "assets/nowhere", "/no/such/folder", "a b c"])
+def test_offline_an_unknown_checkpoint_is_one_sentence(name, monkeypatch):
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="neither a folder") as caught:
+        load_model(wanted(name))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_there_is_no_storm_of_retries(monkeypatch):
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(models, "HfApi", lambda: __import__("huggingface_hub").HfApi("http://127.0.0.1:9"))
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match="can't be reached"):
+        find_checkpoint("nobody/no-such-model")
+    assert time.perf_counter() - begin < 5
+
+
+def test_a_name_that_the_hub_refuses_is_said_to_be_wrong(monkeypatch):
+    def refuse(*_, **__):
+        response = SimpleNamespace(headers={}, request=None)
+        raise RepositoryNotFoundError("404\n\nRepository Not Found", response=response)
+
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    with pytest.raises(ValueError, match="is the name right"):
+        find_checkpoint("nobody/no-such-model")
+
+
+def test_a_device_that_is_not_there_is_named(stored):
+    with pytest.raises(ValueError, match="cuda:99"):
+        load_model(wanted(stored, device="cuda:99"))
+
+
+def test_the_attention_kernel_comes_back_after_an_error():
+    model = tiny_vlm()
+    with pytest.raises(RuntimeError), model.attention_kernel("eager"):
+        assert model.text.config._attn_implementation == "eager"
+        raise RuntimeError
+    assert model.text.config._attn_implementation == "sdpa"
+
+
+def test_the_decoder_can_be_run_again_from_what_it_was_called_with(tmp_path):
+    model = tiny_vlm("llava_next")
+    encoded = encode(model, tiny_sample(tmp_path))
+    kwargs, hidden = text_inputs(model, encoded.inputs)
+    assert torch.equal(model.text(**kwargs).last_hidden_state, hidden)
+    assert not model.text._forward_pre_hooks
