@@ -4,7 +4,7 @@ frame = knockout_sweep(model, samples, FLOW_TO_LAST, window=9)
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -45,7 +45,7 @@ def knockout_sweep(
     *,
     window: int,
     intervention: Intervention = "mask",
-    method: Literal["sweep", "reference"] = "sweep",
+    method: str = "sweep",
     layers: Sequence[int] | None = None,
     encoder: Callable[[VLM, Sample], Encoded] = encode,
     n_check: int = 2,

@@ -1,0 +1,149 @@
+"""The tidy frame says what the logits say, skips carry their reason, and a wrong sweep is caught."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_sample, tiny_vlm
+
+from mmflow_utils import sweep
+from mmflow_utils.encode import encode
+from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow, variants
+from mmflow_utils.knockout import COLUMNS, knockout_sweep
+from mmflow_utils.reference import run_reference
+
+FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION
+
+
+def run(model, samples, flows=FLOWS, **options):
+    return knockout_sweep(model, samples, flows, **{"window": 3, "progress": False, **options})
+
+
+def samples_of(folder, n=2):
+    return [tiny_sample(folder, sample_id=f"q{i}", seed=i, size=(30 + 8 * i, 30)) for i in range(n)]
+
+
+def test_each_row_is_what_its_logits_say(tmp_path):
+    model, (sample,) = tiny_vlm("llava_next", n_kv_heads=2), samples_of(tmp_path, 1)
+    frame = run(model, [sample], method="reference")
+    assert tuple(frame.columns) == COLUMNS and len(frame) == len(FLOWS) * model.n_layers
+    spans = encode(model, sample).spans
+    planned = variants(spans, FLOWS, window=3, n_layers=model.n_layers)
+    logits = run_reference(model, encode(model, sample), planned)
+    base, changed = logits.base.softmax(-1), logits.variants.softmax(-1)
+    token = base.argmax()
+    assert np.allclose(frame.p_base, base[token], rtol=1e-5)
+    assert np.allclose(frame.p_knockout, changed[:, token], rtol=1e-5)
+    ratio = changed[:, token] / base[token]
+    assert np.allclose(frame.rel_change_pct, 100 * (ratio - 1), atol=1e-3)
+    assert np.allclose(frame.logprob_change, ratio.log(), atol=1e-5)
+    assert frame.token.unique().tolist() == [model.tokenizer.decode([int(token)])]
+    assert frame.flow.tolist() == [str(f) for f in FLOWS for _ in range(model.n_layers)]
+    assert frame.n_layers_blocked.tolist() == [2, 3, 3, 2] * len(FLOWS)
+    assert frame.layer.tolist() == [0, 1, 2, 3] * len(FLOWS)
+    assert frame.rel_change_pct.abs().max() > 1
+
+
+def test_sweep_and_reference_give_the_same_frame(tmp_path):
+    model, samples = tiny_vlm(n_kv_heads=2), samples_of(tmp_path)
+    fast, slow = (run(model, samples, method=method) for method in ("sweep", "reference"))
+    assert fast.attrs["max_check_diff"] < 1e-5 and slow.attrs["max_check_diff"] is None
+    labels = list(COLUMNS[:10])
+    pd.testing.assert_frame_equal(fast[labels], slow[labels])
+    numbers = list(COLUMNS[10:])
+    assert np.allclose(fast[numbers], slow[numbers], atol=1e-2)
+
+
+@pytest.mark.parametrize("intervention", ["zero_value", "mean_value", "attention_output", "mlp_output"])
+def test_every_intervention_passes_its_own_check(intervention, tmp_path):
+    frame = run(tiny_vlm("llava_next"), samples_of(tmp_path), intervention=intervention, n_check=9)
+    assert frame.attrs["max_check_diff"] < 1e-5
+    assert frame.rel_change_pct.abs().max() > 1
+
+
+def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
+    model, samples = tiny_vlm(), samples_of(tmp_path)
+    right = sweep.run_sweep
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        return replace(result, variants=result.variants + 0.1 * torch.arange(result.variants.shape[1]))
+
+    monkeypatch.setattr(sweep, "run_sweep", wrong)
+    with pytest.raises(ValueError, match="on sample q0, more than the tolerance"):
+        run(model, samples)
+    assert run(model, samples, tolerance=0.5).attrs["max_check_diff"] > 1e-4
+    assert run(model, samples, n_check=0).attrs["max_check_diff"] is None
+
+
+def test_a_sweep_that_gives_no_numbers_is_caught(tmp_path, monkeypatch):
+    right = sweep.run_sweep
+    monkeypatch.setattr(
+        sweep, "run_sweep", lambda *a: replace(right(*a), variants=right(*a).variants * math.nan)
+    )
+    with pytest.raises(ValueError, match="differ by nan"):
+        run(tiny_vlm(), samples_of(tmp_path))
+
+
+def test_flows_that_a_prompt_lacks_are_skipped_with_their_reason(tmp_path):
+    samples = samples_of(tmp_path)
+    samples[1] = replace(samples[1], objects=())
+    backwards = Flow(source="last", target="image")
+    frame = run(tiny_vlm(), samples, (*IMAGE_PATCHES_TO_QUESTION, backwards, FLOW_TO_LAST[0]))
+    skipped = {(s["sample_id"], s["flow"]): s["reason"] for s in frame.attrs["skipped"]}
+    assert len(skipped) == 4
+    assert "no object" in skipped["q1", "Related image patches -> Question"]
+    assert "back in time" in skipped["q0", "Last -> Image"]
+    assert frame.groupby("sample_id").flow.nunique().tolist() == [3, 1]
+
+
+def test_a_name_that_no_prompt_knows_is_an_error_and_not_a_skip(tmp_path):
+    with pytest.raises(ValueError, match="imagee"):
+        run(tiny_vlm(), samples_of(tmp_path), Flow(source="imagee", target="last"))
+    with pytest.raises(ValueError, match="method must be"):
+        run(tiny_vlm(), [], method="fast")
+
+
+def test_nothing_left_is_an_empty_frame_with_the_same_columns(tmp_path):
+    model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
+    frame = run(model, [replace(sample, objects=())], IMAGE_PATCHES_TO_QUESTION)
+    assert frame.empty and tuple(frame.columns) == COLUMNS and len(frame.attrs["skipped"]) == 2
+
+
+def test_logit_differences_compare_the_options_first_tokens(tmp_path):
+    model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
+    frame = run(model, [sample], FLOW_TO_LAST[0])
+    planned = variants(encode(model, sample).spans, FLOW_TO_LAST[:1], window=3, n_layers=4)
+    logits = run_reference(model, encode(model, sample), planned)
+    case = str.capitalize if frame.token[0].strip()[:1].isupper() else str.lower
+    ids = [model.tokenizer.encode(case(w), add_special_tokens=False)[0] for w in ("left", "right")]
+    diff = torch.cat([logits.base[None], logits.variants])[:, ids] @ torch.tensor([1.0, -1.0])
+    assert np.allclose(frame.logit_diff_base, diff[0], atol=1e-4)
+    assert np.allclose(frame.logit_diff_change, diff[1:] - diff[0], atol=1e-4)
+    flipped = replace(sample, option_true="right", option_false="left")
+    assert np.allclose(run(model, [flipped], FLOW_TO_LAST[0]).logit_diff_base, -diff[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [(None, None), ("left", "left")])
+def test_without_two_options_there_is_no_logit_difference(options, tmp_path):
+    model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
+    sample = replace(sample, option_true=options[0], option_false=options[1])
+    frame = run(model, [sample], FLOW_TO_LAST[0])
+    assert frame.logit_diff_base.isna().all() and frame.logit_diff_change.isna().all()
+    assert frame.p_knockout.notna().all()
+
+
+def test_layers_and_encoder_can_be_chosen(tmp_path):
+    model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
+    frame = run(
+        model,
+        [sample],
+        FLOW_TO_LAST[0],
+        layers=[3, 1],
+        encoder=lambda model, sample: encode(model, sample, answer_prefix=[7]),
+    )
+    assert frame.layer.tolist() == [3, 1]
+    assert frame.p_base[0] != run(model, [sample], FLOW_TO_LAST[0]).p_base[0]
