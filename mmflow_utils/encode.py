@@ -133,12 +133,17 @@ def _process(model: VLM, text: str, picture: Image.Image | None) -> dict[str, Te
         return dict(model.tokenizer(text, **options))
     mean = getattr(model.processor.image_processor, "image_mean", None) or (0, 0, 0)
     picture = _square(model, picture, tuple(int(255 * part) for part in mean))
-    return dict(model.processor(images=picture, text=text, **options))
+    return dict(model.processor(images=picture, text=text, **_picture_options(model), **options))
+
+
+def _picture_options(model: VLM) -> dict[str, bool]:
+    # To a processor with tiles do_pad means their number; any other must not pad what `_square` left alone.
+    return {} if model.has_tiles else {"do_pad": False}
 
 
 def _square(model: VLM, picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """Pad a picture to a square, where the model wants it, as LLaVA-1.5's own code does."""
-    if not model.pads_to_square:
+    if model.has_tiles or not model.do_pad:
         return picture
     side = max(picture.size)
     square = Image.new("RGB", (side, side), colour)
@@ -257,6 +262,7 @@ def _flag_tokens(
     # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
     pixels = model.processor.image_processor(
         images=_square(model, Image.fromarray(drawn), (0, 0, 0)),
+        **_picture_options(model),
         do_normalize=False,
         resample=Image.Resampling.BOX,
         return_tensors="pt",

@@ -101,9 +101,9 @@ class VLM:
         return self.hf.config.vision_config.patch_size
 
     @property
-    def pads_to_square(self) -> bool:
-        """True where `do_pad` applies: a processor without any-resolution tiles."""
-        return self.do_pad and not hasattr(self.processor.image_processor, "image_grid_pinpoints")
+    def has_tiles(self) -> bool:
+        """True where the processor cuts a picture into any-resolution tiles, and pads them itself."""
+        return hasattr(self.processor.image_processor, "image_grid_pinpoints")
 
     def attention(self, layer: int) -> nn.Module:
         return self.layers[layer].self_attn
@@ -254,7 +254,10 @@ def _incomplete(folder: Path) -> str | None:
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
-    return f"{missing[0]} (weights are read from safetensors only)" if missing else None
+    if missing:
+        return f"{missing[0]} (weights are read from safetensors only)"
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return None if any((folder / name).is_file() for name in tokenizers) else "tokenizer.json"
 
 
 def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:

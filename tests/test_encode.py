@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import IMAGE_SIZE, PATCH_SIZE, PROMPT, QUESTION, tiny_sample, tiny_vlm
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmflow_utils.encode import encode, find_image_patches
 from mmflow_utils.models import text_inputs
@@ -110,6 +111,17 @@ def test_the_square_is_filled_with_the_processors_mean_colour(tmp_path):
     band = pixels[:, : IMAGE_SIZE // 8]
     assert band.abs().max() < 0.02  # the mean, normalised, is 0 but for rounding to whole colours
     assert pixels[:, IMAGE_SIZE // 2].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+def test_a_processor_that_would_pad_by_itself_follows_the_parameter_too(do_pad, tmp_path):
+    plain, padding = tiny_vlm(do_pad=do_pad), tiny_vlm(do_pad=do_pad)
+    padding.processor.image_processor = LlavaImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_pad=True
+    )
+    one, other = (encode(model, tiny_sample(tmp_path, size=(48, 24))) for model in (plain, padding))
+    assert torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
+    assert one.spans == other.spans
 
 
 def test_a_thin_box_in_a_large_picture_is_not_lost(tmp_path):

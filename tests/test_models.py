@@ -105,7 +105,7 @@ def test_the_geometry_that_old_processor_files_leave_out_is_filled_in(stored, tm
         (["config.json"], "no config.json"),
         (["*.safetensors"], "model.safetensors"),
         (["processor_config.json", "preprocessor_config.json"], "picture processor"),
-        (["tokenizer*"], "processor"),
+        (["tokenizer*"], "no tokenizer.json"),
     ],
 )
 def test_a_folder_that_lacks_a_part_names_it(stored, tmp_path, without, said):
@@ -174,6 +174,32 @@ def test_a_name_that_the_hub_refuses_is_said_to_be_wrong(monkeypatch):
     monkeypatch.setattr(models, "HfApi", lambda: SimpleNamespace(model_info=refuse))
     with pytest.raises(ValueError, match="is the name right"):
         find_checkpoint("nobody/no-such-model")
+
+
+def test_a_cached_copy_is_used_without_asking_the_hub(stored, tmp_path, monkeypatch):
+    commit = "a" * 40
+    repo = tmp_path / "models--owner--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots").mkdir()
+    cached = copy(stored, repo / "snapshots" / commit, without=[])
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "HfApi", lambda: pytest.fail("asked the hub"))
+    look = models.snapshot_download
+    monkeypatch.setattr(models, "snapshot_download", lambda *a, **k: look(*a, cache_dir=tmp_path, **k))
+    assert find_checkpoint("owner/name") == cached
+    (cached / "model.safetensors").unlink()  # an interrupted download does not pass for a model
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="complete in the local Hugging Face cache"):
+        find_checkpoint("owner/name")
+
+
+def test_layers_may_be_placed_by_a_device_map(stored, tmp_path):
+    sample, plain = tiny_sample(tmp_path), load_model(wanted(stored))
+    mapped = load_model(wanted(stored, device_map="auto", device="auto"))
+    with torch.inference_mode():
+        logits = [model.hf(**encode(model, sample).inputs).logits.cpu() for model in (plain, mapped)]
+    assert torch.allclose(*logits, atol=1e-4)
 
 
 def test_a_device_that_is_not_there_is_named(stored):
