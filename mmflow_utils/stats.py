@@ -305,11 +305,10 @@ def _need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def _curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.DataFrame]]:
-    return (
-        iter(table.groupby(by, dropna=False, observed=True))
-        if by
-        else iter([((), table)] if len(table) else [])
-    )
+    if by:
+        yield from table.groupby(by, dropna=False, observed=True)
+    elif len(table):
+        yield (), table
 
 
 def _cluster_table(
@@ -400,10 +399,8 @@ def _simultaneous(
 def _sign_flip_p(
     sums: Float[np.ndarray, "groups clusters"], n_flips: int, seed: int
 ) -> Float[np.ndarray, " groups"]:
-    rng, observed = (
-        np.random.default_rng(seed),
-        np.abs(sums.sum(1)) * (1 - 1e-9),
-    )  # ties count, in spite of rounding
+    rng = np.random.default_rng(seed)
+    observed = np.abs(sums.sum(1)) * (1 - 1e-9)  # a tie counts, in spite of rounding
     as_far, left = np.ones(len(sums)), n_flips
     while left:  # in pieces, so that thousands of images fit in memory
         signs = rng.integers(0, 2, size=(min(left, 1000), sums.shape[1])) * 2.0 - 1

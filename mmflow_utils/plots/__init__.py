@@ -1,0 +1,25 @@
+"""Figures from tidy frames: curves over layers, accuracy, learning curves, pictures, the coloured prompt.
+
+Every function takes data, returns one Figure (or HTML) and leaves matplotlib as it was. A flow has one colour
+in all figures; the colours stay apart under the common kinds of colour blindness. Never imports torch.
+"""
+
+from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
+from mmflow_utils.plots.prompt import plot_prompt
+from mmflow_utils.plots.style import FLOW_COLOURS, SET_COLOURS, TASK_ORDER, flow_colour, set_style
+
+__all__ = [
+    "FLOW_COLOURS",
+    "SET_COLOURS",
+    "TASK_ORDER",
+    "flow_colour",
+    "plot_accuracy",
+    "plot_contact_sheet",
+    "plot_curves",
+    "plot_flow",
+    "plot_learning_curves",
+    "plot_prompt",
+    "plot_sample",
+    "set_style",
+]

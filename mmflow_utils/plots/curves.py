@@ -1,0 +1,213 @@
+"""Curves over layers, and over the steps of a training run."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mmflow_utils.plots.style import (
+    FLOW_COLOURS,
+    TASK_COLOURS,
+    TASK_ORDER,
+    label_outside,
+    legend_handle,
+    line_looks,
+    need,
+    ordered,
+    panel_grid,
+    shown,
+    styled,
+)
+
+
+def plot_flow(
+    summary: pd.DataFrame,
+    *,
+    title: str | None = None,
+    window: int | None = None,
+    model: str | None = None,
+    y_label: str = "Change in probability (%)",
+) -> Figure:
+    """Draw what blocking each flow does to the answer's probability, by layer (paper, Figs 3 to 5).
+
+    Args:
+        summary: from `summarise`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
+        title: in place of the usual one.
+        window: layers blocked at once, for the subtitle.
+        model: the model's name, for the subtitle.
+        y_label: what the mean is, for another measure than the paper's.
+
+    Returns:
+        A figure with one panel per task, in the paper's order; tasks without rows have no panel.
+
+    Raises:
+        ValueError: a column is missing or nothing is left to draw.
+    """
+    window_text = f"window of {window} layer{'s' * (window != 1)}" if window else None
+    subtitle = " · ".join(part for part in (model, window_text, _band_text(summary)) if part)
+    title = title or "Effect on the answer of blocking a flow of information"
+    return plot_curves(summary, title=title, subtitle=subtitle, y_label=y_label)
+
+
+@styled
+def plot_curves(
+    summary: pd.DataFrame,
+    *,
+    line: str = "flow",
+    panel: str = "task",
+    x: str = "layer",
+    x_label: str = "Layer",
+    y_label: str = "Mean",
+    title: str = "",
+    subtitle: str = "",
+    colours: Mapping[str, str] | None = None,
+    zero_line: bool = True,
+) -> Figure:
+    """Draw a summary: a panel per value of `panel`, in it a curve with its interval per value of `line`.
+
+    Args:
+        summary: from `summarise`: mean, ci_low, ci_high, and n if known.
+        line: the column that tells curves apart. Numbers, such as window sizes, get an ordered scale.
+        panel: the column that tells panels apart; a summary that lacks it makes one panel.
+        x: the column of the horizontal axis, whole numbers from 0.
+        x_label: its label.
+        y_label: label of the mean, with its unit.
+        title: bold first line.
+        subtitle: second line: model, window, kind of interval.
+        colours: colours by value of `line`, in place of the flows' own.
+        zero_line: mark 0.
+
+    Raises:
+        ValueError: a column is missing or nothing is left to draw.
+    """
+    data = _drawable(summary, panel, line, x)
+    panels = ordered(data[panel], (*TASK_ORDER, *FLOW_COLOURS))
+    lines = line_looks(data[line], colours)
+    limits = _limits(data)
+    figure, axes = panel_grid(len(panels), title, subtitle, [legend_handle(*look) for look in lines.values()])
+    for axis, name in zip(axes, panels, strict=True):
+        part = data[data[panel] == name]
+        axis.set_title(shown(name), loc="left")
+        axis.set_title(_n_text(part), loc="right", fontsize=9, fontweight="normal", color="#555555")
+        if zero_line:
+            axis.axhline(0, color="#444444", linewidth=0.9, zorder=1.5, label="_zero")
+        for value, (label, colour, dashes) in lines.items():
+            curve = part[part[line] == value].sort_values(x)
+            if len(curve):
+                _draw_curve(axis, curve, x, label, colour, dashes)
+        axis.set(xlim=(-0.5, data[x].max() + 0.5), ylim=limits)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    label_outside(figure, axes, x_label, y_label)
+    return figure
+
+
+@styled
+def plot_learning_curves(
+    frame: pd.DataFrame, *, title: str = "Learning curves", subtitle: str = "", colours: Mapping | None = None
+) -> Figure:
+    """Draw a training run: one panel per metric, one line per task, stages one after the other.
+
+    Args:
+        frame: columns stage, step, metric, task, value. A missing task (None) is the whole set. Steps may go
+            on from stage to stage or begin anew.
+        title: bold first line.
+        subtitle: second line.
+        colours: colours by task, in place of our own.
+
+    Raises:
+        ValueError: a column is missing or there are no rows.
+    """
+    need(frame, ["stage", "step", "metric", "task", "value"])
+    data, spans = _steps_end_to_end(frame.dropna(subset="value"))
+    data = data.assign(task=data["task"].astype(object).where(data["task"].notna(), "all"))
+    looks = line_looks(data["task"], colours or TASK_COLOURS | {"all": "#333333"}, (*TASK_ORDER, "all"))
+    metrics = list(dict.fromkeys(data["metric"]))
+    figure, axes = panel_grid(
+        len(metrics), title, subtitle, [legend_handle(*look) for look in looks.values()]
+    )
+    for axis, metric in zip(axes, metrics, strict=True):
+        axis.set_title(_metric_name(metric), loc="left", pad=7 if len(spans) < 2 else 20)
+        for task, (label, colour, dashes) in looks.items():
+            curve = data[(data["metric"] == metric) & (data["task"] == task)].sort_values("at")
+            mark = {"marker": "o", "markersize": 3} if len(curve) < 30 else {}
+            for _, part in curve.groupby("stage", sort=False):  # no line across stages: the data change there
+                axis.plot(part["at"], part["value"], color=colour, label=label, linestyle=dashes, **mark)
+        axis.margins(x=0.02)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        for i, (stage, (start, end)) in enumerate(spans.items() if len(spans) > 1 else ()):
+            if i:
+                axis.axvline(start, color="#999999", linewidth=0.9, linestyle=(0, (2, 2)), label="_stage")
+            text = {"fontsize": 8, "color": "#555555", "ha": "center", "va": "bottom"}
+            axis.text((start + end) / 2, 1.01, str(stage), transform=axis.get_xaxis_transform(), **text)
+    label_outside(figure, axes, "Step", "", share_y=False)
+    return figure
+
+
+def _drawable(summary: pd.DataFrame, panel: str, line: str, x: str) -> pd.DataFrame:
+    need(summary, [line, x, "mean", "ci_low", "ci_high"])
+    data = summary.dropna(subset="mean")
+    if data.empty:
+        raise ValueError("every mean in the summary is NaN: there is nothing to draw")
+    if panel not in data:
+        data = data.assign(**{panel: ""})
+    if data.duplicated([panel, line, x]).any():
+        raise ValueError(
+            f"several rows have the same {panel}, {line} and {x}: select one model and one setting"
+        )
+    return data
+
+
+def _draw_curve(axis: plt.Axes, curve: pd.DataFrame, x: str, label: str, colour: str, dashes: str) -> None:
+    low, high = curve["ci_low"].astype(float), curve["ci_high"].astype(float)
+    axis.fill_between(curve[x], low, high, color=colour, alpha=0.17, linewidth=0, label=label)
+    marker = (
+        {"marker": "o", "markersize": 3.6} if len(curve) <= 16 else {}
+    )  # dots show that layers are discrete
+    axis.plot(curve[x], curve["mean"], color=colour, linestyle=dashes, label=label, **marker)
+
+
+def _limits(data: pd.DataFrame) -> tuple[float, float]:
+    """One vertical range for all panels, with 0; a band far wider than the curves is cut, not followed."""
+    ends = data[["ci_low", "ci_high", "mean"]].replace([np.inf, -np.inf], np.nan)
+    low, high = min(0.0, data["mean"].min()), max(0.0, data["mean"].max())
+    reach = (high - low) or float(ends.abs().max(axis=None)) or 1.0
+    low, high = (
+        max(min(low, ends.min(axis=None)), low - reach),
+        min(max(high, ends.max(axis=None)), high + reach),
+    )
+    margin = 0.06 * (high - low)
+    return float(low - margin), float(high + margin)
+
+
+def _n_text(part: pd.DataFrame) -> str:
+    if "n" not in part:
+        return ""
+    few, many = int(part["n"].min()), int(part["n"].max())
+    return f"n = {few}" if few == many else f"n = {few} to {many}"
+
+
+def _band_text(summary: pd.DataFrame) -> str:
+    kind = "simultaneous " if summary.attrs.get("band") == "simultaneous" else ""
+    return f"bands: {100 * summary.attrs.get('level', 0.95):g} % {kind}bootstrap intervals over images"
+
+
+def _metric_name(metric: str) -> str:
+    """Name a measure with its unit: accuracy_pct is "Accuracy (%)"."""
+    stem, unit = (metric.removesuffix("_pct"), " (%)") if metric.endswith("_pct") else (metric, "")
+    return stem[:1].upper() + stem[1:].replace("_", " ") + unit
+
+
+def _steps_end_to_end(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[object, tuple[float, float]]]:
+    """Add `at`, the step counted over all stages, and give each stage's first and last."""
+    offset, end, parts, spans = 0.0, 0.0, [], {}
+    for stage, part in frame.groupby("stage", sort=False, dropna=False):
+        if spans and part["step"].min() + offset < end:  # this stage counts from its own beginning
+            offset = end
+        parts.append(part.assign(at=part["step"] + offset))
+        start = end if spans else float(parts[-1]["at"].min())
+        end = float(parts[-1]["at"].max())
+        spans[stage] = (start, end)
+    return pd.concat(parts), spans

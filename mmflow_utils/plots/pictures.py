@@ -1,0 +1,160 @@
+"""Pictures with boxes, contact sheets, and the table of accuracies."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+
+from mmflow_utils.plots.style import add_title, need, ordered, styled
+from mmflow_utils.stats import fixed
+
+
+@styled
+def plot_accuracy(
+    frame: pd.DataFrame, *, title: str = "Accuracy by kind of question", subtitle: str = ""
+) -> Figure:
+    """Draw accuracy as the table of structural x semantic groups (Table 2 of the paper), with n in each cell.
+
+    Args:
+        frame: one row per group: structural and semantic (GQA's names), accuracy_pct (%) or accuracy (0 to
+            1), and n; ci_low and ci_high (%), if there, are printed too.
+        title: bold first line.
+        subtitle: second line: the model, the data.
+
+    Raises:
+        ValueError: a column is missing, a group stands twice, or there are no rows.
+    """
+    if "accuracy" in frame and "accuracy_pct" not in frame:
+        frame = frame.assign(accuracy_pct=100 * frame["accuracy"])
+    need(frame, ["structural", "semantic", "accuracy_pct", "n"])
+    frame = frame.assign(structural=frame["structural"].str.lower(), semantic=frame["semantic"].str.lower())
+    if frame.duplicated(["structural", "semantic"]).any():
+        raise ValueError("a structural x semantic group stands twice: select one model before drawing")
+    rows = ordered(frame["structural"], ("verify", "query", "choose", "logical", "compare"))
+    columns = ordered(frame["semantic"], ("obj", "attr", "cat", "rel", "global"))
+    names = {"obj": "Object", "attr": "Attribute", "cat": "Category", "rel": "Relation", "global": "Global"}
+    figure, axis = plt.subplots(figsize=(1.1 + 1.35 * len(columns), 0.1 + 0.85 * len(rows)))
+    colours = mpl.colormaps["Blues"]  # up to 0.6 of it, where dark text still stands out
+    for row in frame.to_dict("records"):
+        at = (columns.index(row["semantic"]), rows.index(row["structural"]))
+        known = row["n"] > 0 and np.isfinite(row["accuracy_pct"])
+        shade = colours(0.6 * row["accuracy_pct"] / 100) if known else "#F2F2F2"
+        axis.add_patch(Rectangle((at[0] - 0.48, at[1] - 0.46), 0.96, 0.92, color=shade, linewidth=0))
+        big = f"{fixed(row['accuracy_pct'])} %" if known else "–"
+        small = f"n = {int(row['n']):,}"
+        if known and np.isfinite(row.get("ci_low", np.nan)):
+            small = f"{fixed(row['ci_low'], 0)} to {fixed(row['ci_high'], 0)}, {small}"
+        axis.text(
+            at[0],
+            at[1] - 0.12,
+            big,
+            color="#1A1A1A",
+            ha="center",
+            va="center",
+            fontsize=12,
+            fontweight="bold",
+        )
+        axis.text(at[0], at[1] + 0.24, small, color="#1A1A1A", ha="center", va="center", fontsize=8)
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axis.set_xticks(range(len(columns)), [names.get(c, c.capitalize()) for c in columns])
+    axis.set_yticks(range(len(rows)), [r.capitalize() for r in rows])
+    axis.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=10)
+    axis.spines[:].set_visible(False)
+    axis.grid(visible=False)
+    add_title(figure, title, subtitle, gap=0.4, left=1.0)
+    return figure
+
+
+@styled
+def plot_sample(
+    image: object, boxes: Mapping | Iterable = (), *, title: str = "", subtitle: str = "", width: float = 5.0
+) -> Figure:
+    """Draw a picture with its labelled boxes.
+
+    Args:
+        image: a PIL picture or an array (height, width, 3).
+        boxes: a mapping or pairs of label and box, or objects with name and box (`Sample.objects`). A box has
+            x, y, w, h or is that tuple, in pixels; None, for what the picture doesn't have, is named below.
+        title: bold first line, such as the question.
+        subtitle: second line, such as the answer.
+        width: of the figure, in inches.
+    """
+    pixels = np.asarray(image)
+    height = width * pixels.shape[0] / pixels.shape[1]
+    figure, axis = plt.subplots(figsize=(width, height))
+    axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
+    axis.set_axis_off()
+    absent, taken = [], []
+    palette = ["#D55E00", "#0072B2", "#009E73", "#882255", "#C98500", "#332288"]
+    for label, box in _labels_and_boxes(boxes):
+        if box is None:
+            absent.append(str(label))
+            continue
+        x, y, w, h = box if isinstance(box, tuple | list) else (box.x, box.y, box.w, box.h)
+        colour = palette[len(taken) % len(palette)]
+        halo = [withStroke(linewidth=4.5, foreground="white")]
+        # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
+        rectangle = Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=colour, linewidth=2.2)
+        rectangle.set(path_effects=halo, label=str(label), clip_on=False)
+        axis.add_patch(rectangle)
+        inch = pixels.shape[0] / height  # in pixels of the picture
+        line = 0.19 * inch  # the height of a label
+        top = max(y - 0.5 - line, 0.02 * inch)
+        while any(abs(top - other) < line and abs(x - left) < pixels.shape[1] / 4 for left, other in taken):
+            top += line
+        taken.append((x, top))
+        patch = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "white", "linewidth": 0.8}
+        text = {"color": "white", "fontsize": 8.5, "fontweight": "bold", "va": "top"}
+        axis.text(x + 0.01 * inch, top, str(label), bbox=patch, **text)
+    figure.set_size_inches(width, height + (0.4 if absent else 0.1))
+    add_title(figure, title, subtitle, bottom=0.4 if absent else 0.1)
+    if absent:
+        note = f"not in the picture: {', '.join(absent)}"
+        at = 0.12 / figure.get_size_inches()[1]
+        figure.text(0.1 / width, at, note, fontsize=8.5, color="#555555", style="italic")
+    return figure
+
+
+def _labels_and_boxes(boxes: Mapping | Iterable) -> list[tuple[object, object]]:
+    items = boxes.items() if isinstance(boxes, Mapping) else boxes
+    return [(item.name, item.box) if hasattr(item, "box") else tuple(item) for item in items]
+
+
+@styled
+def plot_contact_sheet(
+    images: Sequence, captions: Sequence[str] = (), *, columns: int = 4, title: str = "", subtitle: str = ""
+) -> Figure:
+    """Draw pictures in a grid, each with its caption below.
+
+    Raises:
+        ValueError: no pictures, or captions whose number differs from the pictures'.
+    """
+    if not len(images) or len(captions) not in (0, len(images)):
+        raise ValueError(
+            f"expected pictures and as many captions (or none), got {len(images)} and {len(captions)}"
+        )
+    columns = min(columns, len(images))
+    rows, cell = ceil(len(images) / columns), 10.0 / max(columns, 3)
+    wrapped = [textwrap.fill(str(caption), int(cell * 13.5)) for caption in captions] or [""] * len(images)
+    lines = max(text.count("\n") + 1 if text else 0 for text in wrapped)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(cell * columns, rows * (cell + 0.17 * lines)), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, text in zip(axes.flat, images, wrapped, strict=False):
+        pixels = np.asarray(image)
+        axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
+        axis.set_anchor("N")
+        below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8.5}
+        axis.annotate(text, (0, 0), (0, -5), **below)
+    add_title(figure, title, subtitle, bottom=0.17 * lines + 0.15)
+    figure.subplots_adjust(wspace=0.08, hspace=(0.17 * lines + 0.12) / cell)
+    return figure

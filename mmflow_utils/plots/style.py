@@ -1,0 +1,216 @@
+"""The look of all figures: colours that mean one thing everywhere, and the frame around panels."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from math import ceil
+from zlib import crc32
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mmflow_utils import flows
+
+TASK_ORDER = ("ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr")
+_TASK_SHADES = ("#332288", "#3D9BD1", "#117733", "#B59A00", "#CC5A6E", "#7A1F5C")
+TASK_COLOURS = dict(zip(TASK_ORDER, _TASK_SHADES, strict=True))
+
+SET_COLOURS = {  # one colour per position set, the same in prompts, pictures and curves
+    "question": "#0072B2",
+    "image": "#D55E00",
+    "last": "#333333",
+    "captions": "#A0522D",
+    "image_related": "#882255",
+    "image_other": "#C98500",
+    "image_random": "#8A8A8A",
+    "image_newline": "#8A8A8A",
+    "option_true": "#009E73",
+    "option_false": "#C24E8E",
+    "options": "#332288",
+    "objects": "#8C6D46",
+    "question_without_options": "#3D9BD1",
+    "question_without_objects": "#5C2A12",
+}
+_SPARE = ("#44AA99", "#999933", "#6A4C93", "#CC5A6E", "#117733")
+_WHOLE = ("image", "image_related", "image_other", "image_random", "captions", "last", "question")
+
+
+def set_colour(name: str) -> str:
+    """Give the colour of a position set; an unknown one gets a spare by its name, the same everywhere."""
+    return SET_COLOURS.get(name, _SPARE[crc32(name.encode()) % len(_SPARE)])
+
+
+def _colour_of(flow: flows.Flow) -> str:
+    if (flow.source, flow.target) == ("image", "question"):
+        return "#009E73"  # it stands beside Image -> Last in one figure, so it can't have the image's colour
+    # A flow into a part of the question is told apart by that part, any other by where it comes from.
+    return set_colour(flow.source if flow.target in _WHOLE else flow.target)
+
+
+_FIRST = (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION, *flows.IMAGE_PATCHES_TO_QUESTION)  # a legend's order
+_ALL = [flows.Flow(source=source, target=target) for source in SET_COLOURS for target in SET_COLOURS]
+FLOW_COLOURS = {str(flow): _colour_of(flow) for flow in dict.fromkeys((*_FIRST, *_ALL))}
+
+STYLE = {
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "font.size": 9.5,
+    "text.parse_math": False,  # a "$" in a question is a dollar
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 7,
+    "axes.labelcolor": "#333333",
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#999999",
+    "ytick.color": "#999999",
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.9,
+    "legend.frameon": False,
+}
+
+
+def set_style() -> None:
+    """Give the figures you draw by hand the look of ours, for the rest of the session."""
+    mpl.rcParams.update(STYLE)
+
+
+def flow_colour(flow: object) -> str:
+    """Give the colour of a flow, the same in every figure; an unknown flow gets one by its name.
+
+    Example:
+        >>> flow_colour("Question -> Last")
+        '#0072B2'
+    """
+    return FLOW_COLOURS.get(str(flow)) or _SPARE[crc32(str(flow).encode()) % len(_SPARE)]
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in our style and leave pyplot alone: a closed figure shows once in a notebook, not twice."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs):
+        with mpl.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+        plt.close(figure)
+        return figure
+
+    return drawn
+
+
+def shown(value: object) -> str:
+    """Write a column's value as a figure does: a flow with an arrow."""
+    return str(value).replace("->", "→")
+
+
+def ordered(values: pd.Series, first: Sequence[object]) -> list:
+    """Distinct values: those in `first` in its order, then the others as they come."""
+    found = list(dict.fromkeys(values))
+    return [v for v in first if v in found] + [v for v in found if v not in first]
+
+
+def need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
+    if missing := [column for column in columns if column not in frame]:
+        raise ValueError(
+            f"expected the columns {', '.join(missing)}, but the frame has {', '.join(map(str, frame))}"
+        )
+    if frame.empty:
+        raise ValueError("expected rows to draw, got an empty frame: was every sample skipped?")
+
+
+def line_looks(values: pd.Series, colours: Mapping | None, first: Sequence = tuple(FLOW_COLOURS)) -> dict:
+    """Map each line to (label, colour, dashes); lines of one colour in one figure differ by their dashes."""
+    if pd.api.types.is_numeric_dtype(values):
+        numbers = sorted(set(values))
+        scale = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(numbers)))
+        return {n: (f"{values.name} {n:g}", to_hex(c), "-") for n, c in zip(numbers, scale, strict=True)}
+    looks, used = {}, Counter()
+    for value in ordered(values, first):
+        colour = (colours or {}).get(value) or flow_colour(value)
+        looks[value] = (shown(value), colour, ("-", "--", ":", "-.")[used[colour] % 4])
+        used[colour] += 1
+    return looks
+
+
+def legend_handle(label: str, colour: str, dashes: str) -> Line2D:
+    return Line2D([], [], color=colour, linestyle=dashes, label=label, linewidth=2.4)
+
+
+def panel_grid(n: int, title: str, subtitle: str, handles: list[Line2D]) -> tuple[Figure, list[plt.Axes]]:
+    """Make n panels, at most three in a row (four make a square), under a title and one legend."""
+    columns = {1: 1, 2: 2, 4: 2}.get(n, 3)
+    rows, width = ceil(n / columns), {1: 6.4, 2: 8.4}.get(columns, 10.0)
+    title, subtitle = (textwrap.fill(t, int(width * k)) for t, k in ((title, 9.5), (subtitle, 13.5)))
+    longest = max(len(handle.get_label()) for handle in handles)
+    in_row = min(len(handles), max(1, int(width / (0.55 + 0.078 * longest))))
+    in_row = ceil(len(handles) / ceil(len(handles) / in_row))  # 4 + 3 rather than 6 + 1
+    tops = [0.08]  # inches from the top: title, subtitle, legend, end of the header
+    for text, size in ((title, 0.23), (subtitle, 0.19)):
+        tops.append(tops[-1] + size * (text.count("\n") + 1 if text else 0))
+    tops.append(tops[-1] + 0.12 + 0.21 * ceil(len(handles) / in_row))
+    header, height = tops[-1] + 0.42, 3.1 if rows == 1 else 2.15
+    total = header + rows * height + (rows - 1) * 0.55 + 0.62
+    figure, axes = plt.subplots(rows, columns, figsize=(width, total), squeeze=False)
+    edge = 0.72 / width
+    figure.subplots_adjust(edge, 0.58 / total, 1 - 0.15 / width, 1 - header / total, 0.14, 0.55 / height)
+    left = 0.1 / width
+    figure.text(left, 1 - tops[0] / total, title, fontsize=12.5, fontweight="bold", va="top")
+    figure.text(left, 1 - tops[1] / total, subtitle, fontsize=9.5, color="#555555", va="top")
+    where = {"loc": "upper left", "bbox_to_anchor": (left, 1 - (tops[2] + 0.05) / total), "ncols": in_row}
+    figure.legend(handles=handles, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.6, **where)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    return figure, list(axes.flat[:n])
+
+
+def label_outside(
+    figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str, *, share_y: bool = True
+) -> None:
+    """Label the outer panels only; a panel with none below it counts as outer."""
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    for i, axis in enumerate(axes):
+        if i + columns >= len(axes):
+            axis.set_xlabel(x_label)
+        else:
+            axis.tick_params(labelbottom=False)
+        if share_y and i % columns:
+            axis.tick_params(labelleft=False)
+        elif y_label and i % columns == 0:
+            axis.set_ylabel(y_label)
+    if not share_y:
+        figure.subplots_adjust(wspace=0.22)
+
+
+def add_title(
+    figure: Figure, title: str, subtitle: str, *, gap: float = 0.1, left: float = 0.1, bottom: float = 0.1
+) -> None:
+    """Put title and subtitle above the axes, and grow the figure by their room; margins are in inches."""
+    width, height = figure.get_size_inches()
+    title, subtitle = (textwrap.fill(t, max(20, int(width * k))) for t, k in ((title, 9.0), (subtitle, 13.0)))
+    first = 0.23 * (title.count("\n") + 1) if title else 0.0
+    room = 0.1 + first + (0.19 * (subtitle.count("\n") + 1) if subtitle else 0.0) + gap
+    total = height + room
+    figure.set_size_inches(width, total)
+    figure.subplots_adjust(left / width, bottom / total, 1 - 0.1 / width, 1 - room / total)
+    edge = 0.1 / width
+    figure.text(edge, 1 - 0.08 / total, title, fontsize=12.5, fontweight="bold", va="top")
+    figure.text(edge, 1 - (0.08 + first) / total, subtitle, fontsize=9.5, color="#555555", va="top")
