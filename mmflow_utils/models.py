@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import logging
 
 from mmflow_utils.params import ROOT
 
@@ -270,16 +271,17 @@ def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:
 
 
 def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
-    hf, info = _read_part(
-        kind,
-        folder,
-        "model weights",
-        dtype=getattr(torch, params.dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        device_map=params.device_map,
-        output_loading_info=True,
-    )
+    with _no_bar():
+        hf, info = _read_part(
+            kind,
+            folder,
+            "model weights",
+            dtype=getattr(torch, params.dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            device_map=params.device_map,
+            output_loading_info=True,
+        )
     # The library fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -287,6 +289,18 @@ def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
             "among them: is this checkpoint of the architecture that its config.json names?"
         )
     return hf.eval().requires_grad_(False)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    # Its timings would stand in every committed notebook, different each time.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:

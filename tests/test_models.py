@@ -80,6 +80,11 @@ def test_a_stored_model_comes_back_as_it_was(family, tmp_path):
     assert back.processor.image_processor.backend == "pil"
 
 
+def test_loading_says_nothing(stored, capfd):
+    load_model(wanted(stored))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_text_only_model_loads_without_a_processor(tmp_path):
     back = load_model(
         wanted(save(tiny_vlm("llama"), tmp_path / "m"), prompt="{caption} {question}", dtype="bfloat16")
