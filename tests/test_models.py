@@ -10,9 +10,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny import PROMPT, tiny_sample, tiny_vlm
 
-from mmflow_utils import models
 from mmflow_utils.encode import encode
-from mmflow_utils.models import find_checkpoint, load_model, text_inputs
+from mmflow_utils.models import find_checkpoint, load, load_model, text_inputs
 
 
 def wanted(folder, **changes):
@@ -154,16 +153,16 @@ def test_a_missing_shard_and_a_cut_file_are_named(stored, tmp_path):
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "assets/nowhere", "/no/such/folder", "a b c"])
 def test_offline_an_unknown_checkpoint_is_one_sentence(name, monkeypatch):
-    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a folder") as caught:
         load_model(wanted(name))
     assert "\n" not in str(caught.value)
 
 
 def test_without_a_network_there_is_no_storm_of_retries(monkeypatch):
-    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(models, "HfApi", lambda: __import__("huggingface_hub").HfApi("http://127.0.0.1:9"))
+    monkeypatch.setattr(load, "HfApi", lambda: __import__("huggingface_hub").HfApi("http://127.0.0.1:9"))
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="can't be reached"):
         find_checkpoint("nobody/no-such-model")
@@ -175,8 +174,8 @@ def test_a_name_that_the_hub_refuses_is_said_to_be_wrong(monkeypatch):
         response = SimpleNamespace(headers={}, request=None)
         raise RepositoryNotFoundError("404\n\nRepository Not Found", response=response)
 
-    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "HfApi", lambda: SimpleNamespace(model_info=refuse))
     with pytest.raises(ValueError, match="is the name right"):
         find_checkpoint("nobody/no-such-model")
 
@@ -188,13 +187,13 @@ def test_a_cached_copy_is_used_without_asking_the_hub(stored, tmp_path, monkeypa
     (repo / "refs" / "main").write_text(commit)
     (repo / "snapshots").mkdir()
     cached = copy(stored, repo / "snapshots" / commit, without=[])
-    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "HfApi", lambda: pytest.fail("asked the hub"))
-    look = models.snapshot_download
-    monkeypatch.setattr(models, "snapshot_download", lambda *a, **k: look(*a, cache_dir=tmp_path, **k))
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "HfApi", lambda: pytest.fail("asked the hub"))
+    look = load.snapshot_download
+    monkeypatch.setattr(load, "snapshot_download", lambda *a, **k: look(*a, cache_dir=tmp_path, **k))
     assert find_checkpoint("owner/name") == cached
     (cached / "model.safetensors").unlink()  # an interrupted download does not pass for a model
-    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="complete in the local Hugging Face cache"):
         find_checkpoint("owner/name")
 

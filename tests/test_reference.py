@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 from transformers import MistralConfig
 
-from mmflow_utils import reference
 from mmflow_utils.encode import encode
 from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, Variant, variants
-from mmflow_utils.reference import attention_pattern, check_model, intervene, run_reference
+from mmflow_utils.reference import attention_pattern, check_model, engine, run_reference
+from mmflow_utils.reference.engine import intervene
 
 EDGES = ["mask", "zero_value", "mean_value"]
 MODULES = ["attention_output", "mlp_output"]
@@ -311,7 +311,7 @@ def test_the_checks_pass_on_a_sound_model(family, tmp_path):
 
 def test_the_checks_see_a_mask_that_does_nothing(tmp_path, monkeypatch):
     model, encoded = ready(tmp_path)
-    monkeypatch.setattr(reference, "_mask_edges", lambda *_: None)
+    monkeypatch.setattr(engine, "_mask_edges", lambda *_: None)
     failed = check_model(model, encoded).query("not passed")
     assert failed["check"].tolist() == ["blocked attention is 0, the rest renormalises"]
 

@@ -5,11 +5,10 @@ nothing with the sweep: the library's own attention runs, with another mask, ano
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from mmflow_utils.encode import Encoded
 from mmflow_utils.flows import Variant
 from mmflow_utils.models import VLM, text_inputs
 
-__all__ = ["Run", "attention_pattern", "check_model", "run_reference"]
+__all__ = ["Run", "intervene", "run_reference"]
 
 
 @dataclass(frozen=True)
@@ -233,106 +232,3 @@ def _check_inside(variant: Variant, *, n_layers: int, n_tokens: int) -> None:
             f"A variant names position {max((*variant.target, *variant.source))}, but the prompt has "
             f"{n_tokens} tokens, image tokens expanded."
         )
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Give the largest difference in probability that rounding alone may leave between two right answers.
-
-    >>> rounding(torch.float32)
-    0.0001
-    """
-    return {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-4)
-
-
-def check_model(model: VLM, encoded: Encoded) -> pd.DataFrame:
-    """Check on one prompt that the adapter found the right parts and that a knockout bites.
-
-    Returns:
-        One row per check: `check`, `passed`, `detail`. Nothing is raised, so that a notebook can show it.
-    """
-    checks = {
-        "every layer has its parts": _check_layers,
-        "head of normed residual stream gives the logits": _check_head,
-        "empty knockout changes nothing": _check_empty,
-        "blocked attention is 0, the rest renormalises": _check_mask,
-        "positions are the words they are called": _check_positions,
-    }
-    rows = []
-    for name, check in checks.items():
-        try:
-            problem = check(model, encoded)
-        except (AttributeError, ValueError, KeyError, RuntimeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        rows.append({"check": name, "passed": not problem, "detail": problem or "as expected"})
-    return pd.DataFrame(rows)
-
-
-def _check_layers(model: VLM, encoded: Encoded) -> str:
-    for layer in range(model.n_layers):
-        model.attention(layer), model.mlp(layer), model.value_proj(layer), model.output_proj(layer)
-    said = model.text.config.num_hidden_layers
-    return "" if model.n_layers == said else f"found {model.n_layers} layers, the configuration says {said}"
-
-
-@torch.inference_mode()
-def _check_head(model: VLM, encoded: Encoded) -> str:
-    run = run_reference(model, encoded, [])
-    top = run.resid_post[-1].to(model.unembed.weight.device, model.dtype)
-    own = model.hf(**encoded.inputs, use_cache=False).logits[0, -1].float().cpu()
-    ours = model.unembed(model.final_norm(top)).float().cpu()
-    return _differ("the library's logits", own, ours, model) or _differ("base", own, run.base, model)
-
-
-def _check_empty(model: VLM, encoded: Encoded) -> str:
-    nothing = Variant(layers=range(model.n_layers), target=encoded.spans["last"])
-    run = run_reference(model, encoded, [nothing])
-    return _differ("the clean run", run.base, run.variants[0], model)
-
-
-def _differ(what: str, a: Tensor, b: Tensor, model: VLM) -> str:
-    worst = (a.softmax(-1) - b.softmax(-1)).abs().max().item()
-    return f"differs from {what} by {worst:.1e} in probability" if worst > rounding(model.dtype) else ""
-
-
-def _check_mask(model: VLM, encoded: Encoded) -> str:
-    """Block Question -> Last in one layer and look at that layer's attention pattern itself."""
-    layer, source = model.n_layers // 2, list(encoded.spans["question"])
-    variant = Variant(
-        layers=range(layer, layer + 1), target=encoded.spans["last"], source=encoded.spans["question"]
-    )
-    clean = attention_pattern(model, encoded, layer)[:, encoded.spans.last]
-    blocked = attention_pattern(model, encoded, layer, variant)[:, encoded.spans.last]
-    if blocked[:, source].any():
-        return f"a blocked edge keeps an attention weight of {blocked[:, source].max():.1e}"
-    expected = clean.clone()
-    expected[:, source] = 0.0
-    expected /= expected.sum(-1, keepdim=True)
-    worst = (blocked - expected).abs().max().item()
-    return f"the other weights are off by {worst:.1e}" if worst > rounding(model.dtype) else ""
-
-
-@torch.inference_mode()
-def attention_pattern(
-    model: VLM, encoded: Encoded, layer: int, variant: Variant | None = None
-) -> Float[Tensor, "heads n n"]:
-    """Give a layer's attention weights [head, target, source], clean or under a variant."""
-    seen: list[Tensor] = []
-    with model.attention_kernel("eager"), ExitStack() as stack:
-        if variant:
-            stack.enter_context(intervene(model, variant, encoded.spans.n_tokens))
-        hook = model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1]))
-        stack.callback(hook.remove)
-        model.hf.base_model(**encoded.inputs, use_cache=False)
-    return seen[0][0].float().cpu()
-
-
-def _check_positions(model: VLM, encoded: Encoded) -> str:
-    spans, ids = encoded.spans, encoded.inputs["input_ids"][0].tolist()
-    said = model.tokenizer.decode([ids[p] for p in spans["question"]]).strip()
-    if "".join(said.split()) != "".join(encoded.sample.question.split()):
-        return f"the question's positions read {said!r}, not {encoded.sample.question!r}"
-    wrong = [p for p in spans.get("image") if ids[p] != model.image_token_id]
-    if wrong:
-        return f"position {wrong[0]} is called an image token, but reads {encoded.tokens[wrong[0]]!r}"
-    at_end = spans.last == spans.n_tokens - 1 == len(ids) - 1
-    return "" if at_end else f"last is {spans.last}, but the prompt has {len(ids)} tokens"

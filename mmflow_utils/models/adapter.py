@@ -1,0 +1,150 @@
+"""The model adapter: the only file that knows where a family keeps its layers, norm, head and image token.
+
+logits = model.unembed(model.final_norm(resid_post))
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+__all__ = ["VLM", "text_inputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLM:
+    """A vision-language (or text-only) model with everything needed to ask it a question.
+
+    Attributes:
+        name: what figures and files call it.
+        hf: the library's model, in evaluation mode.
+        processor: picture and text to tensors; None for a text-only model.
+        prompt: the template, with `{question}` and, if it sees pictures, `<image>`.
+        do_pad: pad pictures to a square first, as LLaVA-1.5 was trained. Processors that cut a picture
+            into any-resolution tiles do their own padding and are left alone.
+    """
+
+    name: str
+    hf: PreTrainedModel
+    processor: ProcessorMixin | None
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str
+    do_pad: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def text(self) -> PreTrainedModel:
+        """The decoder: token embeddings in, normed hidden states out."""
+        return self.hf.get_decoder()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.text.layers
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def n_heads(self) -> int:
+        return self.text.config.num_attention_heads
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.text.norm
+
+    @property
+    def unembed(self) -> nn.Module:
+        """The unembedding: final-normed residual stream to logits over the vocabulary."""
+        return self.hf.get_output_embeddings()
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id of the placeholder that picture features replace; None for a text-only model."""
+        return getattr(self.hf.config, "image_token_id", None)
+
+    @property
+    def image_token(self) -> str:
+        """The placeholder's text in this model's vocabulary; what `<image>` in the prompt becomes."""
+        return getattr(self.processor, "image_token", "<image>")
+
+    @property
+    def image_patch_size(self) -> int:
+        """Side of one image patch, in pixels of the processed picture."""
+        return self.hf.config.vision_config.patch_size
+
+    @property
+    def has_tiles(self) -> bool:
+        """True where the processor cuts a picture into any-resolution tiles, and pads them itself."""
+        return hasattr(self.processor.image_processor, "image_grid_pinpoints")
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.layers[layer].self_attn
+
+    def mlp(self, layer: int) -> nn.Module:
+        return self.layers[layer].mlp
+
+    def value_proj(self, layer: int) -> nn.Module:
+        """The map from a position to its values, all key-value heads side by side."""
+        return self.attention(layer).v_proj
+
+    def output_proj(self, layer: int) -> nn.Module:
+        """The map from the heads' mixed values, side by side, to the attention's output."""
+        return self.attention(layer).o_proj
+
+    def first_token_id(self, word: str) -> int:
+        """Give the first token of a word encoded alone, as answers and the logit lens count it (§7)."""
+        return self.tokenizer.encode(word, add_special_tokens=False)[0]
+
+    @contextmanager
+    def attention_kernel(self, name: str) -> Iterator[None]:
+        """Run the decoder with another attention implementation (`eager` shows the patterns) for a while."""
+        before = self.text.config._attn_implementation
+        self.text.set_attn_implementation(name)
+        try:
+            yield
+        finally:
+            self.text.set_attn_implementation(before)
+
+    def in_token_order(
+        self, patches: Float[Tensor, "tiles patches k"], inputs: Mapping[str, Tensor]
+    ) -> Float[Tensor, "image_tokens k"]:
+        """Lay out values that belong to patches of the picture as the model lays out its image tokens.
+
+        LLaVA's are in reading order. LLaVA-NeXT stitches its tiles together, cuts the padding away and ends
+        each row with a newline token: the library's own packing does it here, and newlines come out NaN.
+        """
+        if not hasattr(self.hf, "pack_image_features"):
+            return patches.flatten(0, 1)
+        newline = torch.full((patches.shape[-1],), torch.nan)
+        strategy = self.hf.config.vision_feature_select_strategy
+        packed, _ = self.hf.pack_image_features(
+            [patches],
+            inputs["image_sizes"].cpu(),
+            vision_feature_select_strategy=strategy,
+            image_newline=newline,
+        )
+        return packed[0]
+
+
+@torch.inference_mode()
+def text_inputs(model: VLM, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """Run the whole model once and catch what its decoder is called with.
+
+    Returns:
+        The decoder's keyword arguments, with the picture's features already in `inputs_embeds`, so that it
+        can be run again without the vision tower; and its output, the final-normed hidden states [1, N, d].
+    """
+    caught: dict[str, Any] = {}
+    hook = model.text.register_forward_pre_hook(lambda _, __, kwargs: caught.update(kwargs), with_kwargs=True)
+    try:
+        hidden = model.hf.base_model(**inputs, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+    return caught, hidden
