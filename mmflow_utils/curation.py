@@ -1,0 +1,149 @@
+"""Which questions does the model answer correctly? The samples that every experiment reads (§4, App. A).
+
+asked = ask_questions(model, draw(samples, by="group", n=60, seed=0))
+group_accuracy(asked)                                # the paper's Table 2
+samples = load_samples(model, params, "ChooseAttr")  # correctly answered ones, curated where that wasn't done yet
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from mmflow_utils.encode import Encoded, encode
+from mmflow_utils.models import VLM
+from mmflow_utils.params import Params
+from mmflow_utils.samples import Sample, frame_to_samples, read_gqa, samples_to_frame
+from mmflow_utils.stats import summarise
+from mmflow_utils.store import load_frame, manifest, save_frame
+
+__all__ = ["answer", "ask_questions", "curate", "draw", "group_accuracy", "load_samples", "read_questions"]
+
+# What a curated set depends on: everything else may change without asking the model again.
+DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples")
+COLUMNS = ("sample_id", "image_id", "structural", "semantic", "detailed", "task", "answer", "prediction", "correct", "reason")  # fmt: skip
+
+
+@torch.inference_mode()
+def answer(model: VLM, encoded: Encoded, *, max_new_tokens: int = 8) -> str:
+    """Let the model answer greedily, and strip what it says (§4)."""
+    ids = model.hf.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = ids[0, encoded.inputs["input_ids"].shape[1] :]
+    return model.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def ask_questions(model: VLM, samples: Iterable[Sample], *, progress: bool = True) -> pd.DataFrame:
+    """Ask the model each question and judge its answer: equal to the label once both are lower-case.
+
+    Returns:
+        One row per sample with `COLUMNS`. A picture or prompt that can't be used leaves `prediction` empty and its
+        reason in `reason`; a wrong answer has its own words there; a correct one has None.
+    """
+    samples = list(samples)
+    rows = [_judge(model, s) for s in tqdm(samples, desc="Asking", unit="question", disable=not progress)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _judge(model: VLM, sample: Sample) -> dict:
+    row = {name: getattr(sample, name) for name in COLUMNS[:7]}
+    try:
+        said = answer(model, encode(model, sample))
+    except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
+        return row | dict(prediction=None, correct=False, reason=str(error))
+    correct = said.lower() == sample.answer.strip().lower()
+    return row | dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
+
+
+def draw(samples: Iterable[Sample], *, n: int | None, seed: int, by: Callable[[Sample], object]) -> list[Sample]:
+    """Draw at most `n` samples (None for all) of each kind that `by` tells apart, in a seeded order.
+
+    The order of one kind doesn't depend on the other kinds, nor on `n`: a larger draw begins with the smaller one.
+
+    >>> draw([], n=3, seed=0, by=lambda sample: sample.task)
+    []
+    """
+    kinds: dict[object, list[Sample]] = {}
+    for sample in samples:
+        kinds.setdefault(by(sample), []).append(sample)
+    return [s for kind in sorted(kinds, key=str) for s in _shuffled(kinds[kind], seed)[:n]]
+
+
+def _shuffled(samples: list[Sample], seed: int) -> list[Sample]:
+    ordered = sorted(samples, key=lambda s: s.sample_id)
+    return [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
+
+
+def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Accuracy (%) of each structural x semantic group with its 95 % interval over pictures (Table 2).
+
+    Questions that couldn't be asked are left out.
+    """
+    heard = asked[asked.prediction.notna()].assign(accuracy_pct=lambda f: 100.0 * f.correct)
+    table = summarise(heard, "accuracy_pct", by=("structural", "semantic"), n_boot=n_boot, seed=seed)
+    return table.rename(columns={"mean": "accuracy_pct"})
+
+
+def curate(
+    model: VLM, samples: Iterable[Sample], *, tasks: Iterable[str], n_samples: int, seed: int, progress: bool = True
+) -> tuple[list[Sample], pd.DataFrame]:
+    """Ask each task's questions in a seeded order until `n_samples` are answered correctly (App. A).
+
+    Returns:
+        The correctly answered samples, task by task, and the record of every question asked (`ask_questions`).
+    """
+    kept, records = [], []
+    for task in tasks:
+        candidates = _shuffled([s for s in samples if s.task == task], seed)
+        with tqdm(total=n_samples, desc=task, unit="correct", disable=not progress) as bar:
+            for sample, row in _until_enough(model, candidates, n_samples):
+                records.append(row)
+                if row["correct"]:
+                    kept.append(sample)
+                    bar.update()
+    return kept, pd.DataFrame(records, columns=list(COLUMNS))
+
+
+def _until_enough(model: VLM, candidates: list[Sample], n: int) -> Iterator[tuple[Sample, dict]]:
+    correct = 0
+    for sample in candidates:
+        if correct == n:
+            return
+        row = _judge(model, sample)
+        correct += row["correct"]
+        yield sample, row
+
+
+def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tuple[list[Sample], pd.DataFrame]:
+    """Read the parameters' GQA files; also a frame of what couldn't be read, with the reasons."""
+    return read_gqa(params.path("questions"), params.path("scene_graphs"), params.path("images"), tasks=tasks)
+
+
+def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sample]:
+    """Give the model's correctly answered samples of one task, or of all of the parameters' tasks.
+
+    Notebook 01 writes them to `outputs/<model>/samples/`. Where that hasn't happened yet for these parameters, the
+    same curation is done here and kept, so that every notebook can be run on its own with the same result.
+
+    Raises:
+        ValueError: a task of which the model answers no question correctly.
+    """
+    found = []
+    for name in [task] if task else params.tasks:
+        path = params.folder / "samples" / f"{name}.parquet"
+        expected = manifest(params, model, fields=DEPENDS_ON)
+        try:
+            kept = frame_to_samples(load_frame(path, expected))
+        except ValueError:  # not there, or of other parameters: curate anew
+            candidates, _ = read_questions(params, tasks=[name])
+            kept, record = curate(model, candidates, tasks=[name], n_samples=params.n_samples, seed=params.seed)
+            save_frame(samples_to_frame(kept), path, expected)
+            save_frame(record, path.with_name(f"{name}_asked.parquet"), expected)
+        if not kept:
+            raise ValueError(
+                f"{params.model} answers none of the {name} questions in {params.questions} correctly: "
+                "leave the task out of `tasks`, or look at what it says in notebook 01."
+            )
+        found += kept
+    return found

@@ -1,0 +1,64 @@
+"""The evaluation split: scenes that training never drew, written in GQA's own layout.
+
+    val_balanced_questions.json   {question id: GQA's question record}
+    val_sceneGraphs.json          {image id: GQA's scene graph}
+    region_descriptions.json      dense captions, as Visual Genome lists them: one phrase for each region
+    images/<image id>.png
+
+Example:
+    >>> write_split(Path("assets/miniature"), n_scenes=300, seed=0)
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .questions import BRIDGES, TASK_GENERATORS, ask, gqa_record
+from .world import Scene, caption, draw_scene, sample_scene, scene_graph
+
+__all__ = ["write_split"]
+
+N_BRIDGES = 5  # questions of a scene from outside the six tasks
+
+
+def write_split(folder: Path, *, n_scenes: int, seed: int) -> None:
+    """Draw `n_scenes` and write them, their questions and captions; the same seed gives the same files."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    questions, graphs, regions = {}, {}, []
+    for i in range(n_scenes):
+        rng = np.random.default_rng([seed, 2000, i])  # apart from the streams of training and of its evaluation
+        scene = sample_scene(rng, scene_id=f"{i + 1:05d}")
+        draw_scene(scene).save(folder / "images" / f"{scene.scene_id}.png", optimize=True)
+        graphs[scene.scene_id] = scene_graph(scene)
+        regions.append(_regions(scene, rng))
+        for k, record in enumerate(_ask_all(scene, rng)):
+            questions[f"{scene.scene_id}{k:02d}"] = record
+    _write_json(folder / "val_balanced_questions.json", questions)
+    _write_json(folder / "val_sceneGraphs.json", graphs)
+    _write_json(folder / "region_descriptions.json", regions)
+
+
+def _ask_all(scene: Scene, rng: np.random.Generator) -> list[dict]:
+    """One question from each of the tasks' generators and a few from the other groups, none twice."""
+    picked = [g for group in TASK_GENERATORS.values() for g in group]
+    picked += [BRIDGES[i] for i in rng.choice(len(BRIDGES), N_BRIDGES, replace=False)]
+    drafts = {draft.text: draft for g in picked if (draft := ask(g, scene, rng))}
+    return [gqa_record(draft, scene) for draft in drafts.values()]
+
+
+def _regions(scene: Scene, rng: np.random.Generator) -> dict:
+    phrases = [phrase.strip() + "." for phrase in caption(scene, rng).split(".") if phrase.strip()]
+    boxes = {thing.category: thing.box for thing in scene.things}
+    whole = (0, 0, *draw_scene(scene).size)
+    entry = {"id": scene.scene_id, "regions": []}
+    for k, phrase in enumerate(phrases):
+        about = next((c for c in boxes if f" {c} made" in phrase), None)
+        x, y, w, h = boxes.get(about, whole)
+        region = dict(region_id=f"{scene.scene_id}{k:02d}", image_id=scene.scene_id, phrase=phrase)
+        entry["regions"].append(region | dict(x=x, y=y, width=w, height=h))
+    return entry
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
