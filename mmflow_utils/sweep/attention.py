@@ -1,0 +1,231 @@
+"""Attention of packed rows: to the clean keys that all share, and to their own branch's.
+
+The functions come in by a keyword argument of the decoder layer, named `RIDER`, which the library hands down to
+its attention function; so nothing is stored on the model.
+"""
+
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+__all__ = ["RIDER", "Attend", "Block", "Capture", "keys_only"]
+
+RIDER = "mmflow_ride"
+# So many own keys stand side by side in one call: enough to keep it busy, few enough that the scores between
+# strangers, which are masked, cost little.
+_OWN_KEYS = 128
+
+
+class _Stop(Exception):
+    """Leaves a layer whose keys and values are all that was wanted."""
+
+
+class Capture:
+    """The library's own attention, remembering rotated keys and values, each [key_heads, pos, d_head]."""
+
+    def __init__(self, key: Tensor | None = None, value: Tensor | None = None, *, stop: bool = False):
+        self.key, self.value, self.stop = key, value, stop
+
+    def __call__(self, module, query, key, value, attention_mask, **kwargs):
+        self.key, self.value = key[0], value[0]
+        if self.stop:
+            raise _Stop
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def keys_only(layer: nn.Module, hidden: Float[Tensor, "1 r d"], kwargs: dict) -> Capture:
+    """Run a layer as far as its rotated keys and values."""
+    capture = Capture(stop=True)
+    with suppress(_Stop):
+        layer.forward(hidden, **{k: v for k, v in kwargs.items() if k != "hidden_states"}, **{RIDER: capture})
+    return capture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Packed rows of one branch that attend to the same keys.
+
+    Attributes:
+        rows, positions: where they stand in the packed sequence and in the prompt.
+        low: keys of positions below are the clean run's.
+        keys: where the keys from `low` on begin among the own ones; None: they too are the clean run's.
+        edit: source positions and intervention.
+    """
+
+    rows: list[int]
+    positions: tuple[int, ...]
+    low: int
+    keys: int | None = None
+    edit: tuple[tuple[int, ...], str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """What blocks of one shape attend to: `n_prefix` clean keys, then own ones.
+
+    Attributes:
+        prefix: the clean positions, all below `low` where None.
+        own: own positions, counted from `low`.
+        deaf: rows that see nothing at all, if there are any: they get nothing.
+        touched: edges whose value is replaced.
+        shares: how the weight of these is spread instead: evenly over the sources, or nowhere.
+        masks: what is added to the scores, by the number of blocks side by side.
+    """
+
+    n_prefix: int
+    prefix: Int[Tensor, " p"] | None
+    own: Int[Tensor, " o"]
+    sees: Bool[Tensor, "m keys"]
+    deaf: Bool[Tensor, " m"] | None
+    touched: Bool[Tensor, "m keys"] | None
+    shares: Float[Tensor, "m keys"] | None
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask(self, n_blocks: int, dtype: torch.dtype) -> Float[Tensor, "rows all_keys"]:
+        """Give what is added to the scores of blocks side by side: none attends to another's own keys."""
+        if n_blocks not in self.masks:
+            n_rows, n_own, n_prefix = len(self.sees), len(self.own), self.n_prefix
+            # A row that sees nothing must not become NaN; its outcome is thrown away.
+            hidden = ~self.sees & self.sees.any(1, keepdim=True)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
+                hidden, -torch.inf
+            )
+            wide = mask.new_full((n_blocks, n_rows, n_prefix + n_blocks * n_own), -torch.inf)
+            wide[:, :, :n_prefix] = mask[:, :n_prefix]
+            for n in range(n_blocks):
+                wide[n, :, n_prefix + n * n_own :][:, :n_own] = mask[:, n_prefix:]
+            self.masks[n_blocks] = wide.flatten(0, 1)
+        return self.masks[n_blocks]
+
+
+class Attend:
+    """Attention of packed rows, in place of the library's.
+
+    Blocks of one shape go through the fused kernel together: the shared keys stand there once, the own ones side
+    by side. Query heads that share a key head (grouped-query attention) become further rows.
+    """
+
+    def __init__(
+        self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict
+    ):
+        self.clean, self.own, self.layer_mask, self.known = clean, own, mask, known
+        self.groups = defaultdict(list)
+        for block in blocks:
+            self.groups[block.positions, block.low, block.edit, block.keys is None].append(block)
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        own = self.own or Capture(key[0], value[0])
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [rows, heads, d_head]
+        for blocks in self.groups.values():
+            keys = self._keys(blocks[0], key.device)
+            for rows, mixed in self._group(blocks, keys, query[0], own, scaling):
+                out[rows] = mixed.transpose(0, 1)
+        return out[None], None
+
+    def _group(self, blocks: list[Block], keys: _Keys, query: Tensor, own: Capture, scaling: float):
+        """Attend, a few blocks at a time: their packed rows and mixed values [heads, rows, d_head]."""
+        together = max(1, max(_OWN_KEYS, keys.n_prefix // 8) // max(1, len(keys.own)))
+        together = together if keys.touched is None else 1
+        n_prefix, n_own = keys.n_prefix, len(keys.own)
+        both = []
+        for clean in (self.clean.key, self.clean.value):
+            room_for = clean.new_empty(
+                len(clean), n_prefix + n_own * min(together, len(blocks)), clean.shape[-1]
+            )
+            room_for[:, :n_prefix] = clean[:, :n_prefix] if keys.prefix is None else clean[:, keys.prefix]
+            both.append(room_for)
+        mix = _fused if keys.touched is None else _replaced
+        for n in range(0, len(blocks), together):
+            some = blocks[n : n + together]
+            source = self.clean if some[0].keys is None else own
+            begins = [some[0].low if block.keys is None else block.keys for block in some]
+            index = (torch.tensor(begins, device=query.device)[:, None] + keys.own).flatten()
+            k, v = (one[:, : n_prefix + len(index)] for one in both)
+            k[:, n_prefix:], v[:, n_prefix:] = source.key[:, index], source.value[:, index]
+            rows = _tight([row for block in some for row in block.rows], query.device)
+            folded = query[:, rows].reshape(len(k), -1, query.shape[-1])
+            mixed = mix(folded, k, v, keys, len(some), scaling).reshape(len(query), -1, v.shape[-1])
+            if keys.deaf is not None:
+                mixed = mixed.masked_fill(keys.deaf.repeat(len(some))[:, None], 0)
+            yield rows, mixed
+
+    def _keys(self, block: Block, device: torch.device) -> _Keys:
+        """Work out which keys the blocks of one shape attend to, and which of them each row sees."""
+        name = block.positions, block.low, block.edit, device, id(self.layer_mask)
+        if name in self.known:
+            return self.known[name]
+        source, intervention = block.edit or ((), "mask")
+        at = torch.tensor(block.positions, device=device)
+        keys = torch.arange(block.positions[-1] + 1, device=device)
+        sources = torch.isin(keys, torch.tensor(source, device=device, dtype=keys.dtype))
+        touched = shares = None
+        if intervention == "mask":
+            keys = keys[~sources]
+        else:
+            touched = (keys <= at[:, None]) & sources
+            shares = touched / touched.sum(1, keepdim=True).clamp(min=1) * (intervention == "mean_value")
+        sees = keys <= at[:, None]
+        if self.layer_mask is not None:
+            sees = _allowed(self.layer_mask)[at.to(self.layer_mask.device)].to(device)[:, keys]
+        prefix, own = keys[keys < block.low], keys[keys >= block.low] - block.low
+        self.known[name] = _Keys(
+            n_prefix=len(prefix),
+            prefix=None if len(prefix) == block.low else prefix,
+            own=own,
+            sees=sees,
+            deaf=None if sees.any(1).all() else ~sees.any(1),
+            touched=touched,
+            shares=shares,
+        )
+        return self.known[name]
+
+
+def _tight(rows: list[int], device: torch.device) -> slice | Tensor:
+    """Index with a slice where one does it: no copy is made."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
+
+
+def _allowed(mask: Tensor) -> Bool[Tensor, "n n"]:
+    mask = mask[0, 0]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling: float) -> Tensor:
+    mask = keys.mask(n_blocks, q.dtype)
+    if (fold := q.shape[1] // len(mask)) > 1:
+        mask = mask.repeat(fold, 1)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
+
+
+def _replaced(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling: float) -> Tensor:
+    """Attend with the pattern left alone and other values on some edges.
+
+    To give all sources their mean value is to spread the weight that falls on them evenly over them.
+    """
+    fold = q.shape[1] // len(keys.sees)
+    pattern = (q @ k.transpose(1, 2)).float() * scaling + keys.mask(1, torch.float32).repeat(fold, 1)
+    pattern = pattern.softmax(-1)
+    touched = keys.touched.repeat(fold, 1)
+    lost = (pattern * touched).sum(-1, keepdim=True)
+    pattern = pattern.masked_fill(touched, 0) + lost * keys.shares.repeat(fold, 1)
+    return pattern.to(v.dtype) @ v
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    """Hand attention to whoever rides on this call; without a rider it is the library's own."""
+    rider = kwargs.pop(RIDER, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return rider(module, query, key, value, attention_mask, **kwargs)
+
+
+# Without a mask function of its own, an attention function is given no mask and silently sees the future.
+AttentionInterface.register(RIDER, _attention)
+AttentionMaskInterface.register(RIDER, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,213 @@
+"""One clean pass, layer by layer, with the rows of all branches beside it."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mmflow_utils.encode import Encoded
+from mmflow_utils.models import VLM
+from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, keys_only
+from mmflow_utils.sweep.plan import Branch
+
+import os; SL=float(os.environ.get('SL','1'))
+__all__ = ["Ride"]
+
+# The positions whose rows are computed, branch by branch: the order of a packed sequence.
+Here = Mapping[Branch, tuple[int, ...]]
+
+
+class Ride:
+    """One clean pass with the rows of all branches beside it.
+
+    Attributes:
+        base: the clean logits at the read position (float32).
+        resid_post: the clean residual stream there: the embedding, then what leaves each layer (float32).
+    """
+
+    def __init__(self, model: VLM, branches: list[Branch], read: int):
+        self.model, self.branches, self.read = model, branches, read
+        self.last = model.n_layers - 1
+        self.resid_post: list[Tensor] = []
+        self.finals: list[Tensor] = []  # the read rows after the last layer, slice by slice
+        self.zeroed: dict[
+            str, list[int]
+        ] = {}  # module intervention -> packed rows, while a layer runs on them
+        self.known: dict = {}  # what Attend worked out about keys and masks
+
+    def run(self, encoded: Encoded) -> dict[int, Float[Tensor, " vocab"]]:
+        """Give each variant's logits (float32) at the read position, by the variant's index in the plan."""
+        with self._hooked():
+            out = self.model.hf(**encoded.inputs, use_cache=False)
+        self.base = out.logits[0, -1].float().cpu()
+        if not self.branches:
+            return {}
+        norm = self.model.final_norm
+        final = norm(torch.cat(self.finals).to(_device(norm)))
+        logits = self.model.unembed(final).float().cpu()
+        order = [branch for some in self._slices(self.last) for branch in some]
+        return {n: row for branch, row in zip(order, logits, strict=True) for n in branch.variants}
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Hook into the decoder, and undo it whatever happens."""
+        handles = []
+
+        def before(i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden, changed = self._before(i, layer, hidden, kwargs)
+            return (hidden, *args[1:]), {k: v for k, v in changed.items() if k != "hidden_states"}
+
+        def after(i: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
+            self._after(i, layer, output)
+
+        def zero(name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            if rows := self.zeroed.get(name):
+                (output[0] if isinstance(output, tuple) else output)[:, rows] = 0
+
+        try:
+            for i, layer in enumerate(self.model.layers):
+                handles.append(layer.register_forward_pre_hook(partial(before, i), with_kwargs=True))
+                handles.append(layer.register_forward_hook(partial(after, i)))
+                modules = {"attention_output": self.model.attention(i), "mlp_output": self.model.mlp(i)}
+                handles += [m.register_forward_hook(partial(zero, name)) for name, m in modules.items()]
+            with self.model.attention_kernel(RIDER):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(
+        self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 n d"], kwargs: dict
+    ) -> tuple[Float[Tensor, "1 m d"], dict]:
+        """See what goes into a layer of the clean pass; cut the last layer down to the row that is read."""
+        hidden = hidden.to(_device(layer))  # layers may be spread over devices: rows follow
+        if i == 0:
+            self.resid_post.append(hidden[0, self.read].float().cpu())
+            self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
+        self.rows = self.rows.to(hidden.device)
+        self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
+        if i < self.last:
+            return hidden, {**kwargs, RIDER: self.clean}
+        self.clean = keys_only(layer, hidden, kwargs)
+        block = Block(rows=[0], positions=(self.read,), low=self.read)
+        return hidden[:, [self.read]], {**_at(kwargs, [self.read]), RIDER: self._attend([block])}
+
+    def _after(self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 m d"]) -> None:
+        """Take all branches through the layer that the clean pass has just left."""
+        self.resid_post.append(hidden[0, self.read if i < self.last else 0].float().cpu())
+        for some in self._slices(i):
+            index, out = self._through(i, layer, some)
+            if i == self.last:
+                self.finals.append(out)
+                continue
+            self.rows[index] = out
+            for branch in some:
+                if branch.born == i:
+                    self._copy_parent(branch, hidden[0], keep=branch.target)
+
+    def _slices(self, i: int) -> Iterator[list[Branch]]:
+        """Take families, until they'd have more rows than the clean pass: a layer's peak memory grows no more.
+
+        Within a slice come the branches with keys of their own, then those that begin in this layer.
+        """
+        some, n_rows = [], 0
+        for branch in self.branches:
+            if branch.born > i:
+                continue
+            n_rows += len(branch.rows)
+            if some and branch.parent is None and n_rows > len(self.clean_in) // SL:
+                yield sorted(some, key=lambda b: b.born == i)
+                some, n_rows = [], len(branch.rows)
+            some.append(branch)
+        if some:
+            yield sorted(some, key=lambda b: b.born == i)
+
+    def _through(
+        self, i: int, layer: nn.Module, some: list[Branch]
+    ) -> tuple[Int[Tensor, " r"], Float[Tensor, "r d"]]:
+        """Run those rows of some branches that need it through a layer."""
+        for branch in some:
+            if branch.born == i:
+                self._copy_parent(branch, self.clean_in)
+        with_keys = {b: tuple(b.rows) for b in some if b.born < i}
+        begins = dict(zip(with_keys, accumulate([0, *map(len, with_keys.values())]), strict=False))
+        here, own = {b: with_keys.get(b, b.target) for b in some}, None
+        if i == self.last:
+            if with_keys:
+                own = keys_only(layer, self.rows[self._index(with_keys)][None], self._kwargs_at(with_keys))
+            here = dict.fromkeys(some, (self.read,))
+        blocks, zeroed = self._blocks(i, here, begins)
+        index = self._index(here)
+        kwargs = {**self._kwargs_at(here), RIDER: self._attend(blocks, own)}
+        try:
+            self.zeroed = zeroed
+            # Not layer(...): its hooks are ours, and this is their work.
+            return index, layer.forward(self.rows[index][None], **kwargs)[0]
+        finally:
+            self.zeroed = {}
+
+    def _blocks(
+        self, i: int, here: Here, begins: Mapping[Branch, int]
+    ) -> tuple[list[Block], dict[str, list[int]]]:
+        """Sort packed rows by what they attend to, and note those whose module output is zeroed."""
+        blocks, zeroed, n_rows = [], defaultdict(list), 0
+        for branch, positions in here.items():
+            row = {p: n_rows + n for n, p in enumerate(positions)}
+            n_rows += len(positions)
+            touched = tuple(p for p in positions if p in branch.target_set) if branch.edits(i) else ()
+            if not branch.on_edges:
+                zeroed[branch.intervention] += [row[p] for p in touched]
+                touched = ()
+            rest = tuple(p for p in positions if p not in branch.target_set) if touched else positions
+            keys = begins.get(branch if branch in begins else branch.parent)
+            for part, edit in ((touched, (branch.source, branch.intervention)), (rest, None)):
+                if part:
+                    rows = [row[p] for p in part]
+                    blocks.append(Block(rows=rows, positions=part, low=branch.rows[0], edit=edit, keys=keys))
+        return blocks, zeroed
+
+    def _attend(self, blocks: list[Block], own: Capture | None = None) -> Attend:
+        return Attend(blocks, self.clean, own, mask=self.kwargs.get("attention_mask"), known=self.known)
+
+    def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
+        """Give a new branch its parent's rows, save those at the positions to keep."""
+        parent, n_rows = branch.parent, len(branch.rows)
+        own = self.rows[branch.first : branch.first + n_rows]
+        kept = [p - branch.rows[0] for p in keep]
+        mine = own[kept]
+        own.copy_(clean[branch.rows[0] :][:n_rows] if parent is None else self.rows[parent.first :][:n_rows])
+        own[kept] = mine
+
+    def _index(self, here: Here) -> Int[Tensor, " r"]:
+        rows = [b.first + p - b.rows[0] for b, positions in here.items() for p in positions]
+        return torch.tensor(rows, device=self.rows.device)
+
+    def _kwargs_at(self, here: Here) -> dict:
+        return _at(self.kwargs, [p for positions in here.values() for p in positions])
+
+
+def _at(kwargs: dict, positions: list[int]) -> dict:
+    """Pick from a layer's keyword arguments what belongs to some positions; no mask, no cache."""
+
+    def pick(value: Tensor, dim: int) -> Tensor:
+        return value.index_select(dim, torch.tensor(positions, device=value.device))
+
+    cos, sin = kwargs["position_embeddings"]
+    picked = {
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_embeddings": (pick(cos, -2), pick(sin, -2)),
+    }
+    if kwargs.get("position_ids") is not None:
+        picked["position_ids"] = pick(kwargs["position_ids"], -1)
+    return {k: v for k, v in kwargs.items() if k != "hidden_states"} | picked
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
