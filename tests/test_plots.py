@@ -404,3 +404,20 @@ def test_drawing_leaves_matplotlib_as_it_was():
 def test_plots_and_stats_never_import_torch():
     code = "import sys, mmflow_utils.plots, mmflow_utils.stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_map_shows_every_cell_and_prints_the_large_ones():
+    frame = pd.DataFrame(
+        [
+            (flow, layer, change)
+            for flow in ("Image -> Last", "Question -> Last")
+            for layer, change in ((0, -1.0), (1, -80.0))
+        ],
+        columns=["flow", "layer", "rel_change_pct"],
+    )
+    axis = plots.plot_map(frame, title="T").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["−80", "−80"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["Question → Last", "Image → Last"]
+    assert axis.collections[0].get_array().ravel().tolist() == [-1.0, -80.0, -1.0, -80.0]
+    with pytest.raises(ValueError, match="layer"):
+        plots.plot_map(frame.drop(columns="layer"))

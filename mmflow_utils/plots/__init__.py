@@ -5,6 +5,7 @@ in all figures; the colours stay apart under the common kinds of colour blindnes
 """
 
 from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.maps import plot_map
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.prompt import plot_prompt
 from mmflow_utils.plots.style import FLOW_COLOURS, SET_COLOURS, TASK_ORDER, flow_colour, set_style
@@ -19,6 +20,7 @@ __all__ = [
     "plot_curves",
     "plot_flow",
     "plot_learning_curves",
+    "plot_map",
     "plot_prompt",
     "plot_sample",
     "set_style",
