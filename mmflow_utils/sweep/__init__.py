@@ -1,10 +1,10 @@
 """The fast way: all variants of a prompt ride on one clean forward pass, exactly.
 
-A variant that edits the layers [a, b) at the positions T is the clean run below layer `a`, and by causality
-only positions from min(T) on ever change. So one clean pass runs as the library runs it; a hook on each layer
-sees its clean input, keys and values, and calls the same layer again on those rows of all variants that differ,
-packed into one sequence (`ride`). The library's own norms, projections and MLP run; only the attention between
-packed rows is ours (`attention`). What need not be computed is not (`plan`):
+A variant that edits the layers [a, b) at the positions T is the clean run below layer `a`, and by
+causality only positions from min(T) on ever change. So one clean pass runs as the library runs it; a hook
+on each layer sees its clean input, keys and values, and calls the same layer again on those rows of all
+variants that differ, packed into one sequence (`ride`). The library's own norms, projections and MLP run;
+only the attention between packed rows is ours (`attention`). What need not be computed is not (`plan`):
 
 - In the layer where a variant begins, only the rows in T differ from the clean run's.
 - Variants that begin alike (windows clipped at layer 0) are one until the first of them ends; it leaves the
@@ -41,8 +41,8 @@ def run_sweep(
 ) -> Run:
     """Run a prompt clean and under every variant, for the price of a few clean passes (§3.2).
 
-    The same numbers as `run_reference`, up to rounding, and the same definitions: a target with no key left to
-    attend to gets nothing from attention.
+    The same numbers as `run_reference`, up to rounding, and the same definitions: a target with no key left
+    to attend to gets nothing from attention.
 
     Args:
         model: the model; its attention runs fused (`sdpa`) here, whatever it is set to.
@@ -53,7 +53,8 @@ def run_sweep(
             what is done by then is kept.
 
     Raises:
-        ValueError: a variant that names a layer or a position that isn't there; such a `read`; a chunk below 1.
+        ValueError: a variant that names a layer or a position that isn't there; such a `read`; a chunk
+            below 1.
     """
     n_layers = model.n_layers
     read = encoded.spans.last if read is None else read
@@ -85,7 +86,7 @@ def run_sweep(
 
 
 def _fits(ride, size: int) -> bool:
-    """Try at once: accelerate's decorator first collects garbage, which takes as long as a small clean pass."""
+    """Try at once: accelerate's decorator collects garbage first, which takes as long as a small sweep."""
     try:
         ride(size)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Attention of packed rows: to the clean keys that all share, and to their own branch's.
 
-The functions come in by a keyword argument of the decoder layer, named `RIDER`, which the library hands down to
-its attention function; so nothing is stored on the model.
+A rider comes in by a keyword argument of the decoder layer, named `RIDER`, which the library hands down to its
+attention function: so nothing is stored on the model.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["RIDER", "Attend", "Block", "Capture", "keys_only"]
+__all__ = ["RIDER", "Attend", "Block", "Capture", "as_index", "keys_only"]
 
 RIDER = "mmflow_ride"
 # So many own keys stand side by side in one call: enough to keep it busy, few enough that the scores between
@@ -32,6 +32,7 @@ class Capture:
 
     def __init__(self, key: Tensor | None = None, value: Tensor | None = None, *, stop: bool = False):
         self.key, self.value, self.stop = key, value, stop
+        self.laid_out: dict[tuple[int, int], list[Tensor]] = {}  # see Attend
 
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
         self.key, self.value = key[0], value[0]
@@ -81,7 +82,7 @@ class _Keys:
 
     n_prefix: int
     prefix: Int[Tensor, " p"] | None
-    own: Int[Tensor, " o"]
+    own: list[int]
     sees: Bool[Tensor, "m keys"]
     deaf: Bool[Tensor, " m"] | None
     touched: Bool[Tensor, "m keys"] | None
@@ -108,8 +109,8 @@ class _Keys:
 class Attend:
     """Attention of packed rows, in place of the library's.
 
-    Blocks of one shape go through the fused kernel together: the shared keys stand there once, the own ones side
-    by side. Query heads that share a key head (grouped-query attention) become further rows.
+    Blocks of one shape go through the fused kernel together: the shared keys stand there once, the own ones
+    side by side. Query heads that share a key head (grouped-query attention) become further rows.
     """
 
     def __init__(
@@ -134,27 +135,33 @@ class Attend:
         together = max(1, max(_OWN_KEYS, keys.n_prefix // 8) // max(1, len(keys.own)))
         together = together if keys.touched is None else 1
         n_prefix, n_own = keys.n_prefix, len(keys.own)
-        both = []
-        for clean in (self.clean.key, self.clean.value):
-            room_for = clean.new_empty(
-                len(clean), n_prefix + n_own * min(together, len(blocks)), clean.shape[-1]
-            )
-            room_for[:, :n_prefix] = clean[:, :n_prefix] if keys.prefix is None else clean[:, keys.prefix]
-            both.append(room_for)
+        both = self._with_room(keys, blocks[0].low, min(together, len(blocks)) * n_own)
         mix = _fused if keys.touched is None else _replaced
         for n in range(0, len(blocks), together):
             some = blocks[n : n + together]
             source = self.clean if some[0].keys is None else own
             begins = [some[0].low if block.keys is None else block.keys for block in some]
-            index = (torch.tensor(begins, device=query.device)[:, None] + keys.own).flatten()
-            k, v = (one[:, : n_prefix + len(index)] for one in both)
+            index = as_index([begin + n for begin in begins for n in keys.own], query.device)
+            k, v = (one[:, : n_prefix + len(some) * n_own] for one in both)
             k[:, n_prefix:], v[:, n_prefix:] = source.key[:, index], source.value[:, index]
-            rows = _tight([row for block in some for row in block.rows], query.device)
+            rows = as_index([row for block in some for row in block.rows], query.device)
             folded = query[:, rows].reshape(len(k), -1, query.shape[-1])
             mixed = mix(folded, k, v, keys, len(some), scaling).reshape(len(query), -1, v.shape[-1])
             if keys.deaf is not None:
                 mixed = mixed.masked_fill(keys.deaf.repeat(len(some))[:, None], 0)
             yield rows, mixed
+
+    def _with_room(self, keys: _Keys, low: int, n_more: int) -> list[Tensor]:
+        """Lay out the shared clean keys and values, with room for more; once for all slices of a layer."""
+        name = (low, n_more) if keys.prefix is None else None
+        both = self.clean.laid_out.get(name, [])
+        for clean in () if both else (self.clean.key, self.clean.value):
+            room = clean.new_empty(len(clean), keys.n_prefix + n_more, clean.shape[-1])
+            room[:, : keys.n_prefix] = clean[:, :low] if keys.prefix is None else clean[:, keys.prefix]
+            both.append(room)
+        if name:
+            self.clean.laid_out[name] = both
+        return both
 
     def _keys(self, block: Block, device: torch.device) -> _Keys:
         """Work out which keys the blocks of one shape attend to, and which of them each row sees."""
@@ -178,7 +185,7 @@ class Attend:
         self.known[name] = _Keys(
             n_prefix=len(prefix),
             prefix=None if len(prefix) == block.low else prefix,
-            own=own,
+            own=own.tolist(),
             sees=sees,
             deaf=None if sees.any(1).all() else ~sees.any(1),
             touched=touched,
@@ -187,10 +194,11 @@ class Attend:
         return self.known[name]
 
 
-def _tight(rows: list[int], device: torch.device) -> slice | Tensor:
+def as_index(rows: list[int], device: torch.device) -> slice | Tensor:
     """Index with a slice where one does it: no copy is made."""
-    if rows[-1] - rows[0] == len(rows) - 1:
-        return slice(rows[0], rows[-1] + 1)
+    first = rows[0] if rows else 0
+    if rows == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
     return torch.tensor(rows, device=device)
 
 

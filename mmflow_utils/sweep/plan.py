@@ -1,4 +1,4 @@
-"""Which rows of which variant differ from those of which other run, and from which layer on. Knows no model."""
+"""Which rows of which variant differ from another run's, and from which layer on. Knows no model."""
 
 from collections import defaultdict
 from collections.abc import Sequence

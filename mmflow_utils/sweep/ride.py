@@ -1,5 +1,6 @@
 """One clean pass, layer by layer, with the rows of all branches beside it."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 
 from mmflow_utils.encode import Encoded
 from mmflow_utils.models import VLM
-from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, keys_only
+from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, as_index, keys_only
 from mmflow_utils.sweep.plan import Branch
 
-import os; SL=float(os.environ.get('SL','1'))
 __all__ = ["Ride"]
 
 # The positions whose rows are computed, branch by branch: the order of a packed sequence.
@@ -112,25 +112,27 @@ class Ride:
                     self._copy_parent(branch, hidden[0], keep=branch.target)
 
     def _slices(self, i: int) -> Iterator[list[Branch]]:
-        """Take families, until they'd have more rows than the clean pass: a layer's peak memory grows no more.
+        """Part the families into slices of about as many rows as the clean pass has: so has a layer's peak.
 
         Within a slice come the branches with keys of their own, then those that begin in this layer.
         """
-        some, n_rows = [], 0
-        for branch in self.branches:
-            if branch.born > i:
-                continue
-            n_rows += len(branch.rows)
-            if some and branch.parent is None and n_rows > len(self.clean_in) // SL:
-                yield sorted(some, key=lambda b: b.born == i)
-                some, n_rows = [], len(branch.rows)
+        live = [branch for branch in self.branches if branch.born <= i]
+        n_live = sum(len(branch.rows) for branch in live)
+        n_slices = max(
+            1, math.ceil(n_live * float(__import__("os").environ.get("SL", "1")) / len(self.clean_in))
+        )
+        slices, before = [[] for _ in range(n_slices)], 0
+        for branch in live:
+            if branch.parent is None:
+                some = slices[before * n_slices // n_live]
             some.append(branch)
-        if some:
+            before += len(branch.rows)
+        for some in filter(None, slices):
             yield sorted(some, key=lambda b: b.born == i)
 
     def _through(
         self, i: int, layer: nn.Module, some: list[Branch]
-    ) -> tuple[Int[Tensor, " r"], Float[Tensor, "r d"]]:
+    ) -> tuple[slice | Int[Tensor, " r"], Float[Tensor, "r d"]]:
         """Run those rows of some branches that need it through a layer."""
         for branch in some:
             if branch.born == i:
@@ -184,9 +186,9 @@ class Ride:
         own.copy_(clean[branch.rows[0] :][:n_rows] if parent is None else self.rows[parent.first :][:n_rows])
         own[kept] = mine
 
-    def _index(self, here: Here) -> Int[Tensor, " r"]:
+    def _index(self, here: Here) -> slice | Int[Tensor, " r"]:
         rows = [b.first + p - b.rows[0] for b, positions in here.items() for p in positions]
-        return torch.tensor(rows, device=self.rows.device)
+        return as_index(rows, self.rows.device)
 
     def _kwargs_at(self, here: Here) -> dict:
         return _at(self.kwargs, [p for positions in here.values() for p in positions])

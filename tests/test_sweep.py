@@ -1,0 +1,257 @@
+"""The sweep against the plain way: random small models, random positions, every intervention."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MistralConfig
+
+from mmflow_utils.encode import encode
+from mmflow_utils.flows import (
+    FLOW_TO_LAST,
+    IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_TO_QUESTION,
+    Intervention,
+    Variant,
+    variants,
+    window_layers,
+)
+from mmflow_utils.reference import run_reference
+from mmflow_utils.sweep import count_rows, run_sweep
+from mmflow_utils.sweep.ride import Ride
+from tests.tiny import tiny_sample, tiny_tokenizer, tiny_vlm
+
+N_LAYERS = 4
+FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
+KINDS = ("llava", "llava-gqa", "llava_next", "llama", "sliding")
+TOLERANCE = 1e-5  # in probability: rounding of float32
+
+
+@cache
+def setting(kind: str, dtype: torch.dtype = torch.float32):
+    """Give a random model and a prompt for it."""
+    options = {"n_layers": N_LAYERS, "dtype": dtype}
+    if kind == "sliding":
+        options["text_config"] = MistralConfig(
+            vocab_size=len(tiny_tokenizer()),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=9,
+            pad_token_id=None,
+        )
+    if kind in ("llava-gqa", "llava_next"):
+        options["n_kv_heads"] = 2
+    family = {"llava-gqa": "llava", "sliding": "llava"}.get(kind, kind)
+    if kind == "llama":
+        options["prompt"] = "USER: {question} ASSISTANT:"
+    model = tiny_vlm(family, **options)
+    with TemporaryDirectory() as folder:
+        return model, encode(model, tiny_sample(Path(folder)))
+
+
+def probs(logits):
+    return logits.softmax(-1)
+
+
+def farthest(a, b) -> float:
+    return float((probs(a) - probs(b)).abs().max())
+
+
+def assert_same(run, plain):
+    assert run.variants.shape == plain.variants.shape
+    torch.testing.assert_close(probs(run.base), probs(plain.base), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(probs(run.variants), probs(plain.variants), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(run.resid_post, plain.resid_post, atol=1e-4, rtol=1e-4)
+
+
+@st.composite
+def edits(draw, n_tokens: int) -> dict:
+    """Any positions, any layers, any intervention: also acausal pairs, empty windows, starved targets."""
+    positions = st.sets(st.integers(0, n_tokens - 1), min_size=1, max_size=n_tokens).map(
+        lambda found: tuple(sorted(found))
+    )
+    intervention = draw(st.sampled_from(get_args(Intervention)))
+    start = draw(st.integers(0, N_LAYERS))
+    return dict(
+        layers=range(start, draw(st.integers(start, N_LAYERS))),
+        target=draw(positions),
+        source=() if intervention.endswith("output") else draw(positions),
+        intervention=intervention,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_edits_give_the_reference_numbers(kind, data):
+    model, encoded = setting(kind)
+    n_tokens = encoded.spans.n_tokens
+    some = [Variant(**edit) for edit in data.draw(st.lists(edits(n_tokens), min_size=1, max_size=8))]
+    read = data.draw(st.one_of(st.none(), st.integers(0, n_tokens - 1)))
+    assert_same(
+        run_sweep(model, encoded, some, read=read, chunk=data.draw(st.sampled_from((None, 1, 3)))),
+        run_reference(model, encoded, some, read=read),
+    )
+
+
+@pytest.mark.parametrize("intervention", get_args(Intervention))
+@pytest.mark.parametrize("window", (1, 3, 9))
+def test_all_flows_and_layers_in_one_go(intervention, window):
+    model, encoded = setting("llava_next" if window == 3 else "llava")
+    some = variants(encoded.spans, FLOWS, window=window, n_layers=N_LAYERS, intervention=intervention)
+    run = run_sweep(model, encoded, some)
+    assert_same(run, run_reference(model, encoded, some))
+    assert farthest(run.variants, run.base) > 1e-3  # and the knockouts bite
+
+
+@pytest.mark.parametrize("intervention", get_args(Intervention))
+def test_another_window_or_one_token_less_is_told_apart(intervention):
+    model, encoded = setting("llava")
+    spans = encoded.spans
+    edges = not intervention.endswith("output")
+
+    def variant(layers, source, target):
+        source = source if edges else ()
+        return Variant(layers=layers, target=target, source=source, intervention=intervention)
+
+    image, question = spans["image"], spans["question"]
+    right = variant(range(1, 3), image, question)
+    wrong = [variant(range(1, 2), image, question), variant(range(0, 3), image, question)]
+    wrong += [variant(range(1, 3), image, question[:-1]), variant(range(1, 3), image, question[1:])]
+    if edges:
+        wrong += [variant(range(1, 3), image[:-1], question), variant(range(1, 3), image[1:], question)]
+    plain = run_reference(model, encoded, [right])
+    run = run_sweep(model, encoded, [right, *wrong])
+    assert farthest(run.variants[0], plain.variants[0]) < 1e-6
+    for row in run.variants[1:]:
+        assert farthest(row, plain.variants[0]) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("intervention", ("mask", "zero_value"))
+def test_a_target_with_nothing_left_to_attend_to_gets_nothing(intervention):
+    model, encoded = setting("llava-gqa")
+    last = encoded.spans.last
+    everything = tuple(range(last + 1))
+    edges = Variant(layers=range(1, 3), target=(last,), source=everything, intervention=intervention)
+    # Without biases, attention that reads nothing adds nothing.
+    module = Variant(layers=range(1, 3), target=(last,), intervention="attention_output")
+    first = Variant(layers=range(0, 2), target=(0,), source=(0,), intervention=intervention)
+    run = run_sweep(model, encoded, [edges, module, first])
+    assert torch.isfinite(run.variants).all()
+    assert farthest(run.variants[0], run.variants[1]) < TOLERANCE
+    assert_same(run, run_reference(model, encoded, [edges, module, first]))
+
+
+def test_what_changes_nothing_gives_the_clean_logits():
+    model, encoded = setting("llava")
+    last = encoded.spans.last
+    idle = [
+        Variant(layers=range(2, 2), target=(last,), source=(0,)),
+        Variant(layers=range(0, N_LAYERS), target=(3,), source=(4, 5)),  # acausal
+        Variant(layers=range(N_LAYERS - 1, N_LAYERS), target=(last - 1,), source=(0,)),  # nobody reads it
+        Variant(layers=range(0, 2), target=(last,), source=(4,), intervention="mean_value"),
+    ]
+    run = run_sweep(model, encoded, idle)
+    assert torch.equal(run.variants[:3], run.base.expand(3, -1))
+    assert farthest(run.variants[3], run.base) < TOLERANCE
+    assert_same(run, run_reference(model, encoded, idle))
+    assert run_sweep(model, encoded, []).variants.shape == (0, len(run.base))
+
+
+def test_in_float64_the_two_ways_agree_far_beyond_float32():
+    # The library's norms work in float32, so a difference of exactly 0.0 would be luck, not proof.
+    model, encoded = setting("llava", torch.float64)
+    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    run, plain = run_sweep(model, encoded, some), run_reference(model, encoded, some)
+    assert farthest(run.variants, plain.variants) < 1e-6
+
+
+def test_in_bfloat16_no_further_from_float32_than_the_plain_way():
+    exact_model, encoded = setting("llava")
+    rough_model, rough = setting("llava", torch.bfloat16)
+    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    exact = probs(run_reference(exact_model, encoded, some).variants)
+    errors = [
+        (probs(run(rough_model, rough, some).variants) - exact).abs().mean()
+        for run in (run_sweep, run_reference)
+    ]
+    assert 0 < errors[0] < 1.25 * errors[1]
+
+
+def test_memory_that_runs_out_costs_time_only(monkeypatch):
+    model, encoded = setting("llava")
+    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    sizes, whole = [], Ride.run
+
+    def small(ride, encoded):
+        sizes.append(sum(len(branch.variants) for branch in ride.branches))
+        if sizes[-1] > 7:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
+        return whole(ride, encoded)
+
+    expected = run_sweep(model, encoded, some)
+    monkeypatch.setattr(Ride, "run", small)
+    assert farthest(run_sweep(model, encoded, some).variants, expected.variants) < TOLERANCE
+    assert max(sizes) > 7 >= sizes[-1]
+
+
+def test_other_errors_are_not_swallowed_and_nothing_is_left_behind(monkeypatch):
+    model, encoded = setting("llava")
+    kernel = model.text.config._attn_implementation
+
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a bug"):
+        patched.setattr(Ride, "_through", fail)
+        run_sweep(model, encoded, [Variant(layers=range(2), target=(encoded.spans.last,), source=(0,))])
+    assert model.text.config._attn_implementation == kernel
+    for i, layer in enumerate(model.layers):
+        for module in (layer, model.attention(i), model.mlp(i)):
+            assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layers": range(0, N_LAYERS + 1)}, "layers are 0 to 3"),
+        ({"target": (10_000,)}, "position 10000"),
+        ({"source": (10_000,)}, "position 10000"),
+    ],
+)
+def test_variants_that_do_not_fit_are_refused(change, says):
+    model, encoded = setting("llava")
+    fields = {"layers": range(2), "target": (5,), "source": (1,)} | change
+    with pytest.raises(ValueError, match=says):
+        run_sweep(model, encoded, [Variant(**fields)])
+
+
+def test_bad_read_and_chunk_are_refused():
+    model, encoded = setting("llava")
+    with pytest.raises(ValueError, match="`read`"):
+        run_sweep(model, encoded, [], read=encoded.spans.n_tokens)
+    with pytest.raises(ValueError, match="`chunk`"):
+        run_sweep(model, encoded, [], chunk=0)
+
+
+def test_few_rows_are_computed():
+    _, encoded = setting("llava")
+    spans, n_layers = encoded.spans, 16
+    some = variants(spans, FLOWS, window=9, n_layers=n_layers)
+    counts = count_rows(some, n_tokens=spans.n_tokens, n_layers=n_layers)
+    full = len(some) * spans.n_tokens * n_layers
+    assert counts["computed"] < counts["bound"] < full / 3
+    to_last = [v for v in some if v.target == (spans.last,)]
+    starts = {(v.layers.start, v.source) for v in to_last}
+    alone = sum(n_layers - start for start, _ in starts)
+    # Windows clipped at layer 0 share their start, so they cost less than each on its own.
+    each = sum(n_layers - window_layers(i, window=9, n_layers=n_layers).start for i in range(n_layers))
+    assert alone < count_rows(to_last, n_tokens=spans.n_tokens, n_layers=n_layers)["bound"] < 3 * each
