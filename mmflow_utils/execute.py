@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets.config import Config
 
-from mmflow_utils.params import ROOT, Params, read_yaml, unknown_parameters
+from mmflow_utils.params import ROOT, Params, plain_assignments, read_yaml, unknown_parameters
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
 
@@ -108,7 +108,14 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> Params:
         ValueError: One sentence for each name that the notebook doesn't declare, wrong type, or value
             out of range. What one notebook alone has is judged by the notebook's own validating cell.
     """
-    declared = papermill.inspect_notebook(str(notebook))
+    declared: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            declared = plain_assignments(cell.source) or {}
+    if not declared:
+        raise ValueError(
+            f"{notebook.name} needs a cell tagged `parameters` that holds nothing but name = literal."
+        )
     unknown = unknown_parameters(values, declared)
     if unknown:
         raise ValueError(f"{notebook.name}: " + "; ".join(unknown))

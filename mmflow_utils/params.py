@@ -113,6 +113,8 @@ class Params(BaseModel):
     def from_notebook(cls, namespace: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> "Params":
         """Validate a notebook's parameters, in the cell that follows the `parameters` cell.
 
+        The `parameters` cell declares every field as `name: type = literal  # meaning`; those that
+        are None without a type, since papermill can't read `str | None`, and would warn of them.
         `extra` declares what this notebook has beyond the shared parameters, name -> type, and the
         result holds them too: `params = mm.Params.from_notebook(globals(), {"windows": list[int]})`.
 
@@ -189,15 +191,19 @@ def _assigned_before_this_cell(cells: list[str]) -> dict[str, Any]:
     """Collect name -> value from the cells of plain assignments that ran just before the last one."""
     found: dict[str, Any] = {}
     for cell in reversed(cells[:-1]):
-        values = _plain_assignments(cell)
+        values = plain_assignments(cell)
         if values is None:
             break
         found = values | found
     return found
 
 
-def _plain_assignments(cell: str) -> dict[str, Any] | None:
-    """Read a cell of nothing but `name = literal`; None when there is anything else in it."""
+def plain_assignments(cell: str) -> dict[str, Any] | None:
+    """Read a cell of nothing but `name = literal`; None when there is anything else in it.
+
+    >>> plain_assignments("window: int = 9  # layers")
+    {'window': 9}
+    """
     values = {}
     try:
         for node in ast.parse(cell).body:

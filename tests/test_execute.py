@@ -77,6 +77,13 @@ def test_a_missing_notebook_or_model_is_one_sentence(write, capsys, arguments):
     assert said.count("\n") == 1
 
 
+def test_a_notebook_whose_parameters_are_computed_is_refused(write, capsys):
+    path = write("1")
+    path.write_text(path.read_text().replace("window: int = 3", "window: int = 3 * len('a')"))
+    assert run(path) == 1
+    assert "02_flow.ipynb needs a cell tagged `parameters`" in capsys.readouterr().err
+
+
 def test_an_error_keeps_the_half_run_copy_with_its_traceback(tmp_path, write, capsys):
     path = write("print('so far')", "1 / 0", "print('never')")
     assert run(path) == 1

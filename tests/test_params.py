@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from mmflow_utils import params as module
+from mmflow_utils import samples
 from mmflow_utils.params import ROOT, Params
 
 FILES = sorted((ROOT / "params").glob("*.yaml"))
@@ -75,7 +76,6 @@ def test_a_missing_file_names_those_that_exist(tmp_path):
 
 
 def test_the_samples_module_knows_the_same_tasks():
-    samples = pytest.importorskip("mmflow_utils.samples")
     assert list(samples.TASKS) == module.TASKS == list(typing.get_args(module.Task))
 
 
