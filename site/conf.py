@@ -1,0 +1,72 @@
+"""Sphinx settings of the report. site/build.py gathers the pages; everything works without a network."""
+
+import html
+import os
+from pathlib import Path
+
+import pypandoc
+import ziamath
+from docutils import nodes
+
+project = "Cross-modal information flow"
+author = "The mmflow maintainers"
+copyright = "The mmflow maintainers; MIT license"
+extensions = ["nbsphinx"]
+nbsphinx_execute = "never"
+# nbsphinx looks for pandoc on the path; ours came with pip.
+os.environ["PATH"] = f"{Path(pypandoc.get_pandoc_path()).parent}{os.pathsep}{os.environ['PATH']}"
+nbsphinx_requirejs_path = ""  # no page has a script of its own, and the default address is another host
+html_math_renderer = "drawn"
+html_use_index = False
+ziamath.config.svg2 = False  # whole paths: glyph definitions of two formulas can't clash on a page
+
+html_theme = "pydata_sphinx_theme"
+html_title = "Cross-modal information flow"
+html_static_path = ["_static"]
+html_css_files = ["report.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "navigation_with_keys": True,
+    "show_toc_level": 2,
+    "header_links_before_dropdown": 4,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+
+
+def draw(latex: str, **how) -> str:
+    """Draw a formula as SVG while the site is built: no script, no font, no other host is needed."""
+    formula = ziamath.Latex(latex, size=17, color="currentColor", **how)
+    says = html.escape(" ".join(latex.split()), quote=True)
+    below = f"vertical-align: {formula.getyofst():.1f}px"
+    return formula.svg().replace("<svg ", f'<svg role="img" aria-label="{says}" style="{below}" ', 1)
+
+
+def draw_inline(translator, node):
+    """Write a formula of the running text."""
+    translator.body.append(draw(node.astext(), inline=True))
+    raise nodes.SkipNode
+
+
+def draw_display(translator, node):
+    """Write a displayed formula, in a box that scrolls on a narrow screen."""
+    translator.body.append(f'<div class="math-display">{draw(node.astext())}</div>\n')
+    raise nodes.SkipNode
+
+
+def describe_pictures(app, doctree):
+    """Give each picture an alt text: the sentence before it, or its section's title."""
+    said = ""
+    for node in doctree.findall(lambda node: isinstance(node, nodes.paragraph | nodes.title | nodes.image)):
+        if not isinstance(node, nodes.image):
+            said = node.astext() or said
+        elif not node.get("alt"):
+            node["alt"] = f"Figure: {' '.join(said.split())[:200]}"
+
+
+def setup(app):
+    """Register what Sphinx and nbsphinx don't bring."""
+    app.add_html_math_renderer("drawn", (draw_inline, None), (draw_display, None))
+    app.connect("doctree-read", describe_pictures)
