@@ -1,7 +1,7 @@
 """Attention of packed rows: to the clean keys that all share, and to their own branch's.
 
-A rider comes in by a keyword argument of the decoder layer, named `RIDER`, which the library hands down to its
-attention function: so nothing is stored on the model.
+A rider comes in by a keyword argument of the decoder layer, named `RIDER`, which the library hands down to
+its attention function: so nothing is stored on the model.
 """
 
 from collections import defaultdict

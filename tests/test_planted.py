@@ -1,0 +1,137 @@
+"""The planted model: knockouts and lens must find exactly the route that was written into its weights."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from mmflow_utils.curation import answer
+from mmflow_utils.encode import encode
+from mmflow_utils.flows import (
+    FLOW_TO_LAST,
+    IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_TO_QUESTION,
+    Flow,
+    variants,
+)
+from mmflow_utils.miniature.planted import ANSWER, PICK_UP, build_planted
+from mmflow_utils.models import load_model
+from mmflow_utils.params import ROOT, Params
+from mmflow_utils.reference import run_reference
+from mmflow_utils.samples import read_gqa
+from mmflow_utils.sweep import run_sweep
+
+COLORS = ("red", "green", "blue", "yellow", "purple", "white")
+ENGINES = {"sweep": run_sweep, "reference": run_reference}
+# Where each flow is used, and nowhere else.
+ROUTES = {
+    Flow(source="image", target="question"): {PICK_UP},
+    Flow(source="image_related", target="question"): {PICK_UP},
+    Flow(source="image_other", target="question"): set(),
+    Flow(source="question", target="last"): {ANSWER},
+    Flow(source="image", target="last"): set(),
+    Flow(source="last", target="last"): set(),
+}
+
+
+@cache
+def planted():
+    """Give the model, as the notebooks load it, and questions about colours with their correct answers."""
+    params = Params.from_yaml(ROOT / "params" / "planted.yaml")
+    model = load_model(params)
+    found, _ = read_gqa(params.path("questions"), params.path("scene_graphs"), params.path("images"))
+    asked = [s for s in found if s.detailed == "chooseAttr" and s.answer in COLORS][:30]
+    return model, [(sample, encode(model, sample)) for sample in asked]
+
+
+@cache
+def answered():
+    """Give the prompts that it answers, and whose false colour nothing else in the picture has."""
+    model, asked = planted()
+    right = [encoded for sample, encoded in asked if answer(model, encoded).lower() == sample.answer]
+    sure = [encoded for encoded in right if run_sweep(model, encoded, []).base.softmax(-1).max() > 0.9]
+    return right, sure
+
+
+def effects(encoded, *, window, intervention="mask", flows=tuple(ROUTES), engine=run_sweep):
+    """Give the change in the answer's probability (%), flow by flow, for each layer."""
+    model, _ = planted()
+    some = variants(encoded.spans, flows, window=window, n_layers=model.n_layers, intervention=intervention)
+    run = engine(model, encoded, some)
+    base, token = run.base.softmax(-1).max(-1)
+    change = 100 * (run.variants.softmax(-1)[:, token] / base - 1)
+    return dict(zip(flows, change.view(len(flows), -1).tolist(), strict=True))
+
+
+def test_the_committed_weights_are_those_that_the_module_sets():
+    model, processor = build_planted()
+    stored = planted()[0].hf.state_dict()
+    assert model.state_dict().keys() == stored.keys()
+    assert all(torch.equal(weight, stored[name]) for name, weight in model.state_dict().items())
+    assert processor.tokenizer.get_vocab() == planted()[0].tokenizer.get_vocab()
+
+
+def test_it_answers_questions_about_one_of_two_colours():
+    right, sure = answered()
+    # The others have both colours in the picture.
+    assert len(right) >= 0.75 * len(planted()[1])
+    assert len(sure) >= 15
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_window_of_one_layer_finds_the_planted_layers_and_no_others(engine):
+    prompts = answered()[1]
+    for encoded in prompts[:12] if engine == "sweep" else prompts[:1]:
+        for flow, found in effects(encoded, window=1, engine=ENGINES[engine]).items():
+            if flow.source == "image_other":  # something else of the same colour may stand there too
+                assert all(abs(change) < 1 for change in found), flow
+                continue
+            bites = {layer for layer, change in enumerate(found) if change < -1}
+            assert bites <= ROUTES[flow], flow
+            # A second thing of that colour can stand in for the related one.
+            if flow.source != "image_related":
+                assert bites == ROUTES[flow] and all(found[layer] < -95 for layer in bites), flow
+
+
+def test_the_related_patches_carry_the_answer():
+    flow = IMAGE_PATCHES_TO_QUESTION[0]
+    changes = [effects(encoded, window=1, flows=(flow,))[flow][PICK_UP] for encoded in answered()[1]]
+    assert sum(change < -95 for change in changes) >= 0.6 * len(changes)
+
+
+def test_a_wider_window_finds_all_windows_that_reach_a_planted_layer():
+    found = effects(answered()[1][0], window=3, flows=FLOW_TO_LAST + IMAGE_TO_QUESTION)
+    for flow, changes in found.items():
+        reach = {layer for planted_in in ROUTES[flow] for layer in range(planted_in - 1, planted_in + 2)}
+        assert {layer for layer, change in enumerate(changes) if change < -95} == reach
+        assert all(abs(change) < 1 for layer, change in enumerate(changes) if layer not in reach)
+
+
+def test_values_and_modules_tell_the_same():
+    encoded = answered()[1][0]
+    image, question = IMAGE_TO_QUESTION[0], FLOW_TO_LAST[0]
+    for intervention, flow, layer in (
+        ("zero_value", image, PICK_UP),
+        ("zero_value", question, ANSWER),
+        ("mean_value", question, ANSWER),
+    ):
+        found = effects(encoded, window=1, intervention=intervention, flows=(flow,))[flow]
+        assert [n for n, change in enumerate(found) if change < -20] == [layer], (intervention, flow)
+    # What the image tells is that it has the colour at all: that all patches have in common.
+    same = effects(encoded, window=1, intervention="mean_value", flows=(image,))[image]
+    assert all(abs(change) < 1 for change in same)
+    module = effects(encoded, window=1, intervention="attention_output", flows=(image,))[image]
+    assert [n for n, change in enumerate(module) if change < -95] == [PICK_UP]
+    mlp = effects(encoded, window=9, intervention="mlp_output", flows=(image,))[image]
+    assert all(abs(change) < 1 for change in mlp)
+
+
+def test_the_lens_shows_the_answer_from_the_planted_layer_on():
+    model, _ = planted()
+    for encoded in answered()[1][:12]:
+        run = run_sweep(model, encoded, [])
+        token = run.base.argmax()
+        seen = model.unembed(model.final_norm(run.resid_post)).softmax(-1)[:, token]
+        # Entry 0 is the embedding; entry n + 1 what leaves layer n.
+        assert (seen[: ANSWER + 1] < 0.05).all()
+        assert (seen[ANSWER + 1 :] > 0.9).all()
