@@ -114,7 +114,7 @@ class Params(BaseModel):
         """Validate a notebook's parameters, in the cell that follows the `parameters` cell.
 
         The `parameters` cell declares every field as `name: type = literal  # meaning`; those that
-        are None without a type, since papermill can't read `str | None`, and would warn of them.
+        may be None as `name: str = None`, since papermill can't read a union, and would warn of it.
         `extra` declares what this notebook has beyond the shared parameters, name -> type, and the
         result holds them too: `params = mm.Params.from_notebook(globals(), {"windows": list[int]})`.
 

@@ -1,0 +1,59 @@
+# make report                      run the notebooks for the miniature and render the report
+# make report MODEL=llava-1.5-7b   the same for another file of params/
+# make report FRESH=1              run again what ran already
+# make test                        lint, unit tests, and every committed notebook held against its outputs
+# make notebooks                   refresh the outputs in notebooks/ (before a commit)
+# make lock                        write requirements.lock anew from the pins in pyproject.toml
+#
+# Each command sets up .venv first. Inside a conda environment of environment.yml:
+# make report READY= BIN=$CONDA_PREFIX/bin
+
+MODEL ?= mini
+CORES ?= 2
+PYTHON ?= python3
+BIN ?= .venv/bin
+READY ?= .venv/.ready
+# One thread for each notebook: for the miniature, two are slower than one.
+export OMP_NUM_THREADS ?= 1
+
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
+NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
+
+.PHONY: report test notebooks lock
+.NOTPARALLEL:
+
+report: $(READY)
+	@$(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete \
+	    --quiet rules host --config model=$(MODEL) $(if $(FRESH),--forceall)
+
+test: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest -q -rs -n 2
+	$(NBVAL) $(FIRST)
+	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST),$(NOTEBOOKS))
+
+notebooks: $(READY)
+	@for notebook in $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS)); do \
+	    $(BIN)/python -m mmflow_utils.execute --in-place $$notebook || exit 1; done
+
+# torch is pinned without a build: pip takes the CPU build where it is told of one (PIP_FIND_LINKS or an
+# extra index), and the registry's CUDA build elsewhere.
+.venv/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "mmflow needs Python 3.11 or newer: name one with PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "Python's venv module is missing: install it with sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv from requirements.lock: this takes some minutes, once."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+lock:
+	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(PYTHON) -m venv $$folder && \
+	$$folder/bin/python -m pip install -qq --disable-pip-version-check --editable . && \
+	{ echo "# Everything that pyproject.toml's pins bring along; written by make lock."; \
+	  $$folder/bin/python -m pip freeze --exclude-editable \
+	  | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|triton|cuda-)/d'; } > requirements.lock

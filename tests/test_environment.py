@@ -1,0 +1,160 @@
+"""What a user installs is one pinned set, and the package keeps its order."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import mmflow_utils
+from mmflow_utils.params import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+LOCK = {
+    canonicalize_name(name): pinned
+    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.M)
+}
+
+
+def test_every_direct_dependency_is_locked_at_its_pin():
+    direct = {
+        canonicalize_name(need.name): need.specifier for need in map(Requirement, PROJECT["dependencies"])
+    }
+    assert {name: f"=={LOCK.get(name)}" for name in direct} == {
+        name: str(pin) for name, pin in direct.items()
+    }
+
+
+def test_the_lock_holds_nothing_but_pins():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.!]+", line)] == []
+    assert LOCK["torch"] == "2.13.0"  # no +cpu: pip finds the build that the machine offers
+    assert "torchvision" not in LOCK
+
+
+def test_the_lock_is_closed_nothing_unpinned_comes_along():
+    needed = set()
+    for name in LOCK:
+        for need in map(Requirement, _requires(name)):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                needed.add(canonicalize_name(need.name))
+    cuda = {name for name in needed if name.startswith(("nvidia-", "cuda-", "triton"))}
+    assert needed - cuda - set(LOCK) <= {"setuptools"}
+
+
+def _requires(name):
+    from importlib.metadata import requires
+
+    return requires(name) or []
+
+
+def test_this_environment_is_the_locked_one():
+    installed = {name: version(name).split("+")[0] for name in LOCK}
+    assert installed == LOCK
+
+
+def test_conda_users_get_the_same_set():
+    (pip,) = (entry["pip"] for entry in CONDA if isinstance(entry, dict))
+    assert pip == ["-r requirements.lock", "-e ."]
+    (python,) = (entry for entry in CONDA if str(entry).startswith("python="))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
+    # Nothing else is taken from conda, where it could differ from the lock.
+    assert [entry for entry in CONDA if isinstance(entry, str)] == [python, "pip"]
+
+
+FILES = sorted((ROOT / "mmflow_utils").rglob("*.py"))
+
+
+def _module(file):
+    """Name the module of the list that a file belongs to; the package's own __init__ belongs to none."""
+    return file.relative_to(ROOT / "mmflow_utils").parts[0].removesuffix(".py")
+
+
+def _imports(file):
+    """Give the modules of this package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (
+                name.name.split(".")[1] for name in node.names if name.name.startswith("mmflow_utils.")
+            )
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 0
+            and node.module.split(".")[0] == "mmflow_utils"
+        ):
+            yield from (
+                [node.module.split(".")[1]] if "." in node.module else (name.name for name in node.names)
+            )
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield f"a relative import, line {node.lineno}"
+
+
+def test_the_order_names_every_module():
+    assert {_module(file) for file in FILES} - {"__init__"} <= set(mmflow_utils.MODULES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT / "mmflow_utils")))
+def test_imports_go_only_downwards(file):
+    order = mmflow_utils.MODULES
+    module = _module(file)
+    allowed = () if module == "__init__" else order[: order.index(module) + 1]
+    assert [name for name in _imports(file) if name not in allowed] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT / "mmflow_utils")))
+def test_imports_stand_at_the_top(file):
+    body = ast.parse(file.read_text()).body
+    top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    everywhere = [
+        node
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert len(everywhere) == len(top)
+    first_other = next(
+        (i for i, node in enumerate(body) if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)),
+        len(body),
+    )
+    assert not [node.lineno for node in body[first_other:] if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def test_the_check_of_the_order_can_fail(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "from mmflow_utils.knockout import a\ndef f():\n    from mmflow_utils import sweep\n"
+    )
+    assert list(_imports(tmp_path / "x.py")) == ["knockout", "sweep"]
+
+
+def test_every_public_name_is_reached_through_the_package():
+    names = mmflow_utils._exports()
+    assert len(names) == len(set(names)) > 50
+    for name, module in names.items():
+        owner = __import__(f"mmflow_utils.{module}", fromlist=[name])
+        assert getattr(mmflow_utils, name) is getattr(owner, name)
+
+
+@pytest.mark.parametrize("module", ["params", "positions", "flows", "samples", "stats", "plots", "store"])
+def test_what_needs_no_model_loads_no_torch(module):
+    code = f"import sys, mmflow_utils.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_name_is_the_function_whatever_was_imported_first():
+    code = (
+        "import mmflow_utils as mm, mmflow_utils.encode; assert callable(mm.encode); "
+        "from mmflow_utils.encode import encode; assert mm.encode is encode"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="knockout_swep"):
+        mmflow_utils.knockout_swep  # noqa: B018
