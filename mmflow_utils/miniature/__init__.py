@@ -1,0 +1,24 @@
+"""The miniature: a drawn world, questions about it in GQA's format, and small models trained on it."""
+
+from mmflow_utils.miniature.build import PROMPT, build_model, build_processor, build_tokenizer
+from mmflow_utils.miniature.dataset import write_split
+from mmflow_utils.miniature.drawing import draw_scene
+from mmflow_utils.miniature.score import task_accuracy
+from mmflow_utils.miniature.train import Recipe, Trainer, save_miniature
+from mmflow_utils.miniature.world import Scene, Thing, sample_scene
+
+__all__ = [
+    "PROMPT",
+    "Recipe",
+    "Scene",
+    "Thing",
+    "Trainer",
+    "build_model",
+    "build_processor",
+    "build_tokenizer",
+    "draw_scene",
+    "sample_scene",
+    "save_miniature",
+    "task_accuracy",
+    "write_split",
+]

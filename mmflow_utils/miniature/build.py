@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .questions import GENERATORS, ask, factual
-from .world import caption, sample_scene
+from mmflow_utils.miniature.questions import GENERATORS, ask, factual
+from mmflow_utils.miniature.world import caption, sample_scene
 
 __all__ = ["PROMPT", "build_model", "build_processor", "build_tokenizer"]
 
@@ -32,19 +32,7 @@ IMAGE_SIZE, PATCH_SIZE = 112, 14  # pixels: 8 x 8 image tokens
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 VOCAB_SIZE = 440
 MAX_TOKEN_LENGTH = 8  # characters: longer words, answers among them, fall into several sub-words
-
-
-def corpus(seed: int, n_scenes: int = 2000) -> Iterator[str]:
-    """Captions, prompts and answers of random scenes: the text that the tokenizer is trained on."""
-    rng = np.random.default_rng(seed)
-    for _ in range(n_scenes):
-        scene = sample_scene(rng)
-        yield caption(scene, rng)
-        for generator in (*GENERATORS, factual):
-            draft = ask(generator, scene, rng)
-            if draft is not None:
-                yield f"{PROMPT.format(question=draft.text).replace('<image>', '')} {draft.answer.capitalize()}"
-                yield f" {draft.answer}"
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
 def build_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
@@ -59,13 +47,14 @@ def build_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
-    alphabet = [chr(c) for c in range(32, 127)] + ["\n", "▁"]
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=special, initial_alphabet=alphabet,
-        max_token_length=MAX_TOKEN_LENGTH, show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(corpus(seed), trainer)
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=[chr(c) for c in range(32, 127)] + ["\n", "▁"],
+        max_token_length=MAX_TOKEN_LENGTH,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(seed), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -78,6 +67,20 @@ def build_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": "<image>"},
         model_max_length=1024,
     )
+
+
+def _corpus(seed: int, n_scenes: int = 2000) -> Iterator[str]:
+    """Captions, prompts and answers of random scenes: the text that the tokenizer is trained on."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n_scenes):
+        scene = sample_scene(rng)
+        yield caption(scene, rng)
+        for generator in (*GENERATORS, factual):
+            draft = ask(generator, scene, rng)
+            if draft is not None:
+                prompt = PROMPT.format(question=draft.text).replace("<image>", "")
+                yield f"{prompt} {draft.answer.capitalize()}"
+                yield f" {draft.answer}"
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
@@ -95,18 +98,31 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, n_layers: int = 12) -> LlavaForConditionalGeneration:
-    """A random LLaVA-1.5: CLIP tower of 6 layers, two-layer projector, Llama decoder of `n_layers` layers, width 128."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, n_layers: int = 12
+) -> LlavaForConditionalGeneration:
+    """Make a random LLaVA-1.5 of width 128: a CLIP tower of 6 layers, a Llama decoder of `n_layers`."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-        image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
     text = LlamaConfig(
-        hidden_size=128, intermediate_size=352, num_hidden_layers=n_layers, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .questions import BRIDGES, TASK_GENERATORS, ask, gqa_record
-from .world import Scene, caption, draw_scene, sample_scene, scene_graph
+from mmflow_utils.miniature.drawing import draw_scene
+from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, ask, gqa_record
+from mmflow_utils.miniature.world import SIZE, Scene, caption, sample_scene, scene_graph
 
 __all__ = ["write_split"]
 
+STREAM = 2000  # of the random generators: apart from those of training and of its evaluation
 N_BRIDGES = 5  # questions of a scene from outside the six tasks
 
 
@@ -27,7 +29,7 @@ def write_split(folder: Path, *, n_scenes: int, seed: int) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     questions, graphs, regions = {}, {}, []
     for i in range(n_scenes):
-        rng = np.random.default_rng([seed, 2000, i])  # apart from the streams of training and of its evaluation
+        rng = np.random.default_rng([seed, STREAM, i])
         scene = sample_scene(rng, scene_id=f"{i + 1:05d}")
         draw_scene(scene).save(folder / "images" / f"{scene.scene_id}.png", optimize=True)
         graphs[scene.scene_id] = scene_graph(scene)
@@ -40,21 +42,21 @@ def write_split(folder: Path, *, n_scenes: int, seed: int) -> None:
 
 
 def _ask_all(scene: Scene, rng: np.random.Generator) -> list[dict]:
-    """One question from each of the tasks' generators and a few from the other groups, none twice."""
-    picked = [g for group in TASK_GENERATORS.values() for g in group]
-    picked += [BRIDGES[i] for i in rng.choice(len(BRIDGES), N_BRIDGES, replace=False)]
-    drafts = {draft.text: draft for g in picked if (draft := ask(g, scene, rng))}
+    """Ask one question from each of the tasks' generators and a few of the other groups, none twice."""
+    generators = [g for group in TASK_GENERATORS.values() for g in group]
+    generators += [BRIDGES[i] for i in rng.choice(len(BRIDGES), N_BRIDGES, replace=False)]
+    drafts = {draft.text: draft for g in generators if (draft := ask(g, scene, rng))}
     return [gqa_record(draft, scene) for draft in drafts.values()]
 
 
 def _regions(scene: Scene, rng: np.random.Generator) -> dict:
+    """Part a caption into phrases: one about each thing, with its box, the others about the whole picture."""
     phrases = [phrase.strip() + "." for phrase in caption(scene, rng).split(".") if phrase.strip()]
     boxes = {thing.category: thing.box for thing in scene.things}
-    whole = (0, 0, *draw_scene(scene).size)
     entry = {"id": scene.scene_id, "regions": []}
     for k, phrase in enumerate(phrases):
-        about = next((c for c in boxes if f" {c} made" in phrase), None)
-        x, y, w, h = boxes.get(about, whole)
+        about = next((category for category in boxes if f" {category} made" in phrase), None)
+        x, y, w, h = boxes.get(about, (0, 0, SIZE, SIZE))
         region = dict(region_id=f"{scene.scene_id}{k:02d}", image_id=scene.scene_id, phrase=phrase)
         entry["regions"].append(region | dict(x=x, y=y, width=w, height=h))
     return entry
