@@ -1,11 +1,14 @@
 """Which questions does the model answer correctly? The samples that every experiment reads (§4, App. A).
 
-asked = ask_questions(model, draw(samples, by="group", n=60, seed=0))
-group_accuracy(asked)                                # the paper's Table 2
-samples = load_samples(model, params, "ChooseAttr")  # correctly answered ones, curated where that wasn't done yet
+Example:
+    >>> asked = ask_questions(model, draw(samples, n=60, seed=0, by=lambda s: (s.structural, s.semantic)))
+    >>> group_accuracy(asked)  # the paper's Table 2
+    >>> load_samples(model, params, "ChooseAttr")  # correctly answered; curated if that wasn't done yet
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +26,8 @@ __all__ = ["answer", "ask_questions", "curate", "draw", "group_accuracy", "load_
 
 # What a curated set depends on: everything else may change without asking the model again.
 DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples")
-COLUMNS = ("sample_id", "image_id", "structural", "semantic", "detailed", "task", "answer", "prediction", "correct", "reason")  # fmt: skip
+ABOUT_SAMPLE = ("sample_id", "image_id", "structural", "semantic", "detailed", "task", "answer")
+COLUMNS = (*ABOUT_SAMPLE, "prediction", "correct", "reason")
 
 
 @torch.inference_mode()
@@ -38,8 +42,9 @@ def ask_questions(model: VLM, samples: Iterable[Sample], *, progress: bool = Tru
     """Ask the model each question and judge its answer: equal to the label once both are lower-case.
 
     Returns:
-        One row per sample with `COLUMNS`. A picture or prompt that can't be used leaves `prediction` empty and its
-        reason in `reason`; a wrong answer has its own words there; a correct one has None.
+        One row per sample: sample_id, image_id, structural, semantic, detailed, task, answer, prediction,
+        correct and reason. A picture or prompt that can't be used leaves `prediction` empty and says why in
+        `reason`; a wrong answer has its own words there; a correct one has None.
     """
     samples = list(samples)
     rows = [_judge(model, s) for s in tqdm(samples, desc="Asking", unit="question", disable=not progress)]
@@ -47,7 +52,7 @@ def ask_questions(model: VLM, samples: Iterable[Sample], *, progress: bool = Tru
 
 
 def _judge(model: VLM, sample: Sample) -> dict:
-    row = {name: getattr(sample, name) for name in COLUMNS[:7]}
+    row = {name: getattr(sample, name) for name in ABOUT_SAMPLE}
     try:
         said = answer(model, encode(model, sample))
     except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
@@ -56,10 +61,11 @@ def _judge(model: VLM, sample: Sample) -> dict:
     return row | dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
 
 
-def draw(samples: Iterable[Sample], *, n: int | None, seed: int, by: Callable[[Sample], object]) -> list[Sample]:
+def draw(samples: Iterable[Sample], *, n: int | None, seed: int, by: Callable[[Sample], Any]) -> list[Sample]:
     """Draw at most `n` samples (None for all) of each kind that `by` tells apart, in a seeded order.
 
-    The order of one kind doesn't depend on the other kinds, nor on `n`: a larger draw begins with the smaller one.
+    The order of one kind depends neither on the other kinds nor on `n`: the draw of a kind begins with any
+    smaller draw of it.
 
     >>> draw([], n=3, seed=0, by=lambda sample: sample.task)
     []
@@ -76,9 +82,15 @@ def _shuffled(samples: list[Sample], seed: int) -> list[Sample]:
 
 
 def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Accuracy (%) of each structural x semantic group with its 95 % interval over pictures (Table 2).
+    """Give the accuracy of each structural x semantic group, with its interval over pictures (Table 2).
 
-    Questions that couldn't be asked are left out.
+    Args:
+        asked: The record of `ask_questions`; questions that couldn't be asked are left out.
+        n_boot: Bootstrap resamples of the pictures.
+        seed: Of the bootstrap.
+
+    Returns:
+        structural, semantic, accuracy_pct, ci_low and ci_high (95 %), n and n_clusters (pictures).
     """
     heard = asked[asked.prediction.notna()].assign(accuracy_pct=lambda f: 100.0 * f.correct)
     table = summarise(heard, "accuracy_pct", by=("structural", "semantic"), n_boot=n_boot, seed=seed)
@@ -86,13 +98,20 @@ def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
 
 
 def curate(
-    model: VLM, samples: Iterable[Sample], *, tasks: Iterable[str], n_samples: int, seed: int, progress: bool = True
+    model: VLM,
+    samples: Iterable[Sample],
+    *,
+    tasks: Iterable[str],
+    n_samples: int,
+    seed: int,
+    progress: bool = True,
 ) -> tuple[list[Sample], pd.DataFrame]:
     """Ask each task's questions in a seeded order until `n_samples` are answered correctly (App. A).
 
     Returns:
-        The correctly answered samples, task by task, and the record of every question asked (`ask_questions`).
+        The correctly answered samples, task by task, and the record of all that was asked (`ask_questions`).
     """
+    samples = list(samples)
     kept, records = [], []
     for task in tasks:
         candidates = _shuffled([s for s in samples if s.task == task], seed)
@@ -115,7 +134,9 @@ def _until_enough(model: VLM, candidates: list[Sample], n: int) -> Iterator[tupl
         yield sample, row
 
 
-def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tuple[list[Sample], pd.DataFrame]:
+def read_questions(
+    params: Params, *, tasks: Iterable[str] | None = None
+) -> tuple[list[Sample], pd.DataFrame]:
     """Read the parameters' GQA files; also a frame of what couldn't be read, with the reasons."""
     return read_gqa(params.path("questions"), params.path("scene_graphs"), params.path("images"), tasks=tasks)
 
@@ -123,23 +144,20 @@ def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tup
 def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sample]:
     """Give the model's correctly answered samples of one task, or of all of the parameters' tasks.
 
-    Notebook 01 writes them to `outputs/<model>/samples/`. Where that hasn't happened yet for these parameters, the
-    same curation is done here and kept, so that every notebook can be run on its own with the same result.
+    They are in `outputs/<model>/samples/`, with the record of what was asked. What isn't there yet for these
+    parameters is curated here and kept, so that every notebook can be run on its own with the same result.
 
     Raises:
         ValueError: a task of which the model answers no question correctly.
     """
+    expected = manifest(params, model, fields=DEPENDS_ON)
     found = []
     for name in [task] if task else params.tasks:
         path = params.folder / "samples" / f"{name}.parquet"
-        expected = manifest(params, model, fields=DEPENDS_ON)
         try:
             kept = frame_to_samples(load_frame(path, expected))
-        except ValueError:  # not there, or of other parameters: curate anew
-            candidates, _ = read_questions(params, tasks=[name])
-            kept, record = curate(model, candidates, tasks=[name], n_samples=params.n_samples, seed=params.seed)
-            save_frame(samples_to_frame(kept), path, expected)
-            save_frame(record, path.with_name(f"{name}_asked.parquet"), expected)
+        except ValueError:  # not there, or of other parameters
+            kept = _curate_and_keep(model, params, name, path, expected)
         if not kept:
             raise ValueError(
                 f"{params.model} answers none of the {name} questions in {params.questions} correctly: "
@@ -147,3 +165,12 @@ def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sa
             )
         found += kept
     return found
+
+
+def _curate_and_keep(model: VLM, params: Params, task: str, path: Path, made_from: dict) -> list[Sample]:
+    samples, _ = read_questions(params, tasks=[task])
+    kept, record = curate(model, samples, tasks=[task], n_samples=params.n_samples, seed=params.seed)
+    # The samples come last: where they are, the record is too.
+    save_frame(record, path.with_name(f"{task}_asked.parquet"), made_from)
+    save_frame(samples_to_frame(kept), path, made_from)
+    return kept
