@@ -19,7 +19,7 @@ from types import ModuleType
 # fmt: off
 MODULES = (
     "params", "positions", "flows", "samples", "stats", "plots", "store",
-    "models", "encode", "reference", "sweep", "knockout", "lens", "modules", "curation",
+    "models", "encode", "reference", "sweep", "knockout", "lens", "modules", "subwords", "curation",
     "miniature", "execute",
 )
 # fmt: on

@@ -6,6 +6,7 @@ layers. Both engines (`reference` and `sweep`) execute variants and know nothing
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import floor
 from typing import Literal, get_args
 
 from mmflow_utils.positions import Spans
@@ -29,6 +30,7 @@ __all__ = [
     "pretty_name",
     "variants",
     "window_layers",
+    "window_sizes",
 ]
 
 Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
@@ -36,6 +38,7 @@ Placement = Literal["centred", "forward"]
 MODULE_INTERVENTIONS = ("attention_output", "mlp_output")
 EDGE_INTERVENTIONS = tuple(name for name in get_args(Intervention) if name not in MODULE_INTERVENTIONS)
 
+_PAPER_WINDOWS, _SHALLOWEST = (1, 3, 5, 7, 9, 11, 15), 32  # App. B; layers of the paper's smaller models
 _PRETTY = {
     "image_newline": "Image newlines",
     "image_related": "Related image patches",
@@ -144,6 +147,24 @@ def window_layers(layer: int, *, window: int, n_layers: int, placement: Placemen
         raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
     before = window // 2 if placement == "centred" else 0
     return range(max(0, layer - before), min(n_layers, layer - before + window))
+
+
+def window_sizes(n_layers: int) -> list[int]:
+    """Give the widths of windows to compare in a model of that depth (App. B, Figs 7-8).
+
+    The paper's models have 32 or 40 layers: from 32 on these are the paper's 1, 3, 5, 7, 9, 11, 15. In a
+    shallower model each width is scaled by n_layers / 32 and rounded, at least 1, each width once.
+
+    Raises:
+        ValueError: A model without layers.
+
+    >>> window_sizes(40), window_sizes(12)
+    ([1, 3, 5, 7, 9, 11, 15], [1, 2, 3, 4, 6])
+    """
+    if n_layers < 1:
+        raise ValueError(f"expected a model of 1 or more layers, got {n_layers}")
+    scale = min(1.0, n_layers / _SHALLOWEST)
+    return sorted({max(1, floor(width * scale + 0.5)) for width in _PAPER_WINDOWS})
 
 
 def flow_problem(spans: Spans, flow: Flow, *, intervention: Intervention = "mask") -> str | None:

@@ -19,8 +19,18 @@ from mmflow_utils.encode import Encoded, encode
 from mmflow_utils.models import VLM
 from mmflow_utils.reference import Run, rounding, run_reference
 from mmflow_utils.samples import Sample
+from mmflow_utils.stats import fixed, summarise
 
-__all__ = ["LENS_COLUMNS", "LENS_PROTOCOLS", "LENS_WORDS", "decision_layers", "lens_logits", "logit_lens"]
+__all__ = [
+    "LENS_COLUMNS",
+    "LENS_PROTOCOLS",
+    "LENS_WORDS",
+    "decision_curves",
+    "decision_layers",
+    "describe_decisions",
+    "lens_logits",
+    "logit_lens",
+]
 
 LENS_PROTOCOLS = ("corrected", "paper")
 LENS_WORDS = ("Capitalized answer", "Noncapitalized answer", "False option", "Capitalized false option")
@@ -137,6 +147,58 @@ def decision_layers(frame: pd.DataFrame) -> pd.DataFrame:
     for name, held in (("first_layer", on_top), ("settled_layer", stays)):
         table[name] = [layers[row.argmax()] if row.any() else np.nan for row in held]
     return table
+
+
+def decision_curves(decisions: pd.DataFrame, *, n_layers: int) -> pd.DataFrame:
+    """Say for each sample and layer whether the answer has been on top by then, and whether it stays there.
+
+    Args:
+        decisions: from `decision_layers`.
+        n_layers: decoder layers.
+
+    Returns:
+        One row per row of `decisions`, `event` ("Was on top": the most probable word after this layer or an
+        earlier one; "Stays on top": from this layer to the last) and layer, with `share_pct`, 0 or 100: its
+        mean is the share of samples. A sample whose answer never comes counts as 0.
+
+    Example:
+        >>> curves = decision_curves(decision_layers(frame), n_layers=model.n_layers)
+        >>> summarise(curves, "share_pct", by=("task", "protocol", "word", "event", "layer"))
+    """
+    events = {"Was on top": "first_layer", "Stays on top": "settled_layer"}
+    keys = decisions.drop(columns=list(events.values()))
+    return pd.concat(
+        [
+            keys.assign(event=event, layer=layer, share_pct=100.0 * (decisions[column] <= layer))
+            for event, column in events.items()
+            for layer in range(n_layers)
+        ],
+        ignore_index=True,
+    )
+
+
+def describe_decisions(
+    decisions: pd.DataFrame, *, word: str = "Either case", n_boot: int = 1000, seed: int = 0
+) -> list[str]:
+    """Write one finding per task and protocol: the layer from which the answer stays the most probable word.
+
+    The layer is a mean over the samples in which that happens, with its interval over images.
+    """
+    lines = []
+    for (task, protocol), part in decisions[decisions.word == word].groupby(["task", "protocol"]):
+        settled = part.dropna(subset="settled_layer")
+        name, counted = f"{task}, {protocol} lens", f"{len(settled)} of {len(part)} samples"
+        if settled.empty:
+            lines.append(f"{name}: the answer is never the most probable word to the end ({counted}).")
+            continue
+        row = summarise(settled, "settled_layer", by=["task"], n_boot=n_boot, seed=seed).iloc[0]
+        interval = f"95 % interval {fixed(row.ci_low)} to {fixed(row.ci_high)}"
+        lines.append(
+            f"{name}: on average the answer first becomes the most probable word after layer "
+            f"{fixed(settled.first_layer.mean())} and stays so from layer {fixed(row['mean'])} on "
+            f"({interval}, {counted}, on {row.n_clusters} images)."
+        )
+    return lines
 
 
 def _check_protocols(protocols: Sequence[str]) -> None:

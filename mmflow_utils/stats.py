@@ -19,6 +19,7 @@ from scipy.special import ndtr, stdtrit
 
 __all__ = [
     "describe_differences",
+    "describe_highest",
     "describe_strongest",
     "fixed",
     "holm",
@@ -243,6 +244,27 @@ def describe_strongest(
         else:
             text = f"lowest at {where}, {effect}; too few images for an interval"
         sentences.append(f"{name}: {text}." if name else f"{text[0].upper()}{text[1:]}.")
+    return sentences
+
+
+def describe_highest(
+    summary: pd.DataFrame, by: Sequence[str] = ("task",), *, over: str = "layer", unit: str = "%"
+) -> list[str]:
+    """Write one finding per curve: where it is highest, how high, and how high it ends.
+
+    Example:
+        >>> row = dict(task="T", layer=4, mean=43.2, ci_low=36.1, ci_high=50.0, n=8, n_clusters=6)
+        >>> describe_highest(pd.DataFrame([row, row | dict(layer=5, mean=2.0)]))[0].split("; ")[1]
+        '2.0 % at layer 5.'
+    """
+    by, sentences = [column for column in by if column in summary], []
+    for _, curve in _curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
+        row = curve[curve["mean"] >= curve["mean"].max() - 0.05].iloc[0].to_dict()
+        end = curve.iloc[-1]
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
+        close = "" if row[over] == end[over] else f"; {_quantity(end['mean'], unit)} at {over} {end[over]}"
+        name = ", ".join(str(row[column]) for column in by)
+        sentences.append(f"{name}: highest at {over} {row[over]}, {effect}{close}.")
     return sentences
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmflow_utils import flows
-from mmflow_utils.flows import Flow, Variant, flow_problem, variants, window_layers
+from mmflow_utils.flows import Flow, Variant, flow_problem, variants, window_layers, window_sizes
 from mmflow_utils.positions import Spans
 
 SPANS = Spans(
@@ -142,3 +142,19 @@ def test_every_published_flow_has_a_readable_name_once():
         assert len({str(flow) for flow in held}) == len(held)
     assert not [flow for flow in published if "_" in str(flow)]
     assert str(flows.IMAGE_PATCHES_TO_QUESTION[0]) == "Related image patches -> Question"
+
+
+@pytest.mark.parametrize("n_layers", [32, 40, 80])
+def test_models_as_deep_as_the_papers_get_the_papers_windows(n_layers):
+    assert window_sizes(n_layers) == [1, 3, 5, 7, 9, 11, 15]
+
+
+def test_shallower_models_get_windows_of_the_same_share_of_their_depth():
+    assert window_sizes(12) == [1, 2, 3, 4, 6]
+    assert window_sizes(8) == [1, 2, 3, 4]
+    assert window_sizes(1) == [1]
+    for n_layers in range(1, 32):
+        sizes = window_sizes(n_layers)
+        assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] <= max(1, n_layers / 2)
+    with pytest.raises(ValueError, match="1 or more layers, got 0"):
+        window_sizes(0)

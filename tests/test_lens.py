@@ -9,7 +9,16 @@ import torch
 from tiny import tiny_sample, tiny_vlm
 
 from mmflow_utils.encode import encode
-from mmflow_utils.lens import LENS_COLUMNS, LENS_WORDS, decision_layers, lens_logits, logit_lens
+from mmflow_utils.lens import (
+    LENS_COLUMNS,
+    LENS_WORDS,
+    decision_curves,
+    decision_layers,
+    describe_decisions,
+    lens_logits,
+    logit_lens,
+)
+from mmflow_utils.plots import WORD_COLOURS
 from mmflow_utils.reference import run_reference
 from mmflow_utils.stats import summarise
 
@@ -160,3 +169,26 @@ def test_decisions_keep_samples_apart(tmp_path):
     assert table.settled_layer.to_dict() == {"a": 0.0, "b": 1.0}
     real = decision_layers(run(tiny_vlm(), [tiny_sample(tmp_path)]))
     assert len(real) == 2 * 3 and not (real.first_layer > real.settled_layer).any()
+
+
+def test_decision_curves_count_from_the_layer_on():
+    table = decision_layers(pd.concat([ranks([9, 1, 5, 1], [2] * 4, "a"), ranks([9] * 4, [2] * 4, "b")]))
+    drawn = decision_curves(table[table.word == "Either case"], n_layers=4)
+    share = drawn.groupby(["sample_id", "event"]).share_pct.agg(list)
+    assert share["a", "Was on top"] == [0, 100, 100, 100]
+    assert share["a", "Stays on top"] == [0, 0, 0, 100]
+    assert share["b", "Was on top"] == share["b", "Stays on top"] == [0] * 4
+    assert set(drawn.event) < set(WORD_COLOURS) and set(LENS_WORDS) < set(WORD_COLOURS)
+    assert len(drawn) == 2 * 2 * 4 and "settled_layer" not in drawn
+
+
+def test_decisions_are_described_with_n_and_a_null_result_as_one():
+    settled = [ranks([9, 1, 5, 1], [2] * 4, "a"), ranks([9, 1, 1, 1], [2] * 4, "b").assign(image_id="j")]
+    (line,) = describe_decisions(decision_layers(pd.concat([*settled, ranks([9] * 4, [2] * 4, "c")])))
+    assert line.startswith(
+        "T, paper lens: on average the answer first becomes the most probable word after layer"
+    )
+    assert "after layer 1.0 and stays so from layer 2.0 on (95 % interval " in line
+    assert line.endswith("2 of 3 samples, on 2 images).")
+    (line,) = describe_decisions(decision_layers(ranks([9] * 4, [2] * 4)))
+    assert line == "T, paper lens: the answer is never the most probable word to the end (0 of 1 samples)."

@@ -139,10 +139,41 @@ def test_colours_stay_apart_under_colour_blindness(deficiency):
     main = [plots.flow_colour(flow) for flow in (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION)]
     patches = [plots.flow_colour(flow) for flow in flows.IMAGE_PATCHES_TO_QUESTION]
     parts = [plots.flow_colour(flow) for flow in flows.PARTS_TO_LAST]
-    for group in (main, patches, parts, list(TASK_COLOURS.values())):
+    words, events = list(plots.WORD_COLOURS.values())[:3], list(plots.WORD_COLOURS.values())[-2:]
+    modules = list(plots.MODULE_COLOURS.values())
+    for group in (main, patches, parts, list(TASK_COLOURS.values()), words, events, modules):
         for a, b in combinations(group, 2):
             assert np.linalg.norm(lab(a, deficiency) - lab(b, deficiency)) > 14, (a, b)
     assert np.linalg.norm(lab("#D55E00", "protan") - lab("#8B8B00", "protan")) < 14  # the check can fail
+
+
+def test_two_columns_of_panels_stand_side_by_side_each_with_its_own_curves():
+    lenses = [summary(TASKS[:3]).assign(lens=lens) for lens in ("paper", "normed")]
+    lenses[1]["mean"] /= 2
+    frame = pd.concat(lenses)
+    figure = plots.plot_curves(frame, across="lens")
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (3, 2)
+    titles = [f"{task} · {lens}" for task in TASKS[:3] for lens in ("paper", "normed")]
+    assert [axis.get_title("left") for axis in figure.axes] == titles
+    for axis in figure.axes:
+        task, lens = axis.get_title("left").split(" · ")
+        rows = frame[(frame["task"] == task) & (frame["lens"] == lens) & (frame["flow"] == TO_LAST[0])]
+        assert np.allclose(curves(axis)["Question → Last"].get_xydata(), rows[["layer", "mean"]])
+    with pytest.raises(ValueError, match="several rows have the same task, flow and layer"):
+        plots.plot_curves(frame)
+    with pytest.raises(ValueError, match="lense"):
+        plots.plot_curves(frame, across="lense")
+
+
+def test_the_words_of_the_lens_keep_their_colours_and_order():
+    words = list(plots.WORD_COLOURS)[:4]
+    frame = summary(TASKS[:1], sorted(words)).rename(columns={"flow": "word"})
+    lines = curves(plots.plot_curves(frame, line="word", colours=plots.WORD_COLOURS).axes[0])
+    assert list(lines) == words
+    assert [to_hex(line.get_color()).upper() for line in lines.values()] == [
+        plots.WORD_COLOURS[word] for word in words
+    ]
+    assert lines["False option"].get_linestyle() != lines["Capitalized false option"].get_linestyle()
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3, 4, 5])

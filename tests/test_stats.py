@@ -315,3 +315,18 @@ def test_numbers_at_ties_print_the_same_whatever_the_rounding_noise(twentieths, 
 def test_ranges_of_layers():
     assert stats.layer_ranges([]) == ""
     assert stats.layer_ranges(np.array([7, 0, 1, 2, 9, 10])) == "0-2, 7, 9-10"
+
+
+def test_the_highest_point_is_told_with_its_interval_and_where_the_curve_ends():
+    rows = [
+        {"task": task, "layer": layer, "mean": mean, "ci_low": mean - 2, "ci_high": mean + 2}
+        for task, means in {"A": [1.0, 60.04, 60.0, 5.0], "B": [0.0, 1.0, 2.0, 99.0]}.items()
+        for layer, mean in enumerate(means)
+    ]
+    table = pd.DataFrame(rows).assign(n=9, n_clusters=7).sample(frac=1, random_state=0)
+    table.attrs.update(level=0.95, band="simultaneous")
+    assert stats.describe_highest(table) == [
+        "A: highest at layer 1, 60.0 % (95 % simultaneous interval 58.0 to 62.0, 9 samples on 7 images); "
+        "5.0 % at layer 3.",
+        "B: highest at layer 3, 99.0 % (95 % simultaneous interval 97.0 to 101.0, 9 samples on 7 images).",
+    ]

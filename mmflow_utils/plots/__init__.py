@@ -8,12 +8,22 @@ from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curv
 from mmflow_utils.plots.maps import plot_map
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.prompt import plot_prompt
-from mmflow_utils.plots.style import FLOW_COLOURS, SET_COLOURS, TASK_ORDER, flow_colour, set_style
+from mmflow_utils.plots.style import (
+    FLOW_COLOURS,
+    MODULE_COLOURS,
+    SET_COLOURS,
+    TASK_ORDER,
+    WORD_COLOURS,
+    flow_colour,
+    set_style,
+)
 
 __all__ = [
     "FLOW_COLOURS",
+    "MODULE_COLOURS",
     "SET_COLOURS",
     "TASK_ORDER",
+    "WORD_COLOURS",
     "flow_colour",
     "plot_accuracy",
     "plot_contact_sheet",

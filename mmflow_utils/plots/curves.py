@@ -1,6 +1,7 @@
 """Curves over layers, and over the steps of a training run."""
 
 from collections.abc import Mapping
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,6 +59,7 @@ def plot_curves(
     *,
     line: str = "flow",
     panel: str = "task",
+    across: str | None = None,
     x: str = "layer",
     x_label: str = "Layer",
     y_label: str = "Mean",
@@ -72,25 +74,31 @@ def plot_curves(
         summary: from `summarise`: mean, ci_low, ci_high, and n if known.
         line: the column that tells curves apart. Numbers, such as window sizes, get an ordered scale.
         panel: the column that tells panels apart; a summary that lacks it makes one panel.
+        across: a second column that tells panels apart: its values stand side by side, those of `panel` one
+            below the other.
         x: the column of the horizontal axis, whole numbers from 0.
         x_label: its label.
         y_label: label of the mean, with its unit.
         title: bold first line.
         subtitle: second line: model, window, kind of interval.
-        colours: colours by value of `line`, in place of the flows' own.
+        colours: colours by value of `line`, in place of the flows' own; their order is the legend's.
         zero_line: mark 0.
 
     Raises:
         ValueError: a column is missing or nothing is left to draw.
     """
-    data = _drawable(summary, panel, line, x)
+    data = _drawable(summary, [panel, *([across] if across else [])], line, x)
     panels = ordered(data[panel], (*TASK_ORDER, *FLOW_COLOURS))
-    lines = line_looks(data[line], colours)
+    aside = ordered(data[across], ()) if across else [None]
+    lines = line_looks(data[line], colours, (*(colours or {}), *FLOW_COLOURS))
     limits = _limits(data)
-    figure, axes = panel_grid(len(panels), title, subtitle, [legend_handle(*look) for look in lines.values()])
-    for axis, name in zip(axes, panels, strict=True):
+    handles = [legend_handle(*look) for look in lines.values()]
+    columns = len(aside) if across else None
+    figure, axes = panel_grid(len(panels) * len(aside), title, subtitle, handles, columns=columns)
+    for axis, (name, other) in zip(axes, product(panels, aside), strict=True):
         part = data[data[panel] == name]
-        axis.set_title(shown(name), loc="left")
+        part = part[part[across] == other] if across else part
+        axis.set_title(" · ".join(shown(label) for label in (name, other) if label is not None), loc="left")
         axis.set_title(_n_text(part), loc="right", fontsize=9, fontweight="normal", color="#555555")
         if zero_line:
             axis.axhline(0, color="#444444", linewidth=0.9, zorder=1.5, label="_zero")
@@ -146,16 +154,18 @@ def plot_learning_curves(
     return figure
 
 
-def _drawable(summary: pd.DataFrame, panel: str, line: str, x: str) -> pd.DataFrame:
-    need(summary, [line, x, "mean", "ci_low", "ci_high"])
+def _drawable(summary: pd.DataFrame, panels: list[str], line: str, x: str) -> pd.DataFrame:
+    panel, *across = panels
+    need(summary, [*across, line, x, "mean", "ci_low", "ci_high"])
     data = summary.dropna(subset="mean")
     if data.empty:
         raise ValueError("every mean in the summary is NaN: there is nothing to draw")
     if panel not in data:
         data = data.assign(**{panel: ""})
-    if data.duplicated([panel, line, x]).any():
+    if data.duplicated([*panels, line, x]).any():
         raise ValueError(
-            f"several rows have the same {panel}, {line} and {x}: select one model and one setting"
+            f"several rows have the same {', '.join(panels)}, {line} and {x}: select one model and one "
+            "setting"
         )
     return data
 

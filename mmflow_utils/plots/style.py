@@ -57,6 +57,18 @@ _FIRST = (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION, *flows.IMAGE_PATCHES_TO
 _ALL = [flows.Flow(source=source, target=target) for source in SET_COLOURS for target in SET_COLOURS]
 FLOW_COLOURS = {str(flow): _colour_of(flow) for flow in dict.fromkeys((*_FIRST, *_ALL))}
 
+# The words that the logit lens follows, and what becomes of the answer among all words. False options are
+# both grey and differ by their dashes: what matters is how far the answer is from them.
+WORD_COLOURS = {
+    "Capitalized answer": "#332288",
+    "Noncapitalized answer": "#D1603D",
+    "False option": "#8A8A8A",
+    "Capitalized false option": "#8A8A8A",
+    "Was on top": "#3D9BD1",
+    "Stays on top": "#117733",
+}
+MODULE_COLOURS = {"Attention": "#3D9BD1", "MLP": "#7A1F5C"}
+
 STYLE = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
@@ -155,9 +167,11 @@ def legend_handle(label: str, colour: str, dashes: str) -> Line2D:
     return Line2D([], [], color=colour, linestyle=dashes, label=label, linewidth=2.4)
 
 
-def panel_grid(n: int, title: str, subtitle: str, handles: list[Line2D]) -> tuple[Figure, list[plt.Axes]]:
+def panel_grid(
+    n: int, title: str, subtitle: str, handles: list[Line2D], *, columns: int | None = None
+) -> tuple[Figure, list[plt.Axes]]:
     """Make n panels, at most three in a row (four make a square), under a title and one legend."""
-    columns = {1: 1, 2: 2, 4: 2}.get(n, 3)
+    columns = columns or {1: 1, 2: 2, 4: 2}.get(n, 3)
     rows, width = ceil(n / columns), {1: 6.4, 2: 8.4}.get(columns, 10.0)
     title, subtitle = (textwrap.fill(t, int(width * k)) for t, k in ((title, 9.5), (subtitle, 13.5)))
     longest = max(len(handle.get_label()) for handle in handles)
