@@ -16,6 +16,8 @@ READY ?= .venv/.ready
 # One thread for each notebook: for the miniature, two are slower than one.
 export OMP_NUM_THREADS ?= 1
 
+$(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml; the models are \
+    $(sort $(basename $(notdir $(wildcard params/*.yaml))))))
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
@@ -23,9 +25,11 @@ NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sani
 .PHONY: report test notebooks lock
 .NOTPARALLEL:
 
+# Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
 	@$(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete \
-	    --quiet rules host --config model=$(MODEL) $(if $(FRESH),--forceall)
+	    --quiet host progress reason rules --config model=$(MODEL) $(if $(FRESH),--forceall); \
+	status=$$?; $(BIN)/python site/build.py && exit $$status
 
 test: $(READY)
 	$(BIN)/ruff check

@@ -151,7 +151,7 @@ def _execute(
             parameters=values,
             kernel_name="python3",
             cwd=ROOT,
-            progress_bar={"desc": source.stem} if progress else False,
+            progress_bar={"desc": source.stem, "leave": False} if progress else False,
             execution_timeout=timeout_s,
             config=QUIET_KERNEL,
         )

@@ -25,6 +25,11 @@ findings. A finding holds for the model that its title names.
 """
 
 
+def failed_copies(model: str = "*") -> list[Path]:
+    """Find the copies that failed runs left."""
+    return sorted(OUTPUTS.glob(f"{model}/*{FAILED}"))
+
+
 def gather_pages() -> dict[str, list[str]]:
     """Copy the executed notebooks into PAGES; return model -> names of its pages, `mini` first."""
     found: dict[str, list[str]] = {}
@@ -73,8 +78,14 @@ def main() -> int:
     for folder in (PAGES, SITE):
         shutil.rmtree(folder, ignore_errors=True)
     models = gather_pages()
+    for copy in failed_copies():
+        print(f"Failed: {copy}, which holds what ran and the error.", file=sys.stderr)
+        print(
+            f"  Go on with `make report MODEL={copy.parent.name}`; what succeeded is not run again.",
+            file=sys.stderr,
+        )
     if not models:
-        print("There is no executed notebook in outputs/: run `make report`.", file=sys.stderr)
+        print("There is no executed notebook in outputs/, so there is no report.", file=sys.stderr)
         return 1
     write_galleries(models)
     code = sphinx(
