@@ -75,7 +75,11 @@ def run_sweep(
 
     size = chunk or max(1, len(order))
     if not _fits(ride, size):
-        find_executable_batch_size(ride, starting_batch_size=max(1, size // 2))()
+        smaller = iter([size >> n for n in range(1, size.bit_length() + 1)])
+        fits = find_executable_batch_size(
+            ride, starting_batch_size=next(smaller), reduce_batch_size_fn=lambda: next(smaller)
+        )
+        fits()
     base = clean[0].base
     found = [rows.get(n, base) for n in range(len(variants))]
     return Run(

@@ -32,7 +32,7 @@ class Capture:
 
     def __init__(self, key: Tensor | None = None, value: Tensor | None = None, *, stop: bool = False):
         self.key, self.value, self.stop = key, value, stop
-        self.laid_out: dict[tuple[int, int], list[Tensor]] = {}  # see Attend
+        self.laid_out: dict[int, list[Tensor]] = {}  # see Attend
 
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
         self.key, self.value = key[0], value[0]
@@ -132,10 +132,10 @@ class Attend:
 
     def _group(self, blocks: list[Block], keys: _Keys, query: Tensor, own: Capture, scaling: float):
         """Attend, a few blocks at a time: their packed rows and mixed values [heads, rows, d_head]."""
-        together = max(1, max(_OWN_KEYS, keys.n_prefix // 8) // max(1, len(keys.own)))
-        together = together if keys.touched is None else 1
         n_prefix, n_own = keys.n_prefix, len(keys.own)
-        both = self._with_room(keys, blocks[0].low, min(together, len(blocks)) * n_own)
+        room = max(_OWN_KEYS, blocks[0].low // 8, n_own)
+        together = room // max(1, n_own) if keys.touched is None else 1
+        both = self._with_room(keys, blocks[0].low, room)
         mix = _fused if keys.touched is None else _replaced
         for n in range(0, len(blocks), together):
             some = blocks[n : n + together]
@@ -151,16 +151,15 @@ class Attend:
                 mixed = mixed.masked_fill(keys.deaf.repeat(len(some))[:, None], 0)
             yield rows, mixed
 
-    def _with_room(self, keys: _Keys, low: int, n_more: int) -> list[Tensor]:
+    def _with_room(self, keys: _Keys, low: int, room: int) -> list[Tensor]:
         """Lay out the shared clean keys and values, with room for more; once for all slices of a layer."""
-        name = (low, n_more) if keys.prefix is None else None
-        both = self.clean.laid_out.get(name, [])
+        both = self.clean.laid_out.get(low, []) if keys.prefix is None else []
         for clean in () if both else (self.clean.key, self.clean.value):
-            room = clean.new_empty(len(clean), keys.n_prefix + n_more, clean.shape[-1])
-            room[:, : keys.n_prefix] = clean[:, :low] if keys.prefix is None else clean[:, keys.prefix]
-            both.append(room)
-        if name:
-            self.clean.laid_out[name] = both
+            laid_out = clean.new_empty(len(clean), keys.n_prefix + room, clean.shape[-1])
+            laid_out[:, : keys.n_prefix] = clean[:, :low] if keys.prefix is None else clean[:, keys.prefix]
+            both.append(laid_out)
+        if keys.prefix is None:
+            self.clean.laid_out[low] = both
         return both
 
     def _keys(self, block: Block, device: torch.device) -> _Keys:

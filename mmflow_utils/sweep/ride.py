@@ -16,7 +16,7 @@ from mmflow_utils.models import VLM
 from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, as_index, keys_only
 from mmflow_utils.sweep.plan import Branch
 
-__all__ = ["Ride"]
+__all__ = ["Ride", "layer_kwargs_at"]
 
 # The positions whose rows are computed, branch by branch: the order of a packed sequence.
 Here = Mapping[Branch, tuple[int, ...]]
@@ -88,7 +88,7 @@ class Ride:
         """See what goes into a layer of the clean pass; cut the last layer down to the row that is read."""
         hidden = hidden.to(_device(layer))  # layers may be spread over devices: rows follow
         if i == 0:
-            self.resid_post.append(hidden[0, self.read].float().cpu())
+            self._keep(hidden[0, self.read])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
@@ -96,11 +96,11 @@ class Ride:
             return hidden, {**kwargs, RIDER: self.clean}
         self.clean = keys_only(layer, hidden, kwargs)
         block = Block(rows=[0], positions=(self.read,), low=self.read)
-        return hidden[:, [self.read]], {**_at(kwargs, [self.read]), RIDER: self._attend([block])}
+        return hidden[:, [self.read]], {**layer_kwargs_at(kwargs, [self.read]), RIDER: self._attend([block])}
 
     def _after(self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
-        self.resid_post.append(hidden[0, self.read if i < self.last else 0].float().cpu())
+        self._keep(hidden[0, self.read if i < self.last else 0])
         for some in self._slices(i):
             index, out = self._through(i, layer, some)
             if i == self.last:
@@ -111,23 +111,31 @@ class Ride:
                 if branch.born == i:
                     self._copy_parent(branch, hidden[0], keep=branch.target)
 
+    def _keep(self, state: Float[Tensor, " d"]) -> None:
+        # A copy: a view would hold on to the states of all positions, layer after layer.
+        self.resid_post.append(state.to("cpu", torch.float32, copy=True))
+
     def _slices(self, i: int) -> Iterator[list[Branch]]:
-        """Part the families into slices of about as many rows as the clean pass has: so has a layer's peak.
+        """Part the families into slices of no more rows than the clean pass has, so a layer needs no more.
 
         Within a slice come the branches with keys of their own, then those that begin in this layer.
         """
-        live = [branch for branch in self.branches if branch.born <= i]
-        n_live = sum(len(branch.rows) for branch in live)
-        n_slices = max(
-            1, math.ceil(n_live * float(__import__("os").environ.get("SL", "1")) / len(self.clean_in))
-        )
-        slices, before = [[] for _ in range(n_slices)], 0
-        for branch in live:
-            if branch.parent is None:
-                some = slices[before * n_slices // n_live]
-            some.append(branch)
-            before += len(branch.rows)
-        for some in filter(None, slices):
+        families: list[list[Branch]] = []
+        for branch in self.branches:
+            if branch.born <= i:
+                families += [[]] if branch.parent is None else []
+                families[-1].append(branch)
+        sizes = [sum(len(branch.rows) for branch in family) for family in families]
+        most = len(self.clean_in)
+        even = sum(sizes) / max(1, math.ceil(sum(sizes) / most))
+        some, n_rows = [], 0
+        for family, size in zip(families, sizes, strict=True):
+            if some and (n_rows >= even or n_rows + size > most):
+                yield sorted(some, key=lambda b: b.born == i)
+                some, n_rows = [], 0
+            some += family
+            n_rows += size
+        if some:
             yield sorted(some, key=lambda b: b.born == i)
 
     def _through(
@@ -191,10 +199,10 @@ class Ride:
         return as_index(rows, self.rows.device)
 
     def _kwargs_at(self, here: Here) -> dict:
-        return _at(self.kwargs, [p for positions in here.values() for p in positions])
+        return layer_kwargs_at(self.kwargs, [p for positions in here.values() for p in positions])
 
 
-def _at(kwargs: dict, positions: list[int]) -> dict:
+def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:
     """Pick from a layer's keyword arguments what belongs to some positions; no mask, no cache."""
 
     def pick(value: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,53 @@
+"""Measure the layer sweep against the other ways and write a tidy frame: `make bench`.
+
+    python benchmarks/sweep_speed.py --layers 8 16 32 --image-tokens 576
+
+One thread, float32, random weights. Ratios come from ways that take turns in one run: on a shared machine
+times alone say little.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+from pathlib import Path  # noqa: E402
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+
+from mmflow_utils.sweep.rivals import RIVALS  # noqa: E402
+from mmflow_utils.sweep.speed import measure_speed  # noqa: E402
+
+
+def main() -> None:
+    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    read.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
+    read.add_argument("--image-tokens", type=int, nargs="+", default=[576])
+    read.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
+    read.add_argument("--rounds", type=int, default=5)
+    read.add_argument("--d-model", type=int, default=512)
+    read.add_argument("--heads", type=int, default=8)
+    read.add_argument("--kv-heads", type=int, default=8)
+    read.add_argument("--out", type=Path, default=Path("outputs/bench/sweep_speed.csv"))
+    args = read.parse_args()
+    torch.set_num_threads(1)
+    frame = measure_speed(
+        n_layers=args.layers,
+        n_image=args.image_tokens,
+        rivals=args.rivals,
+        n_rounds=args.rounds,
+        d_model=args.d_model,
+        n_heads=args.heads,
+        n_kv_heads=args.kv_heads,
+        progress=lambda line: print(line, flush=True),
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(args.out, index=False)
+    with pd.option_context("display.width", 200, "display.max_columns", None):
+        print(frame.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
