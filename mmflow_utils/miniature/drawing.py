@@ -18,6 +18,8 @@ from mmflow_utils.miniature.world import COLORS, SIZE, Scene, Thing
 
 __all__ = ["draw_scene"]
 
+Number = float | int
+Point = tuple[Number, Number]  # x and y, in pixels of the picture
 Color = tuple[int, int, int]
 INK = (40, 40, 48)  # outlines, handles, legs
 WHITE, BLACK, ORANGE, LEAF = (255, 255, 255), (0, 0, 0), (250, 140, 20), (30, 130, 50)
@@ -55,7 +57,7 @@ def _draw_marks(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
     """Paint what tells the category; the body comes over it. The marks reach as far as `world.REACH`."""
     r = thing.size / 2
 
-    def at(across: float, down: float) -> tuple[float, float]:
+    def at(across: Number, down: Number) -> Point:
         return thing.x + across * r, thing.y + down * r
 
     line, polygon = partial(pen.line, fill=INK, width=5), partial(pen.polygon, fill=INK)
@@ -145,14 +147,14 @@ def _draw_eyes(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
         _dot(pen, middle, 3, BLACK)
 
 
-def _dot(pen: ImageDraw.ImageDraw, middle: tuple[float, float], radius: float, fill: Color) -> None:
+def _dot(pen: ImageDraw.ImageDraw, middle: Point, radius: Number, fill: Color) -> None:
     pen.ellipse(_around(middle, radius), fill=fill)
 
 
-def _ring(pen: ImageDraw.ImageDraw, middle: tuple[float, float], radius: float) -> None:
+def _ring(pen: ImageDraw.ImageDraw, middle: Point, radius: Number) -> None:
     pen.ellipse(_around(middle, radius), outline=INK, width=5)
 
 
-def _around(middle: tuple[float, float], radius: float) -> tuple[float, float, float, float]:
+def _around(middle: Point, radius: Number) -> tuple[Number, Number, Number, Number]:
     x, y = middle
     return x - radius, y - radius, x + radius, y + radius

@@ -13,12 +13,14 @@ def make_optimizers(parts: nn.Module, *, lr: float, lr_rest: float) -> list[torc
 
     In a trial, AdamW on all of them stayed at chance on ChooseRel and LogicalObj.
     """
-    matrices, rest = [], []
+    matrices, entrance, rest = [], [], []
     for name, weight in parts.named_parameters():
         in_layers = weight.ndim == 2 and "embed" not in name and ".layers." in name
-        (matrices if in_layers else rest).append(weight)
+        # The projector's first layer takes in the tower's features, which are large: its steps must be small.
+        (matrices if in_layers else entrance if "linear_1" in name else rest).append(weight)
+    groups = [dict(params=rest)] + ([dict(params=entrance, lr=0.1 * lr_rest)] if entrance else [])
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.98), weight_decay=0.01)
+        torch.optim.AdamW(groups, lr=lr_rest, betas=(0.9, 0.98), weight_decay=0.01)
     ]
     if matrices:
         optimizers += [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]

@@ -33,7 +33,7 @@ from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.optimize import Weights, copy_weights, descend, follow, make_optimizers, set_rate
 from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
 from mmflow_utils.miniature.score import accuracy_in_parts, held_out, task_accuracy
-from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss
+from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss, warm_projector
 from mmflow_utils.miniature.world import Scene, sample_scene
 
 __all__ = ["Recipe", "Trainer", "save_miniature"]
@@ -46,10 +46,10 @@ class Recipe:
     """How long and how fast each stage learns; steps, not seconds, so that a run can be repeated."""
 
     seed: int = 0
-    tower_steps: int = 2500
-    text_steps: int = 3000
-    align_steps: int = 300
-    joint_steps: int = 5000
+    tower_steps: int = 1000
+    text_steps: int = 1000
+    align_steps: int = 100
+    joint_steps: int = 5500
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
@@ -93,7 +93,9 @@ class Trainer:
         self._fit("text", parts, self.recipe.text_steps, self._caption_loss, self._caption_accuracy)
 
     def align(self) -> None:
-        """Stage 3: the projector alone."""
+        """Stage 3: the projector alone, from what the tower's heads read."""
+        seed = self.recipe.seed
+        warm_projector(self.model, self.heads, self._pixels(held_out(256, seed + 2)), seed)
         parts = nn.ModuleList([self.model.model.multi_modal_projector])
         self._fit("align", parts, self.recipe.align_steps, self._answer_loss, self._accuracy)
 

@@ -46,7 +46,7 @@ def describe(scene: Scene, rng: Rng) -> Draft:
     """Tell everything about one thing; for training only, where one such answer teaches as much as four."""
     thing = pick(rng, scene.things)
     where = f"on the {thing.side}" if thing.side else "in the middle"
-    answer = f"the {thing.category} is {thing.color} {thing.shape} {thing.material} {where}"
+    answer = f"a {thing.category} {thing.color} {thing.shape} {thing.material} {where}"
     return Draft(
         types=("query", "attr", "describe"),
         wording=fill("Describe the {t}.", t=thing),
