@@ -56,7 +56,7 @@ def tower_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Float[Ten
 def warm_projector(
     model: nn.Module, heads: nn.ModuleDict, pixels: Float[Tensor, "scene 3 h w"], seed: int
 ) -> None:
-    """Begin the projector with a random mixture of what the tower's heads read, each at unit variance.
+    """Begin the projector with a random mixture of what the tower's heads read, at equal variance.
 
     The tower's features are large, and some attributes make up a few per cent of their variance: from a random
     start the projector passed on the loud ones alone, and colours stayed at chance.
