@@ -19,8 +19,8 @@ from types import ModuleType
 # fmt: off
 MODULES = (
     "params", "positions", "flows", "samples", "stats", "plots", "store",
-    "models", "encode", "reference", "sweep", "knockout", "lens", "modules", "subwords", "curation",
-    "miniature", "execute",
+    "models", "encode", "patches", "sinks", "reference", "sweep", "knockout", "lens", "modules", "subwords",
+    "curation", "miniature", "execute",
 )
 # fmt: on
 

@@ -20,7 +20,7 @@ from mmflow_utils.models import VLM
 from mmflow_utils.positions import Spans, question_sets, tokens_in
 from mmflow_utils.samples import Box, Sample, load_image
 
-__all__ = ["Encoded", "encode", "find_image_patches"]
+__all__ = ["Encoded", "encode", "find_image_patches", "processed_drawing"]
 
 _PLACEHOLDER = re.compile(r"(<image>|\{question\}|\{caption\})")
 _PICTURE_SETS = ("image", "image_newline", "image_related", "image_other")
@@ -103,6 +103,22 @@ def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tu
     if len(flags) != len(positions):
         raise ValueError(_unaligned(len(flags), len(positions)))
     return tuple(p for p, flag in zip(positions, flags.tolist(), strict=True) if flag > 0)
+
+
+def processed_drawing(model: VLM, drawing: Image.Image) -> Float[Tensor, "tiles 3 height width"]:
+    """Send a drawing the way of a picture: padded, resized, cropped, cut into tiles by the processor.
+
+    Colours come out from 0 to 1, unnormalised; padding is black.
+    """
+    # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
+    pixels = model.processor.image_processor(
+        images=_square(model, drawing, (0, 0, 0)),
+        **_picture_options(model),
+        do_normalize=False,
+        resample=Image.Resampling.BOX,
+        return_tensors="pt",
+    )["pixel_values"]
+    return pixels.reshape(-1, *pixels.shape[-3:]).float()
 
 
 def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
@@ -259,15 +275,7 @@ def _flag_tokens(
     for box in boxes:
         left, top = max(0, floor(box.x)), max(0, floor(box.y))
         drawn[top : max(0, ceil(box.y + box.h)), left : max(0, ceil(box.x + box.w))] = 255
-    # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
-    pixels = model.processor.image_processor(
-        images=_square(model, Image.fromarray(drawn), (0, 0, 0)),
-        **_picture_options(model),
-        do_normalize=False,
-        resample=Image.Resampling.BOX,
-        return_tensors="pt",
-    )["pixel_values"]
-    tiles = pixels.reshape(-1, *pixels.shape[-3:]).float().amax(1, keepdim=True)
+    tiles = processed_drawing(model, Image.fromarray(drawn)).amax(1, keepdim=True)
     patches = F.max_pool2d(tiles, model.image_patch_size).flatten(1)
     return model.in_token_order(patches[:, :, None], inputs)[:, 0]
 

@@ -43,6 +43,10 @@ _PRETTY = {
     "image_newline": "Image newlines",
     "image_related": "Related image patches",
     "image_other": "Other image patches",
+    "image_random": "Random image patches",
+    "image_high_norm": "High-norm image patches",
+    "image_related_low_norm": "Related image patches of low norm",
+    "image_other_low_norm": "Other image patches of low norm",
     "option_true": "True option",
     "option_false": "False option",
 }

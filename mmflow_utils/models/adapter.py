@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-__all__ = ["VLM", "text_inputs"]
+__all__ = ["VLM", "picture_features", "text_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +148,16 @@ def text_inputs(model: VLM, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any
     finally:
         hook.remove()
     return caught, hidden
+
+
+@torch.inference_mode()
+def picture_features(model: VLM, inputs: Mapping[str, Tensor]) -> Float[Tensor, "tiles patches d_vision"]:
+    """Give the vision tower's features of a prompt's picture, as the projector receives them (App. E)."""
+    caught: list[Tensor] = []
+    projector = model.hf.base_model.multi_modal_projector
+    hook = projector.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    try:
+        model.hf.get_image_features(**{k: inputs[k] for k in ("pixel_values", "image_sizes") if k in inputs})
+    finally:
+        hook.remove()
+    return torch.cat(caught)

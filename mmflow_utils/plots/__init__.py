@@ -5,6 +5,7 @@ in all figures; the colours stay apart under the common kinds of colour blindnes
 """
 
 from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
 from mmflow_utils.plots.maps import plot_map
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.prompt import plot_prompt
@@ -29,8 +30,10 @@ __all__ = [
     "plot_contact_sheet",
     "plot_curves",
     "plot_flow",
+    "plot_image_patches",
     "plot_learning_curves",
     "plot_map",
+    "plot_norms",
     "plot_prompt",
     "plot_sample",
     "set_style",

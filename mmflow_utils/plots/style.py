@@ -30,6 +30,9 @@ SET_COLOURS = {  # one colour per position set, the same in prompts, pictures an
     "image_other": "#C98500",
     "image_random": "#8A8A8A",
     "image_newline": "#8A8A8A",
+    "image_related_low_norm": "#882255",  # as the whole set: in one figure the dashes differ
+    "image_other_low_norm": "#C98500",
+    "image_high_norm": "#117733",
     "option_true": "#009E73",
     "option_false": "#C24E8E",
     "options": "#332288",

@@ -1,0 +1,253 @@
+"""Where image tokens lie in the picture, and a control: boxes of the same size elsewhere in it (§6, Fig. 5).
+
+encoded = encode_random_patches(model, sample, n_draws=5)
+locate_image_patches(model, encoded)                   # draw it with plot_image_patches
+frame = knockout_sweep(model, samples, control_flows(5), window=9, encoder=encode_random_patches)
+merge_draws(frame)                                     # the draws as one flow, beside the others
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import ceil, floor
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from mmflow_utils.encode import Encoded, encode, find_image_patches, processed_drawing
+from mmflow_utils.flows import IMAGE_PATCHES_TO_QUESTION, Flow
+from mmflow_utils.models import VLM
+from mmflow_utils.positions import Spans
+from mmflow_utils.samples import Box, Sample, load_image
+
+__all__ = [
+    "control_flows",
+    "count_image_patches",
+    "encode_random_patches",
+    "locate_image_patches",
+    "merge_draws",
+    "random_boxes",
+]
+
+_DRAW = re.compile(r"image_random_\d+")
+
+
+def locate_image_patches(
+    model: VLM, encoded: Encoded, sets: Sequence[str] = ("image_related", "image_other")
+) -> pd.DataFrame:
+    """Say which piece of the stored picture each image token stands for.
+
+    A drawing whose colours are its own coordinates goes through the model's picture processor; where a colour
+    comes out, there that pixel went. So it holds for any resizing, cropping, padding and tiling.
+
+    Args:
+        model: the model.
+        encoded: a prompt with a picture.
+        sets: position sets to name; where a position is in several, the first one counts.
+
+    Returns:
+        One row per image token, newlines left out: position; view (0 is the whole picture, 1 the tiles that
+        LLaVA-NeXT cuts); x, y, w, h in pixels of the stored picture, w or h 0 in the padding; set, None if in
+        none of `sets`.
+
+    Raises:
+        ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
+    """
+    if "image" not in encoded.spans:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
+    edges = _patch_edges(model, load_image(encoded.sample).size)
+    views = torch.tensor([[[float(tile > 0)]] * edges.shape[1] for tile in range(len(edges))])
+    values = model.in_token_order(torch.cat([views, edges], dim=-1), encoded.inputs).numpy()
+    positions = np.array(sorted(encoded.spans["image"] + encoded.spans.get("image_newline")))
+    if len(values) != len(positions):
+        raise ValueError(
+            f"This model's {len(positions)} image tokens are not the {len(values)} patches of its picture."
+        )
+    seen = ~np.isnan(values[:, 0])
+    view, left, top, right, bottom = values[seen].astype(float).T
+    names = {p: name for name in reversed(sets) for p in encoded.spans.get(name)}
+    return pd.DataFrame(
+        {
+            "position": positions[seen],
+            "view": view.astype(int),
+            "x": left,
+            "y": top,
+            "w": right - left,
+            "h": bottom - top,
+            "set": [names.get(p) for p in positions[seen]],
+        }
+    )
+
+
+def random_boxes(
+    boxes: Iterable[Box],
+    patches: pd.DataFrame,
+    size: tuple[int, int],
+    *,
+    rng: np.random.Generator,
+    n_tries: int = 500,
+    close: float = 0.1,
+    loosest: float = 0.25,
+) -> tuple[Box, ...] | None:
+    """Move boxes to random places of the same picture, beside the image patches that they lie on now.
+
+    The first try counts whose boxes reach as many *other* image patches as the boxes do now, to within the
+    share `close`; if none of `n_tries` does, the nearest one to within `loosest`.
+
+    Args:
+        boxes: in pixels of the stored picture; each keeps its width and height and moves on its own.
+        patches: from `locate_image_patches`.
+        size: width and height of the stored picture.
+        rng: draws the places.
+
+    Returns:
+        The moved boxes in the same order; None where the picture has no room for them.
+
+    Example:
+        >>> patches = pd.DataFrame({"x": [0.0, 8.0], "y": [0.0, 0.0], "w": [8.0, 8.0], "h": [8.0, 8.0]})
+        >>> random_boxes([Box(x=1, y=1, w=5, h=5)], patches, (16, 8), rng=np.random.default_rng(0))[0].x >= 8
+        True
+    """
+    boxes = tuple(boxes)
+    edges = patches[["x", "y", "w", "h"]].to_numpy(dtype=float)
+    taken = _touched(edges, boxes)
+    wanted = int(taken.sum())
+    best, least = None, floor(loosest * wanted) + 1
+    for _ in range(n_tries if wanted else 0):
+        moved = tuple(_move(box, size, rng) for box in boxes)
+        off = abs(int((_touched(edges, moved) & ~taken).sum()) - wanted)
+        if off <= close * wanted:
+            return moved
+        if off < least:
+            best, least = moved, off
+    return best
+
+
+def encode_random_patches(
+    model: VLM, sample: Sample, *, n_draws: int = 5, seed: int = 0, n_tries: int = 500
+) -> Encoded:
+    """Encode a sample and name the image patches under random boxes, for a control that the paper lacks.
+
+    The sets `image_random_1` to `image_random_<n_draws>` hold the patches under boxes of the size and shape
+    of the question's own, elsewhere in the same picture (`random_boxes`), without the related patches. The
+    places depend on `seed` and the sample alone. Where a picture has no room, all draws are missing, with
+    the reason.
+    """
+    encoded = encode(model, sample)
+    names = [f"image_random_{draw}" for draw in range(1, n_draws + 1)]
+    spans = encoded.spans
+    if reason := spans.missing.get("image_related") or spans.missing.get("image_other"):
+        return replace(encoded, spans=spans.with_missing(**dict.fromkeys(names, reason)))
+    patches, size = locate_image_patches(model, encoded), load_image(sample).size
+    boxes = [thing.box for thing in sample.objects if thing.box]
+    rng = np.random.default_rng([seed, crc32(sample.sample_id.encode())])
+    related, found = set(spans["image_related"]), {}
+    for name in names:
+        moved = random_boxes(boxes, patches, size, rng=rng, n_tries=n_tries)
+        found[name] = set(find_image_patches(model, encoded, moved or ())) - related
+    if not all(found.values()):
+        reason = "the picture has no room for boxes of that size beside the related image patches"
+        return replace(encoded, spans=spans.with_missing(**dict.fromkeys(names, reason)))
+    return replace(encoded, spans=spans.with_(**found))
+
+
+def control_flows(n_draws: int) -> tuple[Flow, ...]:
+    """Give the flows of Fig. 5 and, beside them, those of the random image patches.
+
+    >>> [str(flow) for flow in control_flows(1)][1:]
+    ['Other image patches -> Question', 'Image random 1 -> Question']
+    """
+    draws = (Flow(source=f"image_random_{draw}", target="question") for draw in range(1, n_draws + 1))
+    return (*IMAGE_PATCHES_TO_QUESTION, *draws)
+
+
+def merge_draws(frame: pd.DataFrame) -> pd.DataFrame:
+    """Average each sample's draws at each layer into the one flow of Random image patches.
+
+    Numbers are averaged; other rows stay as they are. A sample's draws are no more data than its one related
+    set, so that averaging comes before any interval or test.
+    """
+    draws = frame["source"].str.fullmatch(_DRAW)
+    if not draws.any():
+        return frame.copy()
+    numbers = ("p_knockout", "rel_change_pct", "logprob_change", "logit_diff_change")
+    keys = [c for c in frame if c not in (*numbers, "flow", "source")]
+    merged = frame[draws].groupby(keys, dropna=False, sort=False, as_index=False)[list(numbers)].mean()
+    merged["source"] = "image_random"
+    merged["flow"] = [str(Flow(source="image_random", target=target)) for target in merged["target"]]
+    together = pd.concat([frame[~draws], merged[list(frame.columns)]], ignore_index=True)
+    together.attrs = frame.attrs
+    return together
+
+
+def count_image_patches(spans: Spans) -> dict[str, float]:
+    """Count the image patches of each set of a prompt; the random draws are averaged, and NaN if absent.
+
+    >>> spans = Spans(n_tokens=4, sets={"image": (0, 1, 2), "image_random_1": (2,)})
+    >>> count_image_patches(spans)["image_random"]
+    1.0
+    """
+    counts = {name: float(len(spans.get(name))) for name in ("image", "image_related", "image_other")}
+    draws = [len(positions) for name, positions in spans.sets.items() if _DRAW.fullmatch(name)]
+    return counts | {"image_random": float(np.mean(draws)) if draws else np.nan}
+
+
+def _move(box: Box, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """Put a box anywhere in the picture, at whole pixels."""
+    x, y = (rng.integers(max(1, floor(s - w) + 1)) for s, w in zip(size, (box.w, box.h), strict=True))
+    return replace(box, x=float(x), y=float(y))
+
+
+def _touched(edges: Float[np.ndarray, "patches 4"], boxes: Iterable[Box]) -> Bool[np.ndarray, " patches"]:
+    """Say which patches a box reaches into; boxes cover whole pixels, as in `find_image_patches`."""
+    x, y, w, h = edges.T
+    hit = np.zeros(len(edges), dtype=bool)
+    slack = 0.01 * np.minimum(w, h)  # edges are measured, not known: touching is not reaching in
+    for box in boxes:
+        across = np.minimum(x + w, ceil(box.x + box.w)) - np.maximum(x, floor(box.x))
+        down = np.minimum(y + h, ceil(box.y + box.h)) - np.maximum(y, floor(box.y))
+        hit |= (across > slack) & (down > slack)
+    return hit
+
+
+def _patch_edges(model: VLM, size: tuple[int, int]) -> Float[Tensor, "tiles patches 4"]:
+    """Find left, top, right and bottom of every patch in the stored picture; equal ones in the padding."""
+    width, height = size
+    drawing = np.full((height, width, 3), 255, dtype=np.uint8)  # blue tells the picture from padding
+    drawing[:, :, 0] = np.round(255 * (np.arange(width) + 0.5) / width)
+    drawing[:, :, 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
+    side, found = model.image_patch_size, []
+    for red, green, blue in processed_drawing(model, Image.fromarray(drawing)).double().numpy():
+        inside = blue > 0.999
+        x = _edges(red, inside, axis=0, side=side, length=width)
+        y = _edges(green, inside, axis=1, side=side, length=height)
+        rows, columns = np.meshgrid(np.arange(len(y) - 1), np.arange(len(x) - 1), indexing="ij")
+        at = [x[columns], y[rows], x[columns + 1], y[rows + 1]]
+        found.append(np.stack(at, axis=-1).reshape(-1, 4))
+    return torch.from_numpy(np.stack(found)).float()
+
+
+def _edges(
+    shade: Float[np.ndarray, "rows columns"],
+    inside: Bool[np.ndarray, "rows columns"],
+    *,
+    axis: int,
+    side: int,
+    length: int,
+) -> Float[np.ndarray, " patches_plus_1"]:
+    """Fit the straight line from processed to stored pixels along an axis, and read it at the patches' edges.
+
+    Colours have 256 steps, which is coarser than a pixel in a large picture; the line is not.
+    """
+    n_pixels = shade.shape[1 - axis]
+    used = np.flatnonzero(inside.any(axis))
+    if len(used) < 2:
+        return np.zeros(n_pixels // side + 1)  # nothing of the picture is here
+    middle = np.where(inside, shade, 0).sum(axis)[used] / inside.sum(axis)[used]
+    slope, start = np.polyfit(used, middle * length, 1)
+    return np.clip(slope * (np.arange(0, n_pixels + 1, side) - 0.5) + start, 0, length)

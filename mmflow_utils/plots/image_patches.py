@@ -1,0 +1,134 @@
+"""Image patches over the picture, coloured by position set, and the distribution of their norms."""
+
+from collections.abc import Mapping
+from math import ceil
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from mmflow_utils.flows import pretty_name
+from mmflow_utils.plots.style import add_title, legend_handle, need, set_colour, styled
+
+_VIEWS = ("Whole picture", "Tiles")
+
+
+@styled
+def plot_image_patches(
+    image: object,
+    patches: pd.DataFrame | Mapping[str, pd.DataFrame],
+    *,
+    title: str = "",
+    subtitle: str = "",
+    width: float = 3.2,
+    columns: int = 3,
+) -> Figure:
+    """Draw which piece of the picture each image token stands for, coloured by position set.
+
+    Args:
+        image: the stored picture, a PIL picture or an array (height, width, 3).
+        patches: from `locate_image_patches`: x, y, w, h (pixels), view and set; or several by the title of
+            their panel. Tiles have a panel of their own beside the whole picture's. A patch in no set is only
+            outlined, one in the padding isn't seen.
+        title: bold first line.
+        subtitle: second line.
+        width: of a panel, in inches.
+        columns: panels side by side.
+
+    Raises:
+        ValueError: a column is missing or there are no rows.
+    """
+    panels = _panels(patches)
+    pixels = np.asarray(image)
+    rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
+    tall = width * pixels.shape[0] / pixels.shape[1] + 0.3
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * tall), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
+        axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
+        axis.set_title(name, fontsize=9.5, pad=4)
+        seen = part[(part["w"] > 0) & (part["h"] > 0)]
+        for kind, group in seen.groupby("set", dropna=False):
+            axis.add_collection(_squares(group, None if pd.isna(kind) else kind))
+    names = list(dict.fromkeys(kind for part in panels.values() for kind in part["set"].dropna()))
+    handles = [legend_handle(pretty_name(kind), set_colour(kind), "-") for kind in names]
+    for handle in handles:
+        handle.set(linewidth=7, alpha=0.75)
+    in_row = max(1, int(columns * width / 2.3))
+    room = 0.15 + 0.22 * ceil(len(handles) / in_row)
+    figure.set_size_inches(columns * width, rows * tall + room)
+    add_title(figure, title, subtitle, bottom=room, gap=0.3)
+    figure.subplots_adjust(wspace=0.06, hspace=0.3 / tall)
+    legend = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
+    figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.3, **legend)
+    return figure
+
+
+def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """One table per panel: each view of each table."""
+    found = {}
+    for name, table in (patches if isinstance(patches, Mapping) else {"": patches}).items():
+        need(table, ["x", "y", "w", "h", "view", "set"])
+        views = sorted(table["view"].unique())
+        for view in views:
+            parts = [name, _VIEWS[view] if len(views) > 1 else ""]
+            found[" · ".join(part for part in parts if part)] = table[table["view"] == view]
+    return found
+
+
+def _squares(group: pd.DataFrame, kind: str | None) -> PatchCollection:
+    # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
+    squares = [Rectangle((p.x - 0.5, p.y - 0.5), p.w, p.h) for p in group.itertuples()]
+    fill = to_rgba(set_colour(kind), 0.45) if kind else "none"
+    return PatchCollection(
+        squares, facecolor=fill, edgecolor=(1, 1, 1, 0.7), linewidth=0.6, label=kind or "in no set"
+    )
+
+
+@styled
+def plot_norms(
+    norms: pd.Series, *, threshold: float, title: str = "Norms of image patches", subtitle: str = ""
+) -> Figure:
+    """Draw the distribution of image patch norms and the threshold (Fig. 15).
+
+    The axis of counts is logarithmic, since what the threshold parts off is rare.
+
+    Args:
+        norms: one number per image patch.
+        threshold: the norm above which patches count as high-norm.
+        title: bold first line.
+        subtitle: second line.
+
+    Raises:
+        ValueError: there are no norms.
+    """
+    values = np.asarray(norms, dtype=float)
+    if not len(values):
+        raise ValueError("expected the norms of image patches to draw, got none")
+    figure, axis = plt.subplots(figsize=(7.0, 2.8))
+    low, high = min(values.min(), threshold), max(values.max(), threshold)
+    step = (high - low) / 60 or 1.0
+    # A bin's edge at the threshold: no bar stands on both sides of it.
+    bins = threshold + step * np.arange(
+        -ceil((threshold - low) / step) - 1, ceil((high - threshold) / step) + 2
+    )
+    above = values > threshold
+    for part, kind, label in (
+        (~above, "image", "not above"),
+        (above, "image_high_norm", "above the threshold"),
+    ):
+        text = f"{label}: {int(part.sum()):,} image patches"
+        axis.hist(values[part], bins=bins, color=set_colour(kind), alpha=0.85, label=text)
+    axis.axvline(
+        threshold, color="#333333", linewidth=1.2, linestyle="--", label=f"threshold {threshold:.1f}"
+    )
+    axis.set(yscale="log", xlabel="Norm of the features that the projector receives", ylabel="Image patches")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    add_title(figure, title, subtitle, left=0.75, bottom=0.5)
+    figure.subplots_adjust(right=0.66)
+    return figure

@@ -1,0 +1,140 @@
+"""Attention sinks in the image encoder: image patches whose features have an unusual norm (App. E).
+
+norms = measure_norms(model, samples)
+cut = find_norm_threshold(norms["norm"])
+frame = knockout_sweep(model, samples, SINK_FLOWS, encoder=partial(encode_by_norm, threshold=cut.value), ...)
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from mmflow_utils.encode import Encoded, encode
+from mmflow_utils.flows import IMAGE_PATCHES_TO_QUESTION, Flow
+from mmflow_utils.models import VLM, picture_features
+from mmflow_utils.samples import Sample
+
+__all__ = [
+    "SINK_FLOWS",
+    "NormThreshold",
+    "encode_by_norm",
+    "find_norm_threshold",
+    "measure_norms",
+    "patch_norms",
+]
+
+PAPER_SHARE = 3.3 / 576  # of the patches lie above the paper's threshold of 57, in CLIP-L at 336 pixels
+
+SINK_FLOWS = (
+    *IMAGE_PATCHES_TO_QUESTION,
+    *(
+        Flow(source=name, target="question")
+        for name in ("image_related_low_norm", "image_other_low_norm", "image_high_norm")
+    ),
+)
+"""App. E, Fig. 16: Fig. 5 with and without the patches of high norm, and these patches alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormThreshold:
+    """A norm above which an image patch counts as high-norm, and the rule that it comes from."""
+
+    value: float
+    rule: str
+
+
+def patch_norms(model: VLM, encoded: Encoded) -> Float[np.ndarray, " image_patches"]:
+    """Give the norm of each image patch's features, as the projector receives them (App. E).
+
+    In the order of `encoded.spans["image"]`; newline tokens have no features.
+
+    Raises:
+        ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
+    """
+    if "image" not in encoded.spans:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
+    norms = picture_features(model, encoded.inputs).float().norm(dim=-1, keepdim=True).cpu()
+    ordered = model.in_token_order(norms, encoded.inputs)[:, 0].numpy()
+    ordered, n_tokens = ordered[~np.isnan(ordered)], len(encoded.spans["image"])
+    if len(ordered) != n_tokens:
+        raise ValueError(f"This model's {n_tokens} image tokens are not its tower's {len(ordered)} patches.")
+    return ordered
+
+
+def measure_norms(model: VLM, samples: Iterable[Sample], *, progress: bool = True) -> pd.DataFrame:
+    """Measure the norms of all image patches, each picture once.
+
+    Returns:
+        One row per picture and patch: image_id, image_patch (its number in the prompt, from 0), norm.
+    """
+    first = {sample.image_id: sample for sample in reversed(list(samples))}
+    parts = []
+    for image_id, sample in tqdm(first.items(), desc="Norms", unit="picture", disable=not progress):
+        norms = patch_norms(model, encode(model, sample))
+        parts.append(
+            pd.DataFrame({"image_id": image_id, "image_patch": np.arange(len(norms)), "norm": norms})
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def find_norm_threshold(
+    norms: Sequence[float] | np.ndarray | pd.Series, *, given: float = 0.0
+) -> NormThreshold:
+    """Find the norm above which patches are outliers, or take the one `given`.
+
+    The paper reads 57 off its distribution for CLIP-L-336. Without such a reading: Tukey's outer fence of the
+    log norms, log Q3 + 3 (log Q3 - log Q1), if a patch lies beyond it. If none does, the distribution has no
+    outliers; so that the experiment can be made all the same, the threshold is then put where the paper's
+    share of the patches (3.3 of 576) lies above it, midway between two of them.
+
+    Args:
+        norms: of all patches.
+        given: a threshold to use as it is; 0 to find one.
+
+    Raises:
+        ValueError: no norms, norms that aren't positive numbers, or a negative threshold.
+
+    Example:
+        >>> find_norm_threshold([9.0, 10.0, 10.0, 11.0] * 99 + [80.0]).rule
+        "Tukey's outer fence of the log norms"
+    """
+    norms = np.sort(np.asarray(norms, dtype=float))
+    if not len(norms) or not np.isfinite(norms).all() or norms[0] <= 0:
+        raise ValueError(f"Expected positive finite norms, got {len(norms)}, the first of them {norms[:3]}.")
+    if given < 0:
+        raise ValueError(f"A norm's threshold is above 0, or 0 to find one; got {given}.")
+    if given:
+        return NormThreshold(value=float(given), rule="given")
+    low, high = np.quantile(np.log(norms), [0.25, 0.75])
+    fence = float(np.exp(high + 3 * (high - low)))
+    if norms[-1] > fence * (1 + 1e-6):  # norms that are all alike have no outliers, but for rounding
+        return NormThreshold(value=fence, rule="Tukey's outer fence of the log norms")
+    n_above = min(max(1, round(PAPER_SHARE * len(norms))), len(norms) - 1)
+    value = norms[-1] if len(norms) == 1 else norms[-n_above - 1 : len(norms) - n_above + 1].mean()
+    return NormThreshold(
+        value=float(value), rule="no patch beyond Tukey's outer fence; the paper's share of patches"
+    )
+
+
+def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
+    """Encode a sample and part its image patches by norm (App. E).
+
+    Adds the sets `image_high_norm` (norm above `threshold`), `image_related_low_norm` and
+    `image_other_low_norm`; where one is empty it is missing, with the reason.
+    """
+    encoded = encode(model, sample)
+    spans, norms = encoded.spans, patch_norms(model, encoded)
+    high = {p for p, norm in zip(spans["image"], norms, strict=True) if norm > threshold}
+    found, missing = {}, {}
+    for name in ("image_related", "image_other"):
+        found[f"{name}_low_norm"] = [p for p in spans.get(name) if p not in high]
+        missing[f"{name}_low_norm"] = spans.missing.get(name, "all its image patches have a high norm")
+    found["image_high_norm"] = sorted(high)
+    missing["image_high_norm"] = f"no image patch has a norm above {threshold:.1f}"
+    empty = {name: reason for name, reason in missing.items() if not found[name]}
+    spans = spans.with_(**{name: held for name, held in found.items() if held}).with_missing(**empty)
+    return replace(encoded, spans=spans)

@@ -1,0 +1,59 @@
+"""The patches drawn are the patches given, in their set's colour; every norm is in the histogram."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from mmflow_utils import plots
+from mmflow_utils.plots.style import set_colour
+
+PICTURE = np.zeros((20, 40, 3), dtype=np.uint8)
+
+
+def table(view=0):
+    rows = [(0, 0, 10, 10, "image_related"), (10, 0, 10, 10, "image_other"), (20, 0, 10, 10, None)]
+    rows.append((0, 0, 0, 0, "image_other"))  # in the padding
+    return pd.DataFrame(rows, columns=["x", "y", "w", "h", "set"]).assign(view=view, position=range(4))
+
+
+def test_a_patch_is_drawn_where_it_lies_in_the_colour_of_its_set():
+    (axis,) = plots.plot_image_patches(PICTURE, table(), title="a title").axes
+    drawn = {c.get_label(): c for c in axis.collections}
+    assert set(drawn) == {"image_related", "image_other", "in no set"}
+    for name in ("image_related", "image_other"):
+        assert tuple(drawn[name].get_facecolor()[0][:3]) == pytest.approx(to_rgb(set_colour(name)))
+        assert len(drawn[name].get_paths()) == 1
+    assert drawn["image_other"].get_paths()[0].get_extents().bounds == (9.5, -0.5, 10, 10)
+    assert len(drawn["in no set"].get_facecolor()) == 0
+
+
+def test_tiles_and_named_tables_have_panels_of_their_own():
+    two = pd.concat([table(0), table(1)])
+    figure = plots.plot_image_patches(PICTURE, {"boxes": two, "control": table()}, columns=2)
+    titles = [axis.get_title("left") for axis in figure.axes if axis.get_title("left")]
+    assert titles == ["boxes · Whole picture", "boxes · Tiles", "control"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["Related image patches", "Other image patches"]
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="view"):
+        plots.plot_image_patches(PICTURE, table().drop(columns="view"))
+    with pytest.raises(ValueError, match="none"):
+        plots.plot_norms(pd.Series(dtype=float), threshold=1.0)
+
+
+@pytest.mark.parametrize("threshold", [5.0, 9.99, 57.0])
+def test_every_norm_is_counted_once_on_its_side_of_the_threshold(threshold):
+    norms = pd.Series(np.random.default_rng(0).uniform(1, 10, 500))
+    (axis,) = plots.plot_norms(norms, threshold=threshold).axes
+    bars = [bar for bar in axis.patches if bar.get_height() > 0]
+    assert sum(bar.get_height() for bar in bars) == 500
+    above = sum(bar.get_height() for bar in bars if bar.get_x() >= threshold - 1e-9)
+    assert above == (norms > threshold).sum()
+    assert f"threshold {threshold:.1f}" in axis.get_legend_handles_labels()[1]
+
+
+def test_norms_that_are_all_alike_are_drawn():
+    plots.plot_norms(pd.Series([3.0, 3.0]), threshold=3.0)
