@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import metadata, requires, version
 
 import pytest
 import yaml
@@ -43,22 +43,22 @@ def test_the_lock_holds_nothing_but_pins():
 def test_the_lock_is_closed_nothing_unpinned_comes_along():
     needed = set()
     for name in LOCK:
-        for need in map(Requirement, _requires(name)):
+        for need in map(Requirement, requires(name) or []):
             if need.marker is None or need.marker.evaluate({"extra": ""}):
                 needed.add(canonicalize_name(need.name))
     cuda = {name for name in needed if name.startswith(("nvidia-", "cuda-", "triton"))}
     assert needed - cuda - set(LOCK) <= {"setuptools"}
 
 
-def _requires(name):
-    from importlib.metadata import requires
-
-    return requires(name) or []
-
-
 def test_this_environment_is_the_locked_one():
     installed = {name: version(name).split("+")[0] for name in LOCK}
     assert installed == LOCK
+
+
+def test_every_locked_package_installs_on_the_oldest_python_we_promise():
+    # Debian 12 has 3.11.2, and pip refuses a package that asks for more.
+    asked = {name: metadata(name)["Requires-Python"] or "" for name in LOCK}
+    assert {name: wants for name, wants in asked.items() if not SpecifierSet(wants).contains("3.11.2")} == {}
 
 
 def test_conda_users_get_the_same_set():
