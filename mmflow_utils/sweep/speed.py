@@ -124,7 +124,7 @@ def measure_speed(
         model = random_llava(n_layers=layers, n_image=image, **shape)
         encoded = random_prompt(model, n_image=image)
         planned = variants(encoded.spans, flows, window=window, n_layers=layers)
-        some = planned[:: max(1, len(planned) // n_some)]
+        some = _spread(planned, n_some)
         inputs, _ = text_inputs(model, encoded.inputs)
         ways = {"clean pass": lambda: model.unembed(model.text(**inputs).last_hidden_state[0, -1])}  # noqa: B023
         ways["sweep"] = lambda: run_sweep(model, encoded, planned)  # noqa: B023
@@ -158,6 +158,12 @@ def measure_speed(
                 }
             progress(f"{layers} layers, {shared['n_tokens']} tokens, {name}: {rows[-1]['clean_passes']:.2f}")
     return pd.DataFrame(rows)
+
+
+def _spread(planned: list[Variant], n: int) -> list[Variant]:
+    """Pick variants of all flows and depths: a step of whole flows would find the same layer each time."""
+    n = min(n, len(planned))
+    return [planned[int((k + (k + 0.5) / n) * len(planned) / n)] for k in range(n)]
 
 
 def _in_turns(ways: dict[str, Callable], n_rounds: int) -> dict[str, list[float]]:
