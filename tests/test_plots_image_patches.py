@@ -1,5 +1,7 @@
 """The patches drawn are the patches given, in their set's colour; every norm is in the histogram."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -37,6 +39,22 @@ def test_tiles_and_named_tables_have_panels_of_their_own():
     assert names == ["Related image patches", "Other image patches"]
 
 
+def test_boxes_are_outlined_in_every_panel_and_an_absent_one_in_none():
+    things = [SimpleNamespace(box=SimpleNamespace(x=3, y=4, w=5, h=6)), SimpleNamespace(box=None)]
+    figure = plots.plot_image_patches(PICTURE, {"a": table(), "b": table()}, objects=iter(things))
+    for axis in figure.axes:
+        assert [patch.get_bbox().bounds for patch in axis.patches] == [(2.5, 3.5, 5, 6)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_pictures_keep_their_shape_and_fill_their_panels(n):
+    figure = plots.plot_image_patches(PICTURE, {str(k): table() for k in range(n)}, columns=2, title="t")
+    figure.canvas.draw()
+    for axis in figure.axes[:n]:
+        given, used = axis.get_position(original=True), axis.get_position()
+        assert (used.width, used.height) == pytest.approx((given.width, given.height), rel=0.02)
+
+
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="view"):
         plots.plot_image_patches(PICTURE, table().drop(columns="view"))
@@ -52,6 +70,8 @@ def test_every_norm_is_counted_once_on_its_side_of_the_threshold(threshold):
     assert sum(bar.get_height() for bar in bars) == 500
     above = sum(bar.get_height() for bar in bars if bar.get_x() >= threshold - 1e-9)
     assert above == (norms > threshold).sum()
+    axis.figure.canvas.draw()
+    assert {"1", "10"} <= {label.get_text() for label in axis.get_yticklabels()}
     assert f"threshold {threshold:.1f}" in axis.get_legend_handles_labels()[1]
 
 

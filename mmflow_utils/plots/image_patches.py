@@ -1,6 +1,6 @@
 """Image patches over the picture, coloured by position set, and the distribution of their norms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import ceil
 
 import matplotlib.pyplot as plt
@@ -9,10 +9,11 @@ import pandas as pd
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter
 
 from mmflow_utils.flows import pretty_name
-from mmflow_utils.plots.style import add_title, legend_handle, need, set_colour, styled
+from mmflow_utils.plots.style import add_title, need, set_colour, styled
 
 _VIEWS = ("Whole picture", "Tiles")
 
@@ -22,6 +23,7 @@ def plot_image_patches(
     image: object,
     patches: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,
+    objects: Iterable = (),
     title: str = "",
     subtitle: str = "",
     width: float = 3.2,
@@ -34,6 +36,7 @@ def plot_image_patches(
         patches: from `locate_image_patches`: x, y, w, h (pixels), view and set; or several by the title of
             their panel. Tiles have a panel of their own beside the whole picture's. A patch in no set is only
             outlined, one in the padding isn't seen.
+        objects: things with a box (`Sample.objects`), outlined in every panel; a box of None is passed over.
         title: bold first line.
         subtitle: second line.
         width: of a panel, in inches.
@@ -42,11 +45,10 @@ def plot_image_patches(
     Raises:
         ValueError: a column is missing or there are no rows.
     """
-    panels = _panels(patches)
+    panels, objects = _panels(patches), list(objects)
     pixels = np.asarray(image)
     rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
-    tall = width * pixels.shape[0] / pixels.shape[1] + 0.3
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * tall), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
@@ -55,17 +57,20 @@ def plot_image_patches(
         seen = part[(part["w"] > 0) & (part["h"] > 0)]
         for kind, group in seen.groupby("set", dropna=False):
             axis.add_collection(_squares(group, None if pd.isna(kind) else kind))
+        for box in (thing.box for thing in objects if thing.box):
+            look = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
+            axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
     names = list(dict.fromkeys(kind for part in panels.values() for kind in part["set"].dropna()))
-    handles = [legend_handle(pretty_name(kind), set_colour(kind), "-") for kind in names]
-    for handle in handles:
-        handle.set(linewidth=7, alpha=0.75)
+    handles = [Patch(color=set_colour(kind), alpha=0.7, label=pretty_name(kind)) for kind in names]
     in_row = max(1, int(columns * width / 2.3))
-    room = 0.15 + 0.22 * ceil(len(handles) / in_row)
-    figure.set_size_inches(columns * width, rows * tall + room)
-    add_title(figure, title, subtitle, bottom=room, gap=0.3)
-    figure.subplots_adjust(wspace=0.06, hspace=0.3 / tall)
+    room, gap = 0.15 + 0.22 * ceil(len(handles) / in_row), 0.35  # inches: the legend, a panel's title
+    wide = (columns * width - 0.2) / (columns + 0.06 * (columns - 1))
+    tall = wide * pixels.shape[0] / pixels.shape[1]
+    figure.set_size_inches(columns * width, rows * tall + (rows - 1) * gap + room)
+    add_title(figure, title, subtitle, bottom=room, gap=gap)
+    figure.subplots_adjust(wspace=0.06, hspace=gap / tall)
     legend = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
-    figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.3, **legend)
+    figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.2, borderpad=0, **legend)
     return figure
 
 
@@ -110,7 +115,7 @@ def plot_norms(
     values = np.asarray(norms, dtype=float)
     if not len(values):
         raise ValueError("expected the norms of image patches to draw, got none")
-    figure, axis = plt.subplots(figsize=(7.0, 2.8))
+    figure, axis = plt.subplots(figsize=(9.2, 2.8))
     low, high = min(values.min(), threshold), max(values.max(), threshold)
     step = (high - low) / 60 or 1.0
     # A bin's edge at the threshold: no bar stands on both sides of it.
@@ -128,7 +133,8 @@ def plot_norms(
         threshold, color="#333333", linewidth=1.2, linestyle="--", label=f"threshold {threshold:.1f}"
     )
     axis.set(yscale="log", xlabel="Norm of the features that the projector receives", ylabel="Image patches")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.10g}"))
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     add_title(figure, title, subtitle, left=0.75, bottom=0.5)
-    figure.subplots_adjust(right=0.66)
+    figure.subplots_adjust(right=0.68)
     return figure
