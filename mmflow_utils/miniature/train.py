@@ -49,7 +49,7 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 5500
+    joint_steps: int = 2800
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
