@@ -15,6 +15,7 @@ from mmflow_utils.flows import MODULE_INTERVENTIONS, Flow, Intervention, Variant
 from mmflow_utils.models import VLM
 from mmflow_utils.reference import Run, rounding, run_reference
 from mmflow_utils.samples import Sample
+from mmflow_utils.sweep import run_sweep
 
 __all__ = ["COLUMNS", "knockout_sweep"]
 
@@ -116,11 +117,7 @@ def knockout_sweep(
 
 
 def _engine(method: str) -> Callable[..., Run]:
-    if method == "reference":
-        return run_reference
-    from mmflow_utils.sweep import run_sweep  # the reference must be usable where the sweep is not
-
-    return run_sweep
+    return run_reference if method == "reference" else run_sweep
 
 
 def _blockable(

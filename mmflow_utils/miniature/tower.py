@@ -58,8 +58,8 @@ def warm_projector(
 ) -> None:
     """Begin the projector with a random mixture of what the tower's heads read, at equal variance.
 
-    The tower's features are large, and some attributes make up a few per cent of their variance: from a random
-    start the projector passed on the loud ones alone, and colours stayed at chance.
+    The tower's features are large, and some attributes make up a few per cent of their variance: from a
+    random start the projector passed on the loud ones alone, and colours stayed at chance.
     """
     projector = model.model.multi_modal_projector.linear_1
     states = (

@@ -99,7 +99,7 @@ def _collect_stream(model: VLM, read: int) -> Iterator[list[Tensor]]:
     stream: list[Tensor] = []
 
     def keep(tensor: Tensor) -> None:
-        stream.append(tensor[0, read].float().cpu())
+        stream.append(tensor[0, read].float().cpu().clone())  # a copy: a view would keep the whole layer
 
     hooks = [model.layers[0].register_forward_pre_hook(lambda _, args: keep(args[0]))]
     hooks += [layer.register_forward_hook(lambda _, __, out: keep(out)) for layer in model.layers]
