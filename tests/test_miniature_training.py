@@ -1,0 +1,252 @@
+"""Packed questions are plain forwards, and training that was stopped goes on as if it hadn't been."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tiny import fill_weights
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from mmflow_utils.miniature import (
+    PROMPT,
+    Recipe,
+    Trainer,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    draw_scene,
+    sample_scene,
+    save_miniature,
+    task_accuracy,
+)
+from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
+from mmflow_utils.miniature.score import held_out
+from mmflow_utils.miniature.tower import warm_projector
+from mmflow_utils.params import QUESTION_PROMPT, ROOT
+from mmflow_utils.samples import TASKS
+
+
+@cache
+def scenes(n=16):
+    rng = np.random.default_rng(7)
+    return tuple(sample_scene(rng) for _ in range(n))
+
+
+@cache
+def processor():
+    return build_processor(build_tokenizer(seed=0))
+
+
+@cache
+def model(n_layers=2):
+    """A random model that attends far from evenly, so that a wrong mask or position shows."""
+    built = build_model(processor().tokenizer, seed=0, n_layers=n_layers).requires_grad_(False).eval()
+    fill_weights(built, seed=1)
+    return built
+
+
+def test_the_tokenizer_gives_back_every_question():
+    tokenizer = processor().tokenizer
+    assert PROMPT == QUESTION_PROMPT  # the parameters' default prompt is the one trained on
+    records = json.loads((ROOT / "assets/miniature/val_balanced_questions.json").read_text()).values()
+    texts = {text for r in records for text in (r["question"], f" {r['answer'].capitalize()}")}
+    texts |= {PROMPT.format(question=r["question"]).replace("<image>", "") for r in records}
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids).strip() == text.strip()
+
+
+@pytest.mark.parametrize("word", ["Triangular", "Plastic", "Material"])
+def test_some_answers_have_several_subwords(word):
+    tokens = processor().tokenizer(f" {word}", add_special_tokens=False).input_ids
+    assert len(tokens) > 1
+    assert len(processor().tokenizer(" Red", add_special_tokens=False).input_ids) == 1
+
+
+def packed(captions=False, n=3):
+    some = list(scenes()[:n])
+    n_image_tokens = model().config.image_seq_length
+    rng = np.random.default_rng(4)
+    batch = pack(
+        processor().tokenizer, some, rng, n_questions=8, captions=captions, n_image_tokens=n_image_tokens
+    )
+    pictures = [draw_scene(scene) for scene in some]
+    pixels = None if captions else processor().image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return batch, pixels, pictures
+
+
+def logits_of(batch, pixels):
+    model().set_attn_implementation({"text_config": ATTENTION})
+    return packed_logits(model(), batch, pixels, half=False)
+
+
+@torch.inference_mode()
+def largest_difference(batch, pixels, pictures):
+    """Between the packed logits and those of one plain forward for each question."""
+    together = logits_of(batch, pixels)
+    model().set_attn_implementation({"text_config": "sdpa"})
+    worst = 0.0
+    for i, drafts in enumerate(batch.drafts):
+        shown = batch.ids[i, batch.segment[i] == 0]
+        for k, draft in enumerate(drafts, start=1):
+            here = batch.segment[i] == k
+            if pixels is None:
+                inputs = {"input_ids": torch.cat([shown, batch.ids[i, here]])[None]}
+            else:
+                text = f"{PROMPT.format(question=draft.text)} {draft.answer.capitalize()}</s>"
+                inputs = processor()(text=text, images=pictures[i], return_tensors="pt")
+                assert inputs["input_ids"][0].tolist() == [*shown.tolist(), *batch.ids[i, here].tolist()]
+            alone = model()(**inputs).logits[0, len(shown) :]
+            worst = max(worst, float((alone - together[i, here]).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_packed_forward_equals_one_for_each_question(captions):
+    batch, pixels, pictures = packed(captions)
+    assert largest_difference(batch, pixels, pictures) < 1e-4
+    # Controls: were the positions to run on, or the questions to see one another, it would show.
+    running = torch.arange(batch.ids.shape[1]).expand_as(batch.position)
+    assert largest_difference(replace(batch, position=running), pixels, pictures) > 0.01
+    inside = logits_of(replace(batch, segment=batch.segment.clamp(max=0)), pixels)
+    assert (inside - logits_of(batch, pixels))[batch.segment > 1].abs().max() > 0.01
+
+
+def test_the_loss_counts_answers_most_and_no_token_across_questions():
+    batch, *_ = packed()
+    weight = batch.weight
+    assert (weight[batch.answer == 1] == 1).all() and batch.answer.any(1).all()
+    assert (weight[batch.segment == 0] == 0).all() and (weight[batch.segment == -1] == 0).all()
+    starts = batch.segment[:, 1:] != batch.segment[:, :-1]
+    assert (weight[:, 1:][starts] == 0).all()
+    captions, *_ = packed(captions=True)
+    assert (captions.weight[captions.segment == 0] > 0).all()  # a caption's words are learnt too
+    for i, drafts in enumerate(batch.drafts):
+        said = processor().tokenizer.decode(batch.ids[i, (batch.segment[i] == 1) & (batch.answer[i] == 1)])
+        assert said.strip() == drafts[0].answer.capitalize()
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+SHORT = Recipe(
+    text_steps=4,
+    align_steps=4,
+    joint_steps=2,
+    batch=2,
+    joint_batch=1,
+    n_questions=6,
+    eval_every=2,
+    eval_scenes=2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out():
+    """Let the projector begin from eight pictures, not 256."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmflow_utils.miniature.train.held_out", lambda n, seed: held_out(min(n, 8), seed))
+        yield
+
+
+class Stopped(Exception):
+    """What ends a run before its time."""
+
+
+def trainer(folder, stop_at=None):
+    made = Trainer(build_model(processor().tokenizer, seed=0, n_layers=2), processor(), SHORT, folder)
+    loss_of, calls = made._answer_loss, []
+
+    def counted(rng, **options):
+        calls.append(rng)
+        if len(calls) == stop_at:
+            raise Stopped
+        return loss_of(rng, **options)
+
+    made._answer_loss = counted
+    return made
+
+
+def train(folder, stop_at=None):
+    made = trainer(folder, stop_at)
+    made.text()
+    made.align()
+    return made
+
+
+@pytest.mark.parametrize("stop_at", [4, 8])  # in the second half of the first stage, and of the second
+def test_resuming_changes_nothing(tmp_path, stop_at, whole):
+    with pytest.raises(Stopped):
+        train(tmp_path, stop_at)
+    resumed = train(tmp_path)
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed.curves == whole.curves
+    untrained = build_model(processor().tokenizer, seed=0, n_layers=2).state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], untrained[name])}
+    assert {name.split(".")[1] for name in changed} == {"language_model", "multi_modal_projector", "weight"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_the_projector_begins_with_what_the_heads_read(tmp_path):
+    made = trainer(tmp_path)
+    pixels = made._pixels(list(scenes()[:16]))
+    warm_projector(made.model, made.heads, pixels, seed=0)
+    tower, projector = made.model.model.vision_tower, made.model.model.multi_modal_projector.linear_1
+    with torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+        passed = projector(states)
+        assert passed.mean(0).abs().max() < 1e-2 and 0.5 < passed.std(0).mean() < 2
+        # What no head reads doesn't pass: a direction at right angles to all of them.
+        heads = torch.cat([head.weight for head in made.heads.values()])
+        blind = torch.linalg.svd(heads).Vh[-1]
+        assert torch.allclose(projector(states + 100 * blind), passed, atol=1e-2)
+        assert not torch.allclose(projector(states + 100 * heads[0]), passed, atol=1)
+
+
+def test_a_finished_stage_is_not_trained_again(whole):
+    before = [dict(row) for row in whole.curves]
+    whole.text()
+    assert sorted(map(str, whole.curves)) == sorted(map(str, before))
+    losses = [row for row in whole.curves if row["metric"] == "loss"]
+    assert sorted((row["stage"], row["step"]) for row in losses) == [
+        *(("align", 1), ("align", 4)),
+        *(("text", 1), ("text", 4)),
+    ]
+
+
+def test_a_saved_miniature_loads_as_any_model(tmp_path, whole):
+    record = save_miniature(whole, tmp_path, n_scenes=50)
+    assert json.loads((tmp_path / "training.json").read_text()) == json.loads(json.dumps(record))
+    assert set(record["accuracy_pct"]["intact"]) == {*TASKS, "other"}
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    inputs = AutoProcessor.from_pretrained(tmp_path, backend="pil")(
+        text=PROMPT.format(question="Is the cup red or blue?"),
+        images=draw_scene(scenes()[0]),
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        assert torch.equal(loaded(**inputs).logits, whole.model(**inputs).logits)
+
+
+def test_accuracy_counts_whole_answers(monkeypatch):
+    # Predicting each token that comes next is all right; one wrong answer token is one wrong question.
+    def oracle(_, batch, pixels, *, half):
+        right = torch.nn.functional.one_hot(batch.ids.roll(-1, 1), 440).float()
+        first = [int(torch.nonzero(row)[0]) for row in batch.answer]
+        for i, place in enumerate(first):
+            right[i, place - 1] = 0
+            right[i, place - 1, 3] = 1
+        return right
+
+    monkeypatch.setattr("mmflow_utils.miniature.score.packed_logits", oracle)
+    accuracy = task_accuracy(model(), processor(), n_scenes=10, seed=0)
+    assert accuracy.pop("ChooseAttr") == 0  # the first question of each scene
+    assert set(accuracy.values()) == {100.0}
