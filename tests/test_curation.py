@@ -1,0 +1,236 @@
+"""Only correctly answered samples are kept, always the same ones, and what is left out has its reason."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_sample, tiny_vlm
+
+from mmflow_utils import curation
+from mmflow_utils.curation import (
+    answer,
+    ask_questions,
+    curate,
+    draw,
+    group_accuracy,
+    load_samples,
+    read_questions,
+)
+from mmflow_utils.encode import encode
+from mmflow_utils.miniature import write_split
+from mmflow_utils.params import Params
+from mmflow_utils.samples import Sample
+
+TASKS = ["ChooseAttr", "QueryAttr"]
+
+
+@cache
+def model():
+    return tiny_vlm(n_layers=2)
+
+
+def a_sample(number, **fields):
+    given = dict(sample_id=f"q{number:03d}", image_id=f"i{number // 2}", image=Path("none.png"))
+    given |= dict(question="Is it red or blue?", answer="red", task="ChooseAttr")
+    return Sample(**given | dict(structural="choose", semantic="attr", detailed="chooseAttr") | fields)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gqa")
+    write_split(folder, n_scenes=8, seed=1)
+    return folder
+
+
+@pytest.fixture
+def params(split, tmp_path):
+    return Params(
+        model="tiny",
+        checkpoint=str(tmp_path / "no-weights"),
+        questions=str(split / "val_balanced_questions.json"),
+        scene_graphs=str(split / "val_sceneGraphs.json"),
+        images=str(split / "images"),
+        tasks=TASKS,
+        n_samples=3,
+        outputs=str(tmp_path / "outputs"),
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Let the model answer every second question (by its id) as labelled; note which were asked."""
+    heard = []
+
+    def knows(model, encoded, **_):
+        sample = encoded.sample
+        heard.append(sample.sample_id)
+        return sample.answer.capitalize() if int(sample.sample_id) % 2 else "Nonsense"
+
+    monkeypatch.setattr(curation, "answer", knows)
+    return heard
+
+
+# ---- the order -----------------------------------------------------------------------------------------
+
+
+def test_a_draw_depends_neither_on_its_size_nor_on_other_kinds():
+    reds, blues = ([a_sample(100 * k + i, task=t) for i in range(9)] for k, t in enumerate(TASKS))
+    by = dict(seed=0, by=lambda s: s.task)
+    every = draw(reds + blues, n=None, **by)
+    assert {s.sample_id for s in every} == {s.sample_id for s in reds + blues}
+    for n in (1, 4, 9, 20):
+        assert draw(reds + blues, n=n, **by) == every[:9][:n] + every[9:][:n]
+        assert draw(reds, n=n, **by) == every[:9][:n]
+        assert draw(blues, n=n, **by) == every[9:][:n]
+    assert draw(reversed(reds + blues), n=None, **by) == every  # nor on the file's order
+    assert draw(reds, n=None, seed=1, by=lambda s: s.task) != every[:9] != reds
+
+
+# ---- answers -------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_the_greedy_one(tmp_path):
+    encoded = encode(model(), tiny_sample(tmp_path))
+    inputs = dict(encoded.inputs)
+    tokens = []
+    for _ in range(3):
+        with torch.inference_mode():
+            token = model().hf(**inputs).logits[0, -1].argmax()
+        tokens.append(int(token))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token.view(1, 1)], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    expected = model().tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert answer(model(), encoded, max_new_tokens=3) == expected != ""
+
+
+def test_a_record_has_every_question_and_every_reason(params, asked, split, tmp_path):
+    samples, _ = read_questions(params, tasks=TASKS)
+    right = next(s for s in samples if int(s.sample_id) % 2)
+    wrong = next(s for s in samples if int(s.sample_id) % 2 == 0)
+    cut_short = tmp_path / "cut.png"
+    cut_short.write_bytes(right.image.read_bytes()[:200])
+    gone = replace(right, sample_id="1", image=tmp_path / "gone.png")
+    record = ask_questions(
+        model(), iter([right, wrong, gone, replace(gone, image=cut_short)]), progress=False
+    )
+    assert record.correct.tolist() == [True, False, False, False]
+    assert record.prediction.tolist()[:2] == [right.answer.capitalize(), "Nonsense"]
+    assert record.prediction.isna().tolist() == [False, False, True, True]
+    assert pd.isna(record.reason[0]) and "Nonsense" in record.reason[1]
+    assert "gone.png" in record.reason[2] and "cut.png" in record.reason[3]
+    assert record.structural[0] == right.structural and record.task[0] == right.task
+
+
+def test_accuracy_by_hand():
+    heard = [a_sample(i) for i in range(4)] + [a_sample(i, semantic="rel") for i in (4, 5)]
+    rows = [{k: getattr(s, k) for k in curation.ABOUT_SAMPLE} for s in heard]
+    asked = pd.DataFrame(rows).assign(prediction="Red", correct=[True, True, True, False, False, False])
+    unusable = asked.iloc[[0]].assign(prediction=None, correct=False)
+    table = group_accuracy(pd.concat([asked, unusable]), n_boot=200).set_index(["structural", "semantic"])
+    assert table.accuracy_pct.to_dict() == {("choose", "attr"): 75.0, ("choose", "rel"): 0.0}
+    assert table.n.tolist() == [4, 2] and table.n_clusters.tolist() == [
+        2,
+        1,
+    ]  # what went unheard isn't counted
+    low, high = table.loc[("choose", "attr"), ["ci_low", "ci_high"]]
+    assert 0 <= low <= 75 <= high <= 100
+
+
+# ---- curation ------------------------------------------------------------------------------------------
+
+
+def test_curation_stops_when_it_has_enough(params, asked):
+    samples, _ = read_questions(params, tasks=TASKS)
+    kept, record = curate(model(), iter(samples), tasks=TASKS, n_samples=3, seed=0, progress=False)
+    assert [s.task for s in kept] == [task for task in TASKS for _ in range(3)]
+    assert record.sample_id.tolist() == asked and len(set(asked)) == len(asked)
+    assert record[record.correct].sample_id.tolist() == [s.sample_id for s in kept]
+    for task in TASKS:
+        mine = record[record.task == task]
+        assert mine.correct.sum() == 3 and mine.correct.iloc[-1]  # not one question more than needed
+        order = [s.sample_id for s in draw(samples, n=None, seed=0, by=lambda s: s.task) if s.task == task]
+        assert mine.sample_id.tolist() == order[: len(mine)]
+
+
+def test_curation_gives_what_there_is_where_there_is_too_little(params, asked):
+    samples, _ = read_questions(params, tasks=TASKS)
+    kept, record = curate(model(), samples, tasks=TASKS[:1], n_samples=10_000, seed=0, progress=False)
+    mine = [s for s in samples if s.task == TASKS[0]]
+    assert len(record) == len(mine) and len(kept) == sum(int(s.sample_id) % 2 for s in mine)
+
+
+def test_unusable_pictures_are_rows_with_a_reason(params, asked):
+    samples, _ = read_questions(params, tasks=TASKS)
+    broken = samples[0].image_id
+    samples = [replace(s, image=Path("nowhere.png")) if s.image_id == broken else s for s in samples]
+    kept, record = curate(model(), samples, tasks=TASKS, n_samples=10_000, seed=0, progress=False)
+    mine = record[record.image_id == broken]
+    assert len(mine) and mine.prediction.isna().all() and mine.reason.str.contains("nowhere.png").all()
+    assert broken not in {s.image_id for s in kept} and len(kept)
+
+
+def test_every_notebook_reads_the_same_samples(params, asked):
+    first = load_samples(model(), params)
+    n_asked = len(asked)
+    assert load_samples(model(), params) == first
+    assert load_samples(model(), params, TASKS[1]) == [s for s in first if s.task == TASKS[1]]
+    # What can't change an answer doesn't lead to asking again.
+    assert load_samples(model(), params.model_copy(update=dict(window=1, n_boot=50))) == first
+    assert len(asked) == n_asked
+    record = pd.read_parquet(params.folder / "samples" / f"{TASKS[0]}_asked.parquet")
+    assert record.correct.sum() == 3
+    assert record.loc[~record.correct, "reason"].str.contains("Nonsense").all()
+
+
+def test_a_task_can_come_first_and_the_rest_later(params, asked):
+    one = load_samples(model(), params, TASKS[1])
+    both = load_samples(model(), params)
+    assert [s for s in both if s.task == TASKS[1]] == one and len(both) == 6
+    assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(n_samples=4), dict(seed=1), dict(prompt="<image>{question}"), dict(do_pad=False)]
+)
+def test_other_parameters_curate_anew(params, asked, change):
+    before = load_samples(model(), params)
+    n_asked = len(asked)
+    after = load_samples(model(), params.model_copy(update=change))
+    assert len(asked) > n_asked
+    if "n_samples" in change:
+        for task in TASKS:  # a larger set begins with the smaller one
+            small, large = ([s for s in some if s.task == task] for some in (before, after))
+            assert (len(small), len(large)) == (3, 4) and large[:3] == small
+    assert load_samples(model(), params) == before  # and back again
+
+
+def test_another_file_of_questions_curates_anew(params, asked, tmp_path):
+    before = load_samples(model(), params)
+    entries = json.loads(params.path("questions").read_text())
+    fewer = tmp_path / "questions.json"
+    gone = before[0].sample_id
+    fewer.write_text(json.dumps({key: entry for key, entry in entries.items() if key != gone}))
+    after = load_samples(model(), params.model_copy(update=dict(questions=str(fewer))))
+    assert gone not in {s.sample_id for s in after} and len(after) == len(before)
+
+
+def test_a_task_without_a_correct_answer_says_so(params, monkeypatch):
+    monkeypatch.setattr(curation, "answer", lambda model, encoded, **_: "Nonsense")
+    for _ in range(2):  # from the model, and from what was kept
+        with pytest.raises(ValueError, match="tiny answers none of the ChooseAttr questions .* notebook 01"):
+            load_samples(model(), params)
+    record = pd.read_parquet(params.folder / "samples" / "ChooseAttr_asked.parquet")
+    assert len(record) and not record.correct.any() and record.reason.notna().all()
+
+
+def test_the_seed_alone_decides_the_order():
+    some = [a_sample(i) for i in range(30)]
+    np.random.seed(1)
+    first = draw(some, n=10, seed=3, by=lambda s: s.task)
+    np.random.seed(2)
+    assert draw(some, n=10, seed=3, by=lambda s: s.task) == first
