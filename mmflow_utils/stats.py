@@ -199,18 +199,19 @@ def strongest_layer(
         by: the columns that make a curve; those that the summary lacks are passed over.
         over: the column along the curve.
         tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
-            first is taken: else differences at the level of float rounding would choose.
+            first is taken: else differences at the level of float rounding would choose. For the same reason
+            a mean this close to 0 counts as 0.
 
     Returns:
         One row of `summary` per curve, with layers (all the tied ones, such as "3-5") and below_zero (the
-        layers whose whole interval is below 0, or "").
+        layers whose whole interval is below 0, and their mean by more than `tie`, or "").
     """
     by = [column for column in by if column in summary]
     _need(summary, [over, "mean", "ci_low", "ci_high", "n"])
     found = []
     for _, curve in _curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
         tied = curve[curve["mean"] <= curve["mean"].min() + tie]
-        below = curve.loc[curve["ci_high"] < 0, over]
+        below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), over]
         found.append({**tied.iloc[0], "layers": layer_ranges(tied[over]), "below_zero": layer_ranges(below)})
     table = pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
     table.attrs.update(summary.attrs)
@@ -235,7 +236,7 @@ def describe_strongest(
         name = ", ".join(str(row[column]) for column in by if column in row)
         where = _layers(row["layers"], over)
         effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
-        if row["ci_high"] < 0:
+        if row["below_zero"] and row["ci_high"] < 0:
             text = (
                 f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
             )
@@ -276,13 +277,16 @@ def describe_differences(
     unit: str = "percentage points",
     alpha: float = 0.05,
 ) -> list[str]:
-    """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect."""
+    """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect.
+
+    A mean difference below 0.05, which would be printed as 0.0, is not claimed, however sure it is.
+    """
     by, sentences = [column for column in by if column in table], []
     for _, curve in _curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
         size = curve["mean"].abs()
         row = curve[size >= size.max() - 0.05].iloc[0].to_dict()
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
-        differs = curve.loc[curve["p_holm"] < alpha, over]
+        differs = curve.loc[(curve["p_holm"] < alpha) & (size >= 0.05), over]
         claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
         effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, table.attrs)})"
         sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")

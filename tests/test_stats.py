@@ -330,3 +330,23 @@ def test_the_highest_point_is_told_with_its_interval_and_where_the_curve_ends():
         "5.0 % at layer 3.",
         "B: highest at layer 3, 99.0 % (95 % simultaneous interval 97.0 to 101.0, 9 samples on 7 images).",
     ]
+
+
+@pytest.mark.parametrize(("scale", "claimed"), [(1e-5, False), (1.0, True)])
+def test_what_would_be_printed_as_nothing_is_not_claimed_however_sure_it_is(scale, claimed):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"sample_id": n, "image_id": n, "task": "T", "flow": flow, "layer": layer, "rel_change_pct": change}
+        for n in range(30)
+        for layer in range(2)
+        for flow, change in (("A", -scale * (3 + rng.random())), ("B", 0.0))
+    ]
+    frame = pd.DataFrame(rows)
+    table = stats.paired_difference(frame, "A", "B")
+    assert (table.p_holm < 0.05).all()
+    (difference,) = stats.describe_differences(table)
+    assert ("differs in layers 0-1" in difference, "no layer differs" in difference) == (claimed, not claimed)
+    band = stats.summarise(frame[frame.flow == "A"], simultaneous_over="layer")
+    assert (band.ci_high < 0).all()
+    (drop,) = stats.describe_strongest(band)
+    assert ("largest drop" in drop, "no drop that" in drop) == (claimed, not claimed)
