@@ -3,6 +3,7 @@
 # make report FRESH=1              run again what ran already
 # make test                        lint, unit tests, and every committed notebook held against its outputs
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
+# make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
 # make lock                        write requirements.lock anew from the pins in pyproject.toml
 #
 # Each command sets up .venv first. Inside a conda environment of environment.yml:
@@ -22,7 +23,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: report test notebooks lock
+.PHONY: report test notebooks bench lock
 .NOTPARALLEL:
 
 # Where a notebook fails, the others still run, and the report shows what succeeded.
@@ -41,6 +42,9 @@ test: $(READY)
 notebooks: $(READY)
 	@for notebook in $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS)); do \
 	    $(BIN)/python -m mmflow_utils.execute --in-place $$notebook || exit 1; done
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/sweep_speed.py
 
 # torch is pinned without a build: pip takes the CPU build where it is told of one (PIP_FIND_LINKS or an
 # extra index), and the registry's CUDA build elsewhere.
