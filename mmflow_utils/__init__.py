@@ -18,7 +18,7 @@ from types import ModuleType
 # From the ground up: a module imports only from modules to its left (tests/test_environment.py).
 # fmt: off
 MODULES = (
-    "params", "positions", "flows", "samples", "stats", "plots", "store",
+    "params", "positions", "flows", "samples", "stats", "findings", "plots", "store",
     "models", "encode", "patches", "sinks", "reference", "sweep", "knockout", "lens", "modules", "subwords",
     "curation", "miniature", "execute",
 )

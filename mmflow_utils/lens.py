@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmflow_utils.encode import Encoded, encode
+from mmflow_utils.findings import fixed
 from mmflow_utils.models import VLM
 from mmflow_utils.reference import Run, rounding, run_reference
 from mmflow_utils.samples import Sample
-from mmflow_utils.stats import fixed, summarise
+from mmflow_utils.stats import summarise
 
 __all__ = [
     "LENS_COLUMNS",

@@ -1,15 +1,14 @@
-"""From tidy frames to means with intervals, paired differences, and sentences that report them.
+"""From tidy frames to means with intervals, paired differences and corrected tests.
 
 Half of GQA's questions share their image with another question, so rows are not independent: every
 interval and test here resamples images (clusters), never rows. Knows no model and draws nothing.
 
-    summary = summarise(frame)                        # one row per task, flow and layer
-    print("\\n".join(describe_strongest(summary)))
+    summary = summarise(frame)  # one row per task, flow and layer
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from math import isfinite, sqrt
+from math import sqrt
 from zlib import crc32
 
 import numpy as np
@@ -17,17 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.special import ndtr, stdtrit
 
-__all__ = [
-    "describe_differences",
-    "describe_highest",
-    "describe_strongest",
-    "fixed",
-    "holm",
-    "layer_ranges",
-    "paired_difference",
-    "strongest_layer",
-    "summarise",
-]
+__all__ = ["holm", "paired_difference", "summarise"]
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
@@ -142,7 +131,7 @@ def paired_difference(
         ValueError: a column or condition is missing, a pair is not unique, or nothing pairs.
     """
     by, keys = list(by), list(dict.fromkeys([*by, *on, cluster]))
-    _need(frame, [*keys, column, value])
+    need_columns(frame, [*keys, column, value])
     sides = []
     for name in (a, b):
         side = frame.loc[frame[column] == name, [*keys, value]]
@@ -186,143 +175,11 @@ def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     return adjusted
 
 
-# --- sentences ---
-
-
-def strongest_layer(
-    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", tie: float = 0.05
-) -> pd.DataFrame:
-    """Find the layer with the largest drop (the lowest mean) of each curve.
-
-    Args:
-        summary: from `summarise`.
-        by: the columns that make a curve; those that the summary lacks are passed over.
-        over: the column along the curve.
-        tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
-            first is taken: else differences at the level of float rounding would choose. For the same reason
-            a mean this close to 0 counts as 0.
-
-    Returns:
-        One row of `summary` per curve, with layers (all the tied ones, such as "3-5") and below_zero (the
-        layers whose whole interval is below 0, and their mean by more than `tie`, or "").
-    """
-    by = [column for column in by if column in summary]
-    _need(summary, [over, "mean", "ci_low", "ci_high", "n"])
-    found = []
-    for _, curve in _curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
-        tied = curve[curve["mean"] <= curve["mean"].min() + tie]
-        below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), over]
-        found.append({**tied.iloc[0], "layers": layer_ranges(tied[over]), "below_zero": layer_ranges(below)})
-    table = pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
-    table.attrs.update(summary.attrs)
-    return table
-
-
-def describe_strongest(
-    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", unit: str = "%"
-) -> list[str]:
-    """Write one finding per curve: where the drop is largest, how large, its interval, n.
-
-    The largest of many noisy points looks larger than it is: a summary made with `simultaneous_over="layer"`
-    allows for that, and the sentence names the kind of interval.
-
-    Example:
-        >>> row = dict(task="T", flow="A -> B", layer=4, mean=-43.21, ci_low=-50.0, ci_high=-36.1)
-        >>> describe_strongest(pd.DataFrame([row | dict(n=24, n_clusters=20)]))[0].split("; ")[0]
-        'T, A -> B: largest drop at layer 4, -43.2 % (95 % interval -50.0 to -36.1, 24 samples on 20 images)'
-    """
-    sentences = []
-    for row in strongest_layer(summary, by, over=over).to_dict("records"):
-        name = ", ".join(str(row[column]) for column in by if column in row)
-        where = _layers(row["layers"], over)
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
-        if row["below_zero"] and row["ci_high"] < 0:
-            text = (
-                f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
-            )
-        elif isfinite(row["ci_high"]):
-            text = f"no drop that the interval tells from 0; lowest at {where}, {effect}"
-        else:
-            text = f"lowest at {where}, {effect}; too few images for an interval"
-        sentences.append(f"{name}: {text}." if name else f"{text[0].upper()}{text[1:]}.")
-    return sentences
-
-
-def describe_highest(
-    summary: pd.DataFrame, by: Sequence[str] = ("task",), *, over: str = "layer", unit: str = "%"
-) -> list[str]:
-    """Write one finding per curve: where it is highest, how high, and how high it ends.
-
-    Example:
-        >>> row = dict(task="T", layer=4, mean=43.2, ci_low=36.1, ci_high=50.0, n=8, n_clusters=6)
-        >>> describe_highest(pd.DataFrame([row, row | dict(layer=5, mean=2.0)]))[0].split("; ")[1]
-        '2.0 % at layer 5.'
-    """
-    by, sentences = [column for column in by if column in summary], []
-    for _, curve in _curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
-        row = curve[curve["mean"] >= curve["mean"].max() - 0.05].iloc[0].to_dict()
-        end = curve.iloc[-1]
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
-        close = "" if row[over] == end[over] else f"; {_quantity(end['mean'], unit)} at {over} {end[over]}"
-        name = ", ".join(str(row[column]) for column in by)
-        sentences.append(f"{name}: highest at {over} {row[over]}, {effect}{close}.")
-    return sentences
-
-
-def describe_differences(
-    table: pd.DataFrame,
-    by: Sequence[str] = ("task",),
-    *,
-    over: str = "layer",
-    unit: str = "percentage points",
-    alpha: float = 0.05,
-) -> list[str]:
-    """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect.
-
-    A mean difference below 0.05, which would be printed as 0.0, is not claimed, however sure it is.
-    """
-    by, sentences = [column for column in by if column in table], []
-    for _, curve in _curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
-        size = curve["mean"].abs()
-        row = curve[size >= size.max() - 0.05].iloc[0].to_dict()
-        name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
-        differs = curve.loc[(curve["p_holm"] < alpha) & (size >= 0.05), over]
-        claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, table.attrs)})"
-        sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")
-    return sentences
-
-
-def fixed(value: float | int, digits: int = 1) -> str:
-    """Print a number with fixed decimals, alike on every machine: exact ties go away from 0, no "-0.0".
-
-    Example:
-        >>> fixed(31.25), fixed(31.25 - 1e-12), fixed(-0.01)
-        ('31.3', '31.3', '0.0')
-    """
-    if not isfinite(value):
-        return "n/a" if np.isnan(value) else f"{value:+}"
-    text = f"{abs(value) + 1e-4 * 10.0**-digits:.{digits}f}"
-    return f"-{text}" if value < 0 and float(text) else text
-
-
-def layer_ranges(layers: Iterable) -> str:
-    """Shorten a set of layers.
-
-    Example:
-        >>> layer_ranges([4, 3, 5, 9])
-        '3-5, 9'
-    """
-    numbers = sorted({int(layer) for layer in layers})
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(s) if s == e else f"{s}-{e}" for s, e in zip(starts, ends, strict=True))
-
-
 # --- inner parts ---
 
 
-def _need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
+def need_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Raise a ValueError that names the first missing column and the nearest one there is."""
     for column in columns:
         if column not in frame:
             near = get_close_matches(column, map(str, frame.columns), n=1)
@@ -330,7 +187,7 @@ def _need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
             raise ValueError(f"the frame has no column {column!r}: {hint}")
 
 
-def _curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.DataFrame]]:
+def curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.DataFrame]]:
     if by:
         yield from table.groupby(by, dropna=False, observed=True)
     elif len(table):
@@ -341,7 +198,7 @@ def _cluster_table(
     frame: pd.DataFrame, value: str, by: list[str], cluster: str | None
 ) -> tuple[pd.DataFrame, Float[np.ndarray, "groups clusters"], Float[np.ndarray, "groups clusters"]]:
     """Table of groups (means and counts), and each group's sum and count of `value` in each cluster."""
-    _need(frame, [*by, value, *([cluster] if cluster else [])])
+    need_columns(frame, [*by, value, *([cluster] if cluster else [])])
     if frame.empty:
         raise ValueError(
             f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?"
@@ -409,7 +266,7 @@ def _simultaneous(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bands whose greatest standardised deviation along a curve stays inside in `level` of the resamples."""
     half = np.full(len(table), np.nan)
-    for _, curve in _curves(table.reset_index(drop=True), by):
+    for _, curve in curves(table.reset_index(drop=True), by):
         rows = curve.index.to_numpy()[curve["n_clusters"].to_numpy() > 1]
         if not len(rows):
             continue
@@ -433,18 +290,3 @@ def _sign_flip_p(
         as_far += (np.abs(signs @ sums.T) >= observed).sum(0)
         left -= len(signs)
     return as_far / (n_flips + 1)
-
-
-def _quantity(value: float, unit: str) -> str:
-    return f"{fixed(value)} {unit}".strip()
-
-
-def _layers(ranges: str, over: str) -> str:
-    return f"{over}s {ranges}" if "-" in ranges or "," in ranges else f"{over} {ranges}"
-
-
-def _evidence(row: dict, attrs: dict) -> str:
-    kind = "simultaneous " if attrs.get("band") == "simultaneous" else ""
-    interval = f"{100 * attrs.get('level', 0.95):g} % {kind}interval"
-    ends = f"{fixed(row['ci_low'])} to {fixed(row['ci_high'])}"
-    return f"{interval} {ends}, {row['n']} samples on {row['n_clusters']} images"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmflow_utils import stats
+from mmflow_utils import findings, stats
 
 TOLERANCE = 1e-12
 
@@ -252,7 +252,7 @@ def test_holm_never_lowers_p_keeps_order_and_equals_the_plain_rule(p):
 
 
 def test_the_strongest_layer_is_the_planted_one():
-    table = stats.strongest_layer(stats.summarise(sweep_frame()))
+    table = findings.strongest_layer(stats.summarise(sweep_frame()))
     hit = table[table["flow"] == "Question -> Last"]
     assert set(hit["layer"]) == {3} and set(hit["layers"]) == {"3"}
     assert all("3" in text for text in hit["below_zero"])
@@ -262,14 +262,14 @@ def test_layers_that_differ_by_rounding_are_tied():
     base = {"task": "t", "flow": "f", "ci_low": -1.0, "ci_high": 0.5, "n": 2, "n_clusters": 2}
     means = [-1.0, -50.0, -50.0000001, -49.99, -3.0]
     summary = pd.DataFrame([base | {"layer": layer, "mean": mean} for layer, mean in enumerate(means)])
-    row = stats.strongest_layer(summary).iloc[0]
+    row = findings.strongest_layer(summary).iloc[0]
     assert (row["layer"], row["layers"]) == (1, "1-3")
-    assert stats.strongest_layer(summary, tie=0.0).iloc[0]["layer"] == 2
+    assert findings.strongest_layer(summary, tie=0.0).iloc[0]["layer"] == 2
 
 
 def test_findings_state_effect_unit_interval_and_n():
     summary = stats.summarise(sweep_frame(), simultaneous_over="layer")
-    found = [text for text in stats.describe_strongest(summary) if "Question -> Last" in text]
+    found = [text for text in findings.describe_strongest(summary) if "Question -> Last" in text]
     assert found[0].startswith("ChooseAttr, Question -> Last: largest drop at layer 3, -40.")
     assert " % (95 % simultaneous interval -4" in found[0] and "30 samples on 15 images" in found[0]
     assert "interval below 0 in layer 3" in found[0]
@@ -286,9 +286,9 @@ def test_findings_claim_no_drop_where_the_interval_holds_zero_or_is_missing():
         "n": 9,
         "n_clusters": 9,
     }
-    (text,) = stats.describe_strongest(pd.DataFrame([row]))
+    (text,) = findings.describe_strongest(pd.DataFrame([row]))
     assert "no drop that the interval tells from 0" in text and "largest drop" not in text
-    (text,) = stats.describe_strongest(
+    (text,) = findings.describe_strongest(
         pd.DataFrame([row | {"ci_low": np.nan, "ci_high": np.nan, "n_clusters": 1}])
     )
     assert "too few images" in text and "nan" not in text
@@ -297,9 +297,9 @@ def test_findings_claim_no_drop_where_the_interval_holds_zero_or_is_missing():
 def test_findings_of_a_difference_name_only_layers_that_pass_holm():
     frame = two_flows(4, 0.0)
     frame.loc[(frame["layer"] == 2) & (frame["flow"] == "a"), "rel_change_pct"] -= 5
-    (text,) = stats.describe_differences(stats.paired_difference(frame, "a", "b"))
+    (text,) = findings.describe_differences(stats.paired_difference(frame, "a", "b"))
     assert text.startswith("t, a minus b: differs in layer 2 (Holm p < 0.05); largest at layer 2, -")
-    (text,) = stats.describe_differences(stats.paired_difference(two_flows(4, 0.0), "a", "b"))
+    (text,) = findings.describe_differences(stats.paired_difference(two_flows(4, 0.0), "a", "b"))
     assert "no layer differs" in text
 
 
@@ -307,14 +307,14 @@ def test_findings_of_a_difference_name_only_layers_that_pass_holm():
 @given(st.integers(-2000, 2000), st.floats(-1e-9, 1e-9))
 def test_numbers_at_ties_print_the_same_whatever_the_rounding_noise(twentieths, noise):
     value = twentieths / 20  # every tie of one decimal, and every value between
-    text = stats.fixed(value + noise)
-    assert text == stats.fixed(value) and text != "-0.0"
+    text = findings.fixed(value + noise)
+    assert text == findings.fixed(value) and text != "-0.0"
     assert abs(float(text) - value) <= 0.05 + 1e-9
 
 
 def test_ranges_of_layers():
-    assert stats.layer_ranges([]) == ""
-    assert stats.layer_ranges(np.array([7, 0, 1, 2, 9, 10])) == "0-2, 7, 9-10"
+    assert findings.layer_ranges([]) == ""
+    assert findings.layer_ranges(np.array([7, 0, 1, 2, 9, 10])) == "0-2, 7, 9-10"
 
 
 def test_the_highest_point_is_told_with_its_interval_and_where_the_curve_ends():
@@ -325,7 +325,7 @@ def test_the_highest_point_is_told_with_its_interval_and_where_the_curve_ends():
     ]
     table = pd.DataFrame(rows).assign(n=9, n_clusters=7).sample(frac=1, random_state=0)
     table.attrs.update(level=0.95, band="simultaneous")
-    assert stats.describe_highest(table) == [
+    assert findings.describe_highest(table) == [
         "A: highest at layer 1, 60.0 % (95 % simultaneous interval 58.0 to 62.0, 9 samples on 7 images); "
         "5.0 % at layer 3.",
         "B: highest at layer 3, 99.0 % (95 % simultaneous interval 97.0 to 101.0, 9 samples on 7 images).",
@@ -344,9 +344,9 @@ def test_what_would_be_printed_as_nothing_is_not_claimed_however_sure_it_is(scal
     frame = pd.DataFrame(rows)
     table = stats.paired_difference(frame, "A", "B")
     assert (table.p_holm < 0.05).all()
-    (difference,) = stats.describe_differences(table)
+    (difference,) = findings.describe_differences(table)
     assert ("differs in layers 0-1" in difference, "no layer differs" in difference) == (claimed, not claimed)
     band = stats.summarise(frame[frame.flow == "A"], simultaneous_over="layer")
     assert (band.ci_high < 0).all()
-    (drop,) = stats.describe_strongest(band)
+    (drop,) = findings.describe_strongest(band)
     assert ("largest drop" in drop, "no drop that" in drop) == (claimed, not claimed)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from mmflow_utils.findings import fixed
 from mmflow_utils.plots.style import add_title, need, ordered, styled
-from mmflow_utils.stats import fixed
 
 
 @styled

@@ -1,0 +1,166 @@
+"""From summaries to the sentences of a notebook's findings: effect, unit, interval and n, never typed in.
+
+print("\\n".join(describe_strongest(summarise(frame))))
+"""
+
+from collections.abc import Iterable, Sequence
+from math import isfinite
+
+import numpy as np
+import pandas as pd
+
+from mmflow_utils.stats import curves, need_columns
+
+__all__ = [
+    "describe_differences",
+    "describe_highest",
+    "describe_strongest",
+    "fixed",
+    "layer_ranges",
+    "strongest_layer",
+]
+
+
+def strongest_layer(
+    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", tie: float = 0.05
+) -> pd.DataFrame:
+    """Find the layer with the largest drop (the lowest mean) of each curve.
+
+    Args:
+        summary: from `summarise`.
+        by: the columns that make a curve; those that the summary lacks are passed over.
+        over: the column along the curve.
+        tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
+            first is taken: else differences at the level of float rounding would choose. For the same reason
+            a mean this close to 0 counts as 0.
+
+    Returns:
+        One row of `summary` per curve, with layers (all the tied ones, such as "3-5") and below_zero (the
+        layers whose whole interval is below 0, and their mean by more than `tie`, or "").
+    """
+    by = [column for column in by if column in summary]
+    need_columns(summary, [over, "mean", "ci_low", "ci_high", "n"])
+    found = []
+    for _, curve in curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
+        tied = curve[curve["mean"] <= curve["mean"].min() + tie]
+        below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), over]
+        found.append({**tied.iloc[0], "layers": layer_ranges(tied[over]), "below_zero": layer_ranges(below)})
+    table = pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
+    table.attrs.update(summary.attrs)
+    return table
+
+
+def describe_strongest(
+    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", unit: str = "%"
+) -> list[str]:
+    """Write one finding per curve: where the drop is largest, how large, its interval, n.
+
+    The largest of many noisy points looks larger than it is: a summary made with `simultaneous_over="layer"`
+    allows for that, and the sentence names the kind of interval.
+
+    Example:
+        >>> row = dict(task="T", flow="A -> B", layer=4, mean=-43.21, ci_low=-50.0, ci_high=-36.1)
+        >>> describe_strongest(pd.DataFrame([row | dict(n=24, n_clusters=20)]))[0].split("; ")[0]
+        'T, A -> B: largest drop at layer 4, -43.2 % (95 % interval -50.0 to -36.1, 24 samples on 20 images)'
+    """
+    sentences = []
+    for row in strongest_layer(summary, by, over=over).to_dict("records"):
+        name = ", ".join(str(row[column]) for column in by if column in row)
+        where = _layers(row["layers"], over)
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
+        if row["below_zero"] and row["ci_high"] < 0:
+            text = (
+                f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
+            )
+        elif isfinite(row["ci_high"]):
+            text = f"no drop that the interval tells from 0; lowest at {where}, {effect}"
+        else:
+            text = f"lowest at {where}, {effect}; too few images for an interval"
+        sentences.append(f"{name}: {text}." if name else f"{text[0].upper()}{text[1:]}.")
+    return sentences
+
+
+def describe_highest(
+    summary: pd.DataFrame, by: Sequence[str] = ("task",), *, over: str = "layer", unit: str = "%"
+) -> list[str]:
+    """Write one finding per curve: where it is highest, how high, and how high it ends.
+
+    Example:
+        >>> row = dict(task="T", layer=4, mean=43.2, ci_low=36.1, ci_high=50.0, n=8, n_clusters=6)
+        >>> describe_highest(pd.DataFrame([row, row | dict(layer=5, mean=2.0)]))[0].split("; ")[1]
+        '2.0 % at layer 5.'
+    """
+    by, sentences = [column for column in by if column in summary], []
+    for _, curve in curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
+        row = curve[curve["mean"] >= curve["mean"].max() - 0.05].iloc[0].to_dict()
+        end = curve.iloc[-1]
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
+        close = "" if row[over] == end[over] else f"; {_quantity(end['mean'], unit)} at {over} {end[over]}"
+        name = ", ".join(str(row[column]) for column in by)
+        sentences.append(f"{name}: highest at {over} {row[over]}, {effect}{close}.")
+    return sentences
+
+
+def describe_differences(
+    table: pd.DataFrame,
+    by: Sequence[str] = ("task",),
+    *,
+    over: str = "layer",
+    unit: str = "percentage points",
+    alpha: float = 0.05,
+) -> list[str]:
+    """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect.
+
+    A mean difference below 0.05, which would be printed as 0.0, is not claimed, however sure it is.
+    """
+    by, sentences = [column for column in by if column in table], []
+    for _, curve in curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
+        size = curve["mean"].abs()
+        row = curve[size >= size.max() - 0.05].iloc[0].to_dict()
+        name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
+        differs = curve.loc[(curve["p_holm"] < alpha) & (size >= 0.05), over]
+        claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, table.attrs)})"
+        sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")
+    return sentences
+
+
+def fixed(value: float | int, digits: int = 1) -> str:
+    """Print a number with fixed decimals, alike on every machine: exact ties go away from 0, no "-0.0".
+
+    Example:
+        >>> fixed(31.25), fixed(31.25 - 1e-12), fixed(-0.01)
+        ('31.3', '31.3', '0.0')
+    """
+    if not isfinite(value):
+        return "n/a" if np.isnan(value) else f"{value:+}"
+    text = f"{abs(value) + 1e-4 * 10.0**-digits:.{digits}f}"
+    return f"-{text}" if value < 0 and float(text) else text
+
+
+def layer_ranges(layers: Iterable) -> str:
+    """Shorten a set of layers.
+
+    Example:
+        >>> layer_ranges([4, 3, 5, 9])
+        '3-5, 9'
+    """
+    numbers = sorted({int(layer) for layer in layers})
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(s) if s == e else f"{s}-{e}" for s, e in zip(starts, ends, strict=True))
+
+
+def _quantity(value: float, unit: str) -> str:
+    return f"{fixed(value)} {unit}".strip()
+
+
+def _layers(ranges: str, over: str) -> str:
+    return f"{over}s {ranges}" if "-" in ranges or "," in ranges else f"{over} {ranges}"
+
+
+def _evidence(row: dict, attrs: dict) -> str:
+    kind = "simultaneous " if attrs.get("band") == "simultaneous" else ""
+    interval = f"{100 * attrs.get('level', 0.95):g} % {kind}interval"
+    ends = f"{fixed(row['ci_low'])} to {fixed(row['ci_high'])}"
+    return f"{interval} {ends}, {row['n']} samples on {row['n_clusters']} images"
