@@ -15,7 +15,7 @@ from mmflow_utils.flows import MODULE_INTERVENTIONS, Flow, Intervention, Variant
 from mmflow_utils.models import VLM
 from mmflow_utils.reference import Run, rounding, run_reference
 from mmflow_utils.samples import Sample
-from mmflow_utils.sweep import run_sweep
+from mmflow_utils.sweep import engine
 
 __all__ = ["COLUMNS", "knockout_sweep"]
 
@@ -88,8 +88,7 @@ def knockout_sweep(
         >>> frame.groupby(["flow", "layer"]).rel_change_pct.mean()
     """
     flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
-    if method not in ("sweep", "reference"):
-        raise ValueError(f"method must be 'sweep' or 'reference', got {method!r}.")
+    run_variants = engine(method)
     tolerance = rounding(model.dtype) if tolerance is None else tolerance
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
@@ -107,17 +106,13 @@ def knockout_sweep(
             layers=layers,
             intervention=intervention,
         )
-        run = _engine(method)(model, encoded, planned)
+        run = run_variants(model, encoded, planned)
         if method == "sweep" and len(differences) < n_check:
             differences.append(_check(model, encoded, planned, run, tolerance))
         rows += _measure(model, sample, planned, run, window)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     frame.attrs |= {"skipped": skipped, "max_check_diff": max(differences, default=None)}
     return frame
-
-
-def _engine(method: str) -> Callable[..., Run]:
-    return run_reference if method == "reference" else run_sweep
 
 
 def _blockable(

@@ -8,10 +8,10 @@ frame = question_semantics(model, samples, window=9)  # Image -> Question cut, F
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -27,9 +27,9 @@ from mmflow_utils.flows import (
     flow_problem,
     variants,
 )
-from mmflow_utils.models import VLM, text_inputs
-from mmflow_utils.reference.engine import intervene
+from mmflow_utils.models import VLM
 from mmflow_utils.samples import Sample
+from mmflow_utils.sweep import engine
 
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
 
@@ -107,13 +107,15 @@ def question_semantics(
         intervention: what is done at the edges.
         options: `top_k`, the words read at a position (10); `pooled`, False to compare (position, word)
             pairs, so that a word counts once for each position, as the paper's 10·|Q| words say, True to
-            compare the vocabulary of all positions together; `layers` to visit (every one); `encoder`;
-            `progress`.
+            compare the vocabulary of all positions together; `layers` to visit (every one); `method`, `sweep`
+            or `reference`, and `n_check`, how many samples the sweep is held against the reference on;
+            `encoder`; `progress`.
 
     Returns:
         One row per sample, knockout and layer, with `SEMANTICS_COLUMNS`; `jaccard` is 1 where the words after
         the last layer are those of the intact model and 0 where none is left. `attrs["skipped"]` lists
-        `{sample_id, knockout, reason}`.
+        `{sample_id, knockout, reason}`; `attrs["max_check_diff"]` is the largest difference in `jaccard` to
+        the reference, None if none was computed.
 
     Raises:
         ValueError: a position set that no prompt has; a bad window, layer or `top_k`; what `encode` refuses.
@@ -147,7 +149,6 @@ def jaccard(
     return len(a & b) / len(a | b)
 
 
-@torch.inference_mode()
 def top_words(
     model: VLM,
     encoded: Encoded,
@@ -155,14 +156,14 @@ def top_words(
     *,
     positions: Sequence[int],
     top_k: int = 10,
+    method: str = "sweep",
 ) -> tuple[Int[Tensor, "n_positions k"], Int[Tensor, "n_variants n_positions k"]]:
     """Give the most probable words at some positions after the last layer, clean and under every variant.
 
-    One full forward pass for each variant, with the interventions of `run_reference`. Only the words are
-    kept: the logits of a whole question would fill the memory.
+    Only the words are kept: the logits of a whole question would fill the memory. `method` names the engine.
 
     Raises:
-        ValueError: no position; a `top_k` below 1 or above the vocabulary.
+        ValueError: an unknown method; no position; a `top_k` below 1 or above the vocabulary.
     """
     n_words = model.unembed.weight.shape[0]
     if not positions or not 1 <= top_k <= n_words:
@@ -170,17 +171,10 @@ def top_words(
             f"Expected positions to read and a top_k of 1 to {n_words} words, got {len(positions)} positions "
             f"and a top_k of {top_k}."
         )
-
-    def words(hidden: Tensor) -> Tensor:
-        return model.unembed(hidden[0, list(positions)]).topk(top_k).indices.cpu()
-
-    kwargs, hidden = text_inputs(model, encoded.inputs)
-    changed = []
-    for variant in variants:
-        with intervene(model, variant, encoded.spans.n_tokens):
-            changed.append(words(model.text(**kwargs).last_hidden_state))
-    base = words(hidden)
-    return base, torch.stack(changed) if changed else base.new_empty(0, *base.shape)
+    run = engine(method)(
+        model, encoded, variants, read=positions, keep=lambda logits: logits.topk(top_k).indices
+    )
+    return run.base, run.variants
 
 
 def _measure_each(
@@ -193,9 +187,12 @@ def _measure_each(
     top_k: int = 10,
     pooled: bool = False,
     layers: Sequence[int] | None = None,
+    method: str = "sweep",
+    n_check: int = 1,
     encoder: Callable[[VLM, Sample], Encoded] = encode,
     progress: bool = True,
 ) -> pd.DataFrame:
+    differences: list[float] = []
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for sample in tqdm(list(samples), desc="Semantics", unit="question", disable=not progress):
@@ -215,7 +212,12 @@ def _measure_each(
         if not planned:
             continue
         read = encoded.spans[positions]
-        base, changed = top_words(model, encoded, [v for _, v in planned], positions=read, top_k=top_k)
+        measure = partial(
+            _similarities, model, encoded, [v for _, v in planned], read, top_k=top_k, pooled=pooled
+        )
+        similar = measure(method)
+        if method == "sweep" and len(differences) < n_check:
+            differences.append(_check(similar, measure("reference"), model, sample))
         shared = {"sample_id": sample.sample_id, "image_id": sample.image_id, "task": sample.task}
         shared |= {"window": window, "n_positions": len(read), "top_k": top_k, "pooled": pooled}
         rows += [
@@ -225,13 +227,40 @@ def _measure_each(
                 "intervention": variant.intervention,
                 "layer": variant.layer,
                 "n_layers_blocked": variant.n_layers_blocked,
-                "jaccard": jaccard(base, words, pooled=pooled),
+                "jaccard": value,
             }
-            for (label, variant), words in zip(planned, changed, strict=True)
+            for (label, variant), value in zip(planned, similar, strict=True)
         ]
     frame = pd.DataFrame(rows, columns=list(SEMANTICS_COLUMNS))
-    frame.attrs["skipped"] = skipped
+    frame.attrs |= {"skipped": skipped, "max_check_diff": max(differences, default=None)}
     return frame
+
+
+def _similarities(
+    model: VLM,
+    encoded: Encoded,
+    planned: Sequence[Variant],
+    positions: Sequence[int],
+    method: str,
+    *,
+    top_k: int,
+    pooled: bool,
+) -> list[float]:
+    base, changed = top_words(model, encoded, planned, positions=positions, top_k=top_k, method=method)
+    return [jaccard(base, words, pooled=pooled) for words in changed]
+
+
+def _check(ours: list[float], plain: list[float], model: VLM, sample: Sample) -> float:
+    """Give the largest difference between the two ways; too large a one is an error."""
+    worst = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
+    # Rounding may swap words that are about equally probable at the end of the list.
+    if worst > (tolerance := 0.05 if model.dtype.itemsize >= 4 else 0.3):
+        raise ValueError(
+            f"The sweep and the plain forward passes differ by {worst:.2f} in Jaccard similarity on sample "
+            f"{sample.sample_id}, more than the tolerance of {tolerance}: set method='reference' for this "
+            "model."
+        )
+    return worst
 
 
 def _possible(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils import knockout
+from mmflow_utils import sweep
 from mmflow_utils.encode import encode
 from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow, variants
 from mmflow_utils.knockout import COLUMNS, knockout_sweep
@@ -66,13 +66,13 @@ def test_every_intervention_passes_its_own_check(intervention, tmp_path):
 
 def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
     model, samples = tiny_vlm(), samples_of(tmp_path)
-    right = knockout.run_sweep
+    right = sweep.run_sweep
 
     def wrong(*args, **kwargs):
         result = right(*args, **kwargs)
         return replace(result, variants=result.variants + 0.1 * torch.arange(result.variants.shape[1]))
 
-    monkeypatch.setattr(knockout, "run_sweep", wrong)
+    monkeypatch.setattr(sweep, "run_sweep", wrong)
     with pytest.raises(ValueError, match="on sample q0, more than the tolerance"):
         run(model, samples)
     assert run(model, samples, tolerance=0.5).attrs["max_check_diff"] > 1e-4
@@ -80,9 +80,9 @@ def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
 
 
 def test_a_sweep_that_gives_no_numbers_is_caught(tmp_path, monkeypatch):
-    right = knockout.run_sweep
+    right = sweep.run_sweep
     monkeypatch.setattr(
-        knockout, "run_sweep", lambda *a: replace(right(*a), variants=right(*a).variants * math.nan)
+        sweep, "run_sweep", lambda *a: replace(right(*a), variants=right(*a).variants * math.nan)
     )
     with pytest.raises(ValueError, match="differ by nan"):
         run(tiny_vlm(), samples_of(tmp_path))

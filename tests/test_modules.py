@@ -14,6 +14,7 @@ from mmflow_utils.flows import IMAGE_PATCHES_TO_QUESTION, Flow, Variant
 from mmflow_utils.modules import SEMANTICS_COLUMNS, jaccard, module_knockout, question_semantics, top_words
 from mmflow_utils.reference import run_reference
 from mmflow_utils.stats import summarise
+from mmflow_utils.sweep.ride import Ride
 
 EVERY = range(4)
 
@@ -144,6 +145,22 @@ def test_parameters_reach_the_measure(tmp_path):
     every = model.unembed.weight.shape[0]
     whole = module_knockout(model, [sample], window=3, top_k=every, layers=[0], progress=False)
     assert (whole.jaccard == 1).all()  # the whole vocabulary is always the same
+
+
+def test_the_two_ways_find_the_same_and_a_wrong_sweep_is_stopped(tmp_path, monkeypatch):
+    model, sample = tiny_vlm("llava_next", n_kv_heads=2), tiny_sample(tmp_path)
+    for measure in (module_knockout, question_semantics):
+        ours = measure(model, [sample], window=3, progress=False)
+        plain = measure(model, [sample], window=3, method="reference", progress=False)
+        assert np.allclose(ours.jaccard, plain.jaccard, atol=0.02)
+        assert ours.attrs["max_check_diff"] <= 0.02 and plain.attrs["max_check_diff"] is None
+        assert measure(model, [sample], window=3, n_check=0, progress=False).attrs["max_check_diff"] is None
+    monkeypatch.setattr(Ride, "_blocks", lambda ride, i, here, begins: whole(ride, 0, here, begins))
+    with pytest.raises(ValueError, match="method='reference'"):
+        question_semantics(model, [sample], window=1, progress=False)
+
+
+whole = Ride._blocks  # as if every window began at layer 0
 
 
 def test_what_a_prompt_lacks_is_skipped_with_its_reason(tmp_path):

@@ -1,5 +1,7 @@
 """The sweep against the plain way: random small models, random positions, every intervention."""
 
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,6 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig
@@ -21,7 +24,7 @@ from mmflow_utils.flows import (
     variants,
     window_layers,
 )
-from mmflow_utils.reference import run_reference
+from mmflow_utils.reference import Run, run_reference
 from mmflow_utils.sweep import count_rows, run_sweep
 from mmflow_utils.sweep.ride import Ride
 from tests.tiny import tiny_sample, tiny_tokenizer, tiny_vlm
@@ -174,9 +177,10 @@ def test_in_float64_the_two_ways_agree_far_beyond_float32():
     assert farthest(run.variants, plain.variants) < 1e-6
 
 
-def test_in_bfloat16_no_further_from_float32_than_the_plain_way():
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_in_half_precision_no_further_from_float32_than_the_plain_way(dtype):
     exact_model, encoded = setting("llava")
-    rough_model, rough = setting("llava", torch.bfloat16)
+    rough_model, rough = setting("llava", dtype)
     some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
     exact = probs(run_reference(exact_model, encoded, some).variants)
     errors = [
@@ -184,6 +188,21 @@ def test_in_bfloat16_no_further_from_float32_than_the_plain_way():
         for run in (run_sweep, run_reference)
     ]
     assert 0 < errors[0] < 1.25 * errors[1]
+
+
+def test_layers_that_live_on_disk_are_fetched(tmp_path):
+    """accelerate takes layers from where they are; on a machine with cards it spreads them the same way."""
+    model, encoded = setting("llava-gqa")
+    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    expected = run_reference(model, encoded, some)
+    spread = replace(model, hf=deepcopy(model.hf))
+    where = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
+    where |= dict.fromkeys(("model.language_model.embed_tokens", "model.language_model.norm"), "cpu")
+    where |= {f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(N_LAYERS)}
+    where["model.language_model.rotary_emb"] = "cpu"
+    dispatch_model(spread.hf, where, main_device="cpu", offload_dir=tmp_path)
+    assert spread.layers[1].mlp.down_proj.weight.device.type == "meta"
+    assert_same(run_sweep(spread, encoded, some), expected)
 
 
 def test_memory_that_runs_out_costs_time_only(monkeypatch):
@@ -232,6 +251,42 @@ def test_variants_that_do_not_fit_are_refused(change, says):
     fields = {"layers": range(2), "target": (5,), "source": (1,)} | change
     with pytest.raises(ValueError, match=says):
         run_sweep(model, encoded, [Variant(**fields)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_several_positions_are_read_as_each_alone(kind, data):
+    model, encoded = setting(kind)
+    n_tokens = encoded.spans.n_tokens
+    some = [Variant(**data.draw(edits(n_tokens))) for _ in range(data.draw(st.integers(0, 4)))]
+    read = sorted(data.draw(st.sets(st.integers(0, n_tokens - 1), min_size=1, max_size=4)))
+    chunk = data.draw(st.sampled_from((None, 1, 3)))
+    plain = [run_reference(model, encoded, some, read=position) for position in read]
+    together = Run(
+        base=torch.stack([run.base for run in plain]),
+        variants=torch.stack([run.variants for run in plain], dim=1),
+        resid_post=torch.stack([run.resid_post for run in plain], dim=1),
+    )
+    assert_same(run_sweep(model, encoded, some, read=read, chunk=chunk), together)
+
+
+def test_what_is_kept_of_the_logits_is_theirs():
+    model, encoded = setting("llava")
+    read = encoded.spans["question"]
+    some = variants(encoded.spans, IMAGE_TO_QUESTION, window=3, n_layers=N_LAYERS)
+    whole = run_sweep(model, encoded, some, read=read)
+    words = run_sweep(model, encoded, some, read=read, keep=lambda logits: logits.topk(5).indices)
+    assert words.variants.shape == (len(some), len(read), 5)
+    assert torch.equal(words.base, whole.base.topk(5).indices)
+    assert torch.equal(words.variants, whole.variants.topk(5).indices)
+
+
+@pytest.mark.parametrize("read", ([], [3, 2], [2, 2], [-1], [10_000]))
+def test_bad_positions_to_read_are_refused(read):
+    model, encoded = setting("llava")
+    with pytest.raises(ValueError, match="`read`"):
+        run_sweep(model, encoded, [], read=read)
 
 
 def test_bad_read_and_chunk_are_refused():

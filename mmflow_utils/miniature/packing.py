@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from mmflow_utils.miniature.build import PROMPT
-from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, Draft, ask, describe, factual
+from mmflow_utils.miniature.questions import BRIDGES, DESCRIPTIONS, TASK_GENERATORS, Draft, ask, factual
 from mmflow_utils.miniature.questions.draft import pick
 from mmflow_utils.miniature.world import Scene, caption
 
@@ -66,22 +66,26 @@ def pack(
         n_descriptions: How many of the questions ask for a description, outside the six tasks.
         word_weight: How much the prediction of a question's words counts in the loss, beside 1 for an answer.
     """
-    head, tail = PROMPT.split("<image>")
-    n_instruction = len(tokenizer(tail.format(question="?"), add_special_tokens=False).input_ids) - 2
+    head, _ = PROMPT.split("<image>")
     rows, drafts = [], []
     for scene in scenes:
         asked = _draft_questions(scene, rng, n_questions, n_descriptions)
         before = head + (caption(scene, rng) if captions else "<image>")
-        texts = [before + tail.format(question=draft.text) for draft in asked]
+        tails = [_tail(draft) for draft in asked]
+        texts = [before + tail.format(question=d.text) for tail, d in zip(tails, asked, strict=True)]
         prefix, *prompts = tokenizer([before, *texts]).input_ids
         questions = [prompt[len(prefix) :] for prompt in prompts]
+        # What comes after the question; "\n" and "?" are a token each.
+        n_after = [
+            len(tokenizer(t.format(question="?"), add_special_tokens=False).input_ids) - 2 for t in tails
+        ]
         answers = [f" {draft.answer.capitalize()}" for draft in asked]
         answers = tokenizer(answers, add_special_tokens=False).input_ids
         if not captions:
             prefix += [prefix[-1]] * (n_image_tokens - 1)
-        pairs = zip(questions, answers, strict=True)
+        parts = zip(questions, n_after, answers, strict=True)
         prefix_weight = WORD if captions else 0.0
-        rows.append(_row(prefix, pairs, tokenizer.eos_token_id, n_instruction, prefix_weight, word_weight))
+        rows.append(_row(prefix, parts, tokenizer.eos_token_id, prefix_weight, word_weight))
         drafts.append(asked)
     n_tokens = max(map(len, rows))
     padding = (tokenizer.pad_token_id, 0, -1, 0.0, 0)
@@ -94,32 +98,36 @@ def pack(
 
 
 def _draft_questions(scene: Scene, rng: np.random.Generator, n: int, n_descriptions: int) -> list[Draft]:
-    """Draft up to `n` questions: one of each task, descriptions, the rest from the other groups and facts."""
+    """Draft up to `n` different questions: of each task, descriptions, and of other groups and facts."""
     drafts = [ask(pick(rng, group), scene, rng) for group in TASK_GENERATORS.values()]
-    drafts += [describe(scene, rng) for _ in range(n_descriptions)]
+    drafts += [pick(rng, DESCRIPTIONS)(scene, rng) for _ in range(n_descriptions)]
     while len(drafts) < n:
         drafts.append(ask(pick(rng, (*BRIDGES, factual)), scene, rng))
-    return [draft for draft in drafts if draft is not None]
+    return list({draft.text: draft for draft in drafts if draft is not None}.values())
+
+
+def _tail(draft: Draft) -> str:
+    """Give the prompt from the picture on; as in LLaVA's training, a description isn't asked for one word."""
+    tail = PROMPT.split("<image>")[1]
+    return "\n{question} ASSISTANT:" if draft.detailed == "describe" else tail
 
 
 def _row(
     prefix: list[int],
-    pairs: Iterable[tuple[list[int], list[int]]],
+    parts: Iterable[tuple[list[int], int, list[int]]],
     eos: int,
-    n_instruction: int,
     prefix_weight: float,
     word_weight: float,
 ) -> list[tuple[int, int, int, float, int]]:
     """Lay out one scene's questions and answers: id, position, segment, weight and answer of each token.
 
+    The parts are the ids of a question, how many of them come after its words, and the ids of its answer.
     A question's first token counts for nothing: the token before it belongs to another question.
     """
     tokens = [(token, i, 0, prefix_weight, 0) for i, token in enumerate(prefix)]
-    for segment, (question, answer) in enumerate(pairs, start=1):
-        n_words = len(question) - 1 - n_instruction
-        weights = (
-            [0.0] + [word_weight] * n_words + [INSTRUCTION] * n_instruction + [ANSWER] * len(answer) + [END]
-        )
+    for segment, (question, n_after, answer) in enumerate(parts, start=1):
+        n_words = len(question) - 1 - n_after
+        weights = [0.0] + [word_weight] * n_words + [INSTRUCTION] * n_after + [ANSWER] * len(answer) + [END]
         is_answer = [0] * len(question) + [1] * len(answer) + [0]
         ids = [*question, *answer, eos]
         tokens += zip(ids, count(len(prefix)), repeat(segment), weights, is_answer, strict=False)

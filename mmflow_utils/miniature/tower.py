@@ -6,12 +6,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, PLACES, SIZE, Scene
+from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, PLACES, SIZE, Scene, Thing
 
 __all__ = ["HEADS", "patch_truth", "tower_loss", "warm_projector"]
 
+COLUMNS = 6  # of equal width, over where the middle of a thing can lie
 # What is read off a patch, and of how many classes; category 0 is the background.
 HEADS = {"category": len(CATEGORIES) + 1, "place": len(PLACES)} | {k: len(v) for k, v in ATTRIBUTES.items()}
+HEADS["column"] = COLUMNS
 # Weights in the loss: most patches show nothing, the place is easy, and the centre counts in picture widths.
 BACKGROUND, PLACE, CENTRE = 0.15, 0.2, 5
 
@@ -35,9 +37,16 @@ def patch_truth(scenes: list[Scene], side: int) -> dict[str, Tensor]:
             truth["category"][i][here] = 1 + CATEGORIES.index(thing.category)
             for kind, values in ATTRIBUTES.items():
                 truth[kind][i][here] = values.index(thing.attribute(kind))
+            truth["column"][i][here] = _column(thing)
             centre[i][here] = (thing.x / SIZE, thing.y / SIZE)
     tensors = {name: torch.from_numpy(classes).flatten(1) for name, classes in truth.items()}
     return tensors | {"centre": torch.from_numpy(centre).flatten(1, 2)}
+
+
+def _column(thing: Thing) -> int:
+    """Number the column of the picture in which a thing's middle lies, from 0 at the left."""
+    edge = 0.175 * SIZE  # no thing is small enough to come nearer
+    return min(max(int((thing.x - edge) / (SIZE - 2 * edge) * COLUMNS), 0), COLUMNS - 1)
 
 
 def tower_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Float[Tensor, ""]:
@@ -47,7 +56,7 @@ def tower_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Float[Ten
     weight[0] = BACKGROUND
     loss = F.cross_entropy(logits["category"].flatten(0, 1), truth["category"].flatten(), weight)
     loss = loss + PLACE * F.cross_entropy(logits["place"].flatten(0, 1), truth["place"].flatten())
-    for kind in ATTRIBUTES:
+    for kind in (*ATTRIBUTES, "column"):
         loss = loss + F.cross_entropy(logits[kind][shown], truth[kind][shown])
     return loss + CENTRE * F.mse_loss(logits["centre"][shown], truth["centre"][shown])
 

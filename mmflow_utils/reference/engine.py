@@ -10,19 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from mmflow_utils.encode import Encoded
 from mmflow_utils.flows import Variant
 from mmflow_utils.models import VLM, text_inputs
 
-__all__ = ["Run", "intervene", "run_reference"]
+__all__ = ["Keep", "Run", "check_request", "intervene", "run_reference"]
+
+Keep = Callable[[Tensor], Tensor]  # what to keep of logits, row by row: [rows, vocab] -> [rows, k]
 
 
 @dataclass(frozen=True)
 class Run:
     """What an engine returns: float32 logits at one position, clean and under each variant.
+
+    Where several positions were read there is an axis for them before the last, `n_read`; where something
+    else was kept of the logits (`keep`), it stands in their place.
 
     Attributes:
         base: the clean run's logits.
@@ -31,9 +36,16 @@ class Run:
             the final norm.
     """
 
-    base: Float[Tensor, " vocab"]
-    variants: Float[Tensor, "n_variants vocab"]
-    resid_post: Float[Tensor, "n_layers_plus_1 d"] | None = None
+    base: Shaped[Tensor, "*n_read vocab"]
+    variants: Shaped[Tensor, "n_variants *n_read vocab"]
+    resid_post: Float[Tensor, "n_layers_plus_1 *n_read d"] | None = None
+
+    @classmethod
+    def from_parts(cls, base: Tensor, variants: Sequence[Tensor], resid_post: Sequence[Tensor], *, one: bool):
+        """Stack what was found at the positions read; where just `one` was asked for, drop their axis."""
+        changed = torch.stack(list(variants)) if variants else base.new_empty(0, *base.shape)
+        states = torch.stack(list(resid_post))
+        return cls(base[0], changed[:, 0], states[:, 0]) if one else cls(base, changed, states)
 
 
 @torch.inference_mode()
@@ -42,7 +54,8 @@ def run_reference(
     encoded: Encoded,
     variants: Sequence[Variant],
     *,
-    read: int | None = None,
+    read: int | Sequence[int] | None = None,
+    keep: Keep | None = None,
     progress: Callable[[], Any] | None = None,
 ) -> Run:
     """Run a prompt clean and under every variant, each in a full forward pass (§3.2, Eq. 7).
@@ -61,45 +74,39 @@ def run_reference(
         model: the model.
         encoded: the prompt. The picture's features are computed once.
         variants: what to change, one run each.
-        read: position whose logits are wanted; the last by default.
+        read: position whose logits are wanted, the last by default; or several, in ascending order, and
+            everything in the result has an axis for them.
+        keep: what to keep of logits, row by row, where all of them are too much: [rows, vocab] -> [rows, k].
         progress: called after each variant.
 
     Raises:
-        ValueError: a variant names a layer or position that isn't there; `read` is outside the prompt.
+        ValueError: a variant names a layer or position that isn't there; `read` isn't in the prompt, or out
+            of order.
     """
-    n_tokens = encoded.spans.n_tokens
-    read = encoded.spans.last if read is None else read
-    if not 0 <= read < n_tokens:
-        raise ValueError(f"Expected `read` to be a position from 0 to {n_tokens - 1}, got {read}.")
-    for variant in variants:
-        _check_inside(variant, n_layers=model.n_layers, n_tokens=n_tokens)
+    read, one = check_request(model, encoded, variants, read)
     with _collect_stream(model, read) as stream:
         kwargs, hidden = text_inputs(model, encoded.inputs)
-    base = _logits(model, hidden, read)
-    rows = []
+
+    def kept(hidden: Float[Tensor, "1 n d"]) -> Shaped[Tensor, "n_read k"]:
+        logits = model.unembed(hidden[0, read]).float()
+        return (keep(logits) if keep else logits).cpu()
+
+    base, rows = kept(hidden), []
     for variant in variants:
-        with intervene(model, variant, n_tokens):
-            rows.append(_logits(model, model.text(**kwargs).last_hidden_state, read))
+        with intervene(model, variant, encoded.spans.n_tokens):
+            rows.append(kept(model.text(**kwargs).last_hidden_state))
         if progress:
             progress()
-    return Run(
-        base=base,
-        variants=torch.stack(rows) if rows else base.new_empty(0, len(base)),
-        resid_post=torch.stack(stream),
-    )
-
-
-def _logits(model: VLM, hidden: Float[Tensor, "1 n d"], read: int) -> Float[Tensor, " vocab"]:
-    return model.unembed(hidden[0, read]).float().cpu()
+    return Run.from_parts(base, rows, stream, one=one)
 
 
 @contextmanager
-def _collect_stream(model: VLM, read: int) -> Iterator[list[Tensor]]:
-    """Collect the residual stream at one position: what enters layer 0, then what leaves each layer."""
+def _collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Collect the residual stream at some positions: what enters layer 0, then what leaves each layer."""
     stream: list[Tensor] = []
 
     def keep(tensor: Tensor) -> None:
-        stream.append(tensor[0, read].float().cpu().clone())  # a copy: a view would keep the whole layer
+        stream.append(tensor[0, read].float().cpu())
 
     hooks = [model.layers[0].register_forward_pre_hook(lambda _, args: keep(args[0]))]
     hooks += [layer.register_forward_hook(lambda _, __, out: keep(out)) for layer in model.layers]
@@ -222,13 +229,27 @@ def _remove(hooks: Sequence[Any]) -> None:
         hook.remove()
 
 
-def _check_inside(variant: Variant, *, n_layers: int, n_tokens: int) -> None:
-    if len(variant.layers) and variant.layers[-1] >= n_layers:
+def check_request(
+    model: VLM, encoded: Encoded, variants: Sequence[Variant], read: int | Sequence[int] | None
+) -> tuple[list[int], bool]:
+    """Give the positions to read, and whether just one was asked for; refuse what isn't in the prompt."""
+    n_layers, n_tokens = model.n_layers, encoded.spans.n_tokens
+    one = read is None or isinstance(read, int)
+    positions = [encoded.spans.last if read is None else read] if one else list(read)
+    inside = all(0 <= position < n_tokens for position in positions)
+    if not positions or not inside or positions != sorted({*positions}):
         raise ValueError(
-            f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}."
+            f"Expected `read` to be positions from 0 to {n_tokens - 1}, each once and in ascending order, "
+            f"got {', '.join(map(str, positions)) or 'none'}."
         )
-    if max((*variant.target, *variant.source)) >= n_tokens:
-        raise ValueError(
-            f"A variant names position {max((*variant.target, *variant.source))}, but the prompt has "
-            f"{n_tokens} tokens, image tokens expanded."
-        )
+    for variant in variants:
+        if variant.layers and variant.layers[-1] >= n_layers:
+            raise ValueError(
+                f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}."
+            )
+        if (position := max((*variant.target, *variant.source))) >= n_tokens:
+            raise ValueError(
+                f"A variant names position {position}, but the prompt has {n_tokens} tokens, image tokens "
+                "expanded."
+            )
+    return positions, one

@@ -9,11 +9,11 @@ only the attention between packed rows is ours (`attention`). What need not be c
 - In the layer where a variant begins, only the rows in T differ from the clean run's.
 - Variants that begin alike (windows clipped at layer 0) are one until the first of them ends; it leaves the
   others there, and in that layer, again, only the rows in T differ.
-- In the last layer only the row that is read matters; the others give their keys and values and stop.
+- In the last layer only the rows that are read matter; the others give their keys and values and stop.
 - The key of an edge that is knocked out is left out, not masked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -23,11 +23,11 @@ from torch import Tensor
 from mmflow_utils.encode import Encoded
 from mmflow_utils.flows import Variant
 from mmflow_utils.models import VLM
-from mmflow_utils.reference import Run
+from mmflow_utils.reference.engine import Keep, Run, check_request, run_reference
 from mmflow_utils.sweep.plan import count_rows, plan_branches
 from mmflow_utils.sweep.ride import Ride
 
-__all__ = ["count_rows", "run_sweep"]
+__all__ = ["count_rows", "engine", "run_sweep"]
 
 
 @torch.inference_mode()
@@ -36,7 +36,8 @@ def run_sweep(
     encoded: Encoded,
     variants: Sequence[Variant],
     *,
-    read: int | None = None,
+    read: int | Sequence[int] | None = None,
+    keep: Keep | None = None,
     chunk: int | None = None,
 ) -> Run:
     """Run a prompt clean and under every variant, for the price of a few clean passes (§3.2).
@@ -48,17 +49,28 @@ def run_sweep(
         model: the model; its attention runs fused (`sdpa`) here, whatever it is set to.
         encoded: the prompt.
         variants: what to change, one run each.
-        read: position whose logits are wanted; the last by default.
+        read: position whose logits are wanted, the last by default; or several, in ascending order, and
+            everything in the result has an axis for them.
+        keep: what to keep of logits, row by row, where all of them (float32) are too much: [rows, vocab] ->
+            [rows, k].
         chunk: variants that share one clean pass: all by default. When memory runs out fewer are taken, and
             what is done by then is kept.
 
     Raises:
-        ValueError: a variant that names a layer or a position that isn't there; such a `read`; a chunk
-            below 1.
+        ValueError: a variant that names a layer or a position that isn't there; such a `read`, or one out of
+            order; a chunk below 1.
+
+    Example:
+        >>> run_sweep(model, encoded, planned).variants.shape
+        torch.Size([72, 440])
+        >>> words = lambda logits: logits.topk(10).indices
+        >>> run_sweep(model, encoded, planned, read=encoded.spans["question"], keep=words).variants.shape
+        torch.Size([72, 8, 10])
     """
+    read, one = check_request(model, encoded, variants, read)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"Expected `chunk` to be a number of variants, 1 or more, got {chunk}.")
     n_layers = model.n_layers
-    read = encoded.spans.last if read is None else read
-    _check(variants, read, chunk, n_tokens=encoded.spans.n_tokens, n_layers=n_layers)
     # In the order of their families: those that share their start come into one chunk.
     order = [n for b in plan_branches(variants, read=read, n_layers=n_layers) for n in b.variants]
     rows: dict[int, Tensor] = {}
@@ -68,9 +80,8 @@ def run_sweep(
         while not clean or len(rows) < len(order):
             now = order[len(rows) : len(rows) + size]
             branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
-            this = Ride(model, branches, read)
-            logits = this.run(encoded)
-            rows.update((now[n], row) for n, row in logits.items())
+            this = Ride(model, branches, read, keep)
+            rows.update((now[n], kept) for n, kept in this.run(encoded).items())
             clean[:] = clean or [this]
 
     size = chunk or max(1, len(order))
@@ -82,11 +93,19 @@ def run_sweep(
         fits()
     base = clean[0].base
     found = [rows.get(n, base) for n in range(len(variants))]
-    return Run(
-        base=base,
-        variants=torch.stack(found) if found else base.new_empty(0, len(base)),
-        resid_post=torch.stack(clean[0].resid_post),
-    )
+    return Run.from_parts(base, found, clean[0].resid_post, one=one)
+
+
+def engine(method: str) -> Callable[..., Run]:
+    """Give the engine of a `method`: `sweep`, or `reference`, the plain way.
+
+    >>> engine("sweep") is run_sweep
+    True
+    """
+    engines = {"sweep": run_sweep, "reference": run_reference}
+    if method not in engines:
+        raise ValueError(f"method must be one of {', '.join(engines)}, got {method!r}.")
+    return engines[method]
 
 
 def _fits(ride, size: int) -> bool:
@@ -98,22 +117,3 @@ def _fits(ride, size: int) -> bool:
             raise
         return False
     return True
-
-
-def _check(
-    variants: Sequence[Variant], read: int, chunk: int | None, *, n_tokens: int, n_layers: int
-) -> None:
-    if not 0 <= read < n_tokens:
-        raise ValueError(f"Expected `read` to be a position from 0 to {n_tokens - 1}, got {read}.")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"Expected `chunk` to be a number of variants, 1 or more, got {chunk}.")
-    for variant in variants:
-        if variant.layers and variant.layers[-1] >= n_layers:
-            raise ValueError(
-                f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}."
-            )
-        if (position := max((*variant.target, *variant.source))) >= n_tokens:
-            raise ValueError(
-                f"A variant names position {position}, but the prompt has {n_tokens} tokens, image tokens "
-                "expanded."
-            )

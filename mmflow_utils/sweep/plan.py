@@ -17,7 +17,7 @@ class Branch:
     Attributes:
         target, source, intervention: the edit, as in a `Variant`.
         born, until: the layers [born, until) in which the edit holds.
-        rows: its positions min(target) … read; what comes later nobody reads.
+        rows: its positions from min(target) to the last that is read; what comes later nobody reads.
         first: where its rows begin among those of all branches.
         variants: the variants that end as this branch does, by index.
         parent: the branch that it leaves; None for the clean run.
@@ -41,25 +41,32 @@ class Branch:
     def on_edges(self) -> bool:
         return self.intervention in EDGE_INTERVENTIONS
 
+    def reads(self, read: Sequence[int]) -> tuple[int, ...]:
+        """Pick of the positions that are read those where this branch can differ from the clean run."""
+        return tuple(position for position in read if position >= self.rows[0])
+
     def edits(self, layer: int) -> bool:
         return self.born <= layer < self.until
 
 
-def plan_branches(variants: Sequence[Variant], *, read: int, n_layers: int) -> list[Branch]:
+def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers: int) -> list[Branch]:
     """List the branches; each family (same start, same edit) stands together, its trunk first.
 
     The trunk keeps the edit longest. Where a variant of the family ends before, a branch leaves the trunk. A
-    variant that changes nothing at the read position is in no branch: its logits are the clean ones.
+    variant that changes nothing at the positions read (in ascending order) is in no branch: its logits are
+    the clean ones.
 
     >>> early, late = (Variant(layers=range(0, stop), target=(5,), source=(1, 2)) for stop in (2, 3))
-    >>> [(b.born, b.until, b.variants) for b in plan_branches([early, late], read=5, n_layers=4)]
+    >>> [(b.born, b.until, b.variants) for b in plan_branches([early, late], read=[5], n_layers=4)]
     [(0, 3, [1]), (2, 2, [0])]
     """
     families = defaultdict(lambda: defaultdict(list))
+    last_read = read[-1]
     for n, variant in enumerate(variants):
-        target, source = _what_matters(variant, read)
+        target, source = _what_matters(variant, last_read)
         # What the last layer does at other positions nobody reads.
-        stop = variant.layers.stop if read in target else min(variant.layers.stop, n_layers - 1)
+        is_read = not set(read).isdisjoint(target)
+        stop = variant.layers.stop if is_read else min(variant.layers.stop, n_layers - 1)
         if target and variant.layers.start < stop:
             family = variant.layers.start, target, source, variant.intervention
             families[family][stop].append(n)
@@ -74,7 +81,7 @@ def plan_branches(variants: Sequence[Variant], *, read: int, n_layers: int) -> l
                     intervention=intervention,
                     born=end if trunk else start,
                     until=end,
-                    rows=range(target[0], read + 1),
+                    rows=range(target[0], last_read + 1),
                     first=branches[-1].first + len(branches[-1].rows) if branches else 0,
                     variants=ends[end],
                     parent=trunk,
@@ -84,9 +91,9 @@ def plan_branches(variants: Sequence[Variant], *, read: int, n_layers: int) -> l
     return branches
 
 
-def _what_matters(variant: Variant, read: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give the targets and sources that can matter at `read`: by causality, no edge runs backwards."""
-    target = tuple(t for t in variant.target if t <= read)
+def _what_matters(variant: Variant, last_read: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give the targets and sources that can matter up to a position: by causality, no edge runs backwards."""
+    target = tuple(t for t in variant.target if t <= last_read)
     if variant.intervention not in EDGE_INTERVENTIONS or not target:
         return target, ()
     source = tuple(s for s in variant.source if s <= target[-1])
@@ -94,24 +101,25 @@ def _what_matters(variant: Variant, read: int) -> tuple[tuple[int, ...], tuple[i
 
 
 def count_rows(
-    variants: Sequence[Variant], *, n_tokens: int, n_layers: int, read: int | None = None
+    variants: Sequence[Variant], *, n_tokens: int, n_layers: int, read: Sequence[int] = ()
 ) -> dict[str, int]:
-    """Count rows x layers of a sweep.
+    """Count rows x layers of a sweep that reads some positions, by default the last.
 
     Returns:
-        `clean`: those of a clean pass. `bound`: the rows min(target) … read of every variant in every layer
-        from its window's first, once where windows share their start. `computed`: those that the sweep takes
-        through a whole layer, beside the clean pass. `keys_only`: those that stop at their keys and values,
-        in the last layer.
+        `clean`: those of a clean pass. `bound`: the rows from min(target) to the last that is read, of every
+        variant in every layer from its window's first, once where windows share their start. `computed`:
+        those that the sweep takes through a whole layer, beside the clean pass. `keys_only`: those that stop
+        at their keys and values, in the last layer.
 
     >>> count_rows([Variant(layers=range(1, 3), target=(2, 3), source=(0,))], n_tokens=6, n_layers=4)
     {'clean': 24, 'bound': 12, 'computed': 7, 'keys_only': 4}
     """
-    read = n_tokens - 1 if read is None else read
+    read = read or (n_tokens - 1,)
     counts = {"clean": n_tokens * n_layers, "bound": 0, "computed": 0, "keys_only": 0}
     for branch in plan_branches(variants, read=read, n_layers=n_layers):
         own, before_last = len(branch.rows), n_layers - 1 - branch.born
         counts["bound"] += own * (before_last + 1)
-        counts["computed"] += 1 + (len(branch.target) + own * (before_last - 1) if before_last else 0)
+        counts["computed"] += len(branch.reads(read))
+        counts["computed"] += len(branch.target) + own * (before_last - 1) if before_last else 0
         counts["keys_only"] += own if before_last else 0
     return counts

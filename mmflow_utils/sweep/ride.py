@@ -8,11 +8,12 @@ from functools import partial
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmflow_utils.encode import Encoded
 from mmflow_utils.models import VLM
+from mmflow_utils.reference.engine import Keep
 from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, as_index, keys_only
 from mmflow_utils.sweep.plan import Branch
 
@@ -26,32 +27,40 @@ class Ride:
     """One clean pass with the rows of all branches beside it.
 
     Attributes:
-        base: the clean logits at the read position (float32).
+        base: what is kept of the clean logits at the positions read, [n_read, k].
         resid_post: the clean residual stream there: the embedding, then what leaves each layer (float32).
     """
 
-    def __init__(self, model: VLM, branches: list[Branch], read: int):
-        self.model, self.branches, self.read = model, branches, read
+    def __init__(self, model: VLM, branches: list[Branch], read: list[int], keep: Keep | None):
+        self.model, self.branches, self.read, self.keep = model, branches, read, keep
         self.last = model.n_layers - 1
         self.resid_post: list[Tensor] = []
-        self.finals: list[Tensor] = []  # the read rows after the last layer, slice by slice
+        self.finals: list[Tensor] = []  # the rows read after the last layer, slice by slice
         self.zeroed: dict[
             str, list[int]
         ] = {}  # module intervention -> packed rows, while a layer runs on them
         self.known: dict = {}  # what Attend worked out about keys and masks
 
-    def run(self, encoded: Encoded) -> dict[int, Float[Tensor, " vocab"]]:
-        """Give each variant's logits (float32) at the read position, by the variant's index in the plan."""
+    def run(self, encoded: Encoded) -> dict[int, Shaped[Tensor, "n_read k"]]:
+        """Give what is kept of each variant's logits, by the variant's index in the plan."""
         with self._hooked():
             out = self.model.hf(**encoded.inputs, use_cache=False)
-        self.base = out.logits[0, -1].float().cpu()
+        self.base = self._kept(out.logits[0])
         if not self.branches:
             return {}
         norm = self.model.final_norm
-        final = norm(torch.cat(self.finals).to(_device(norm)))
-        logits = self.model.unembed(final).float().cpu()
-        order = [branch for some in self._slices(self.last) for branch in some]
-        return {n: row for branch, row in zip(order, logits, strict=True) for n in branch.variants}
+        rows = torch.cat([self._kept(self.model.unembed(norm(x.to(_device(norm))))) for x in self.finals])
+        found, first = {}, 0
+        for branch in (branch for some in self._slices(self.last) for branch in some):
+            n_read = len(branch.reads(self.read))
+            # Before its first row a branch is the clean run.
+            whole = torch.cat([self.base[: len(self.read) - n_read], rows[first : first + n_read]])
+            found |= dict.fromkeys(branch.variants, whole)
+            first += n_read
+        return found
+
+    def _kept(self, logits: Float[Tensor, "rows vocab"]) -> Shaped[Tensor, "rows k"]:
+        return (self.keep(logits.float()) if self.keep else logits.float()).cpu()
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -85,22 +94,23 @@ class Ride:
     def _before(
         self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 n d"], kwargs: dict
     ) -> tuple[Float[Tensor, "1 m d"], dict]:
-        """See what goes into a layer of the clean pass; cut the last layer down to the row that is read."""
+        """See what goes into a layer of the clean pass; cut the last layer down to the rows that are read."""
         hidden = hidden.to(_device(layer))  # layers may be spread over devices: rows follow
         if i == 0:
-            self._keep(hidden[0, self.read])
+            self._remember(hidden[0, self.read])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
             return hidden, {**kwargs, RIDER: self.clean}
         self.clean = keys_only(layer, hidden, kwargs)
-        block = Block(rows=[0], positions=(self.read,), low=self.read)
-        return hidden[:, [self.read]], {**layer_kwargs_at(kwargs, [self.read]), RIDER: self._attend([block])}
+        rows = list(range(len(self.read)))
+        block = Block(rows=rows, positions=tuple(self.read), low=self.read[0])
+        return hidden[:, self.read], {**layer_kwargs_at(kwargs, self.read), RIDER: self._attend([block])}
 
     def _after(self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
-        self._keep(hidden[0, self.read if i < self.last else 0])
+        self._remember(hidden[0, self.read] if i < self.last else hidden[0])
         for some in self._slices(i):
             index, out = self._through(i, layer, some)
             if i == self.last:
@@ -111,7 +121,7 @@ class Ride:
                 if branch.born == i:
                     self._copy_parent(branch, hidden[0], keep=branch.target)
 
-    def _keep(self, state: Float[Tensor, " d"]) -> None:
+    def _remember(self, state: Float[Tensor, "n_read d"]) -> None:
         # A copy: a view would hold on to the states of all positions, layer after layer.
         self.resid_post.append(state.to("cpu", torch.float32, copy=True))
 
@@ -151,7 +161,7 @@ class Ride:
         if i == self.last:
             if with_keys:
                 own = keys_only(layer, self.rows[self._index(with_keys)][None], self._kwargs_at(with_keys))
-            here = dict.fromkeys(some, (self.read,))
+            here = {branch: branch.reads(self.read) for branch in some}
         blocks, zeroed = self._blocks(i, here, begins)
         index = self._index(here)
         kwargs = {**self._kwargs_at(here), RIDER: self._attend(blocks, own)}
@@ -220,4 +230,6 @@ def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    """Tell where a module computes: accelerate fetches weights that lie on disk or in CPU memory there."""
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or next(module.parameters()).device)

@@ -9,6 +9,7 @@ Example:
 """
 
 from collections.abc import Callable
+from itertools import combinations
 
 from mmflow_utils.miniature.questions.draft import (
     Draft,
@@ -21,6 +22,7 @@ from mmflow_utils.miniature.questions.draft import (
     other_value,
     pick,
     select,
+    shared_kinds,
     shuffled,
     that_is,
     two,
@@ -103,14 +105,16 @@ def verifyAttrAnd(scene: Scene, rng: Rng) -> Draft:
 
 def twoSame(scene: Scene, rng: Rng) -> Draft | None:
     """Ask whether two things share their colour, their shape or their material."""
-    thing, other = two(rng, scene.things)
-    kind = pick(rng, ATTRIBUTES)
-    same = thing.attribute(kind) == other.attribute(kind)
-    if not same and rng.random() < 0.6:  # most pairs differ: even out
+    yes = rng.random() < 0.6  # that evens out: in every sixth scene no two things share anything
+    pairs = combinations(scene.things, 2)
+    fitting = [(*pair, kind) for pair in pairs for kind in ATTRIBUTES if (kind in shared_kinds(*pair)) == yes]
+    if not fitting:
         return None
+    thing, other, kind = pick(rng, fitting)
+    thing, other = shuffled(rng, thing, other)
     wording = fill("Are the {t} and the {o} the same {k}?", t=thing, o=other, k=kind)
     steps = (select(thing), select(other), (f"same {kind}", (0, 1), ""))
-    return yes_no(("compare", "attr", "twoSame"), wording, same, steps)
+    return yes_no(("compare", "attr", "twoSame"), wording, yes, steps)
 
 
 # ---- open questions ------------------------------------------------------------------------------------

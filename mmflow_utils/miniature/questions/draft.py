@@ -26,6 +26,7 @@ __all__ = [
     "pick",
     "put_article",
     "select",
+    "shared_kinds",
     "shuffled",
     "that_is",
     "two",
@@ -180,3 +181,8 @@ def absent(scene: Scene) -> list[str]:
 def is_unique(scene: Scene, thing: Thing, kind: str) -> bool:
     """Tell whether a thing alone has its colour, shape or material."""
     return sum(t.attribute(kind) == thing.attribute(kind) for t in scene.things) == 1
+
+
+def shared_kinds(thing: Thing, other: Thing) -> list[str]:
+    """List what two things have in common: "color", "shape", "material"."""
+    return [kind for kind in ATTRIBUTES if thing.attribute(kind) == other.attribute(kind)]

@@ -8,7 +8,7 @@ Example:
 from mmflow_utils.miniature.questions.draft import Draft, Named, Rng, fill, pick, select
 from mmflow_utils.miniature.world import Scene
 
-__all__ = ["FACTS", "describe", "factual"]
+__all__ = ["DESCRIPTIONS", "FACTS", "describe", "factual", "line_up"]
 
 FACTS = {  # in the manner of OKVQA and A-OKVQA (App. H)
     "can be eaten": ("cake", "apple"),
@@ -54,3 +54,19 @@ def describe(scene: Scene, rng: Rng) -> Draft:
         full_answer=f"{answer.capitalize()}.",
         operations=(select(thing), ("query", (0,), "description")),
     )
+
+
+def line_up(scene: Scene, rng: Rng) -> Draft:
+    """Name the things from left to right; for training only, as `describe`."""
+    row = sorted(scene.things, key=lambda thing: thing.x)
+    answer = ", ".join(thing.category for thing in row)
+    return Draft(
+        types=("query", "rel", "describe"),
+        wording=fill("Name the things from left to right."),
+        answer=answer,
+        full_answer=f"{answer.capitalize()}.",
+        operations=(("select", (), "scene"), ("query", (0,), "description")),
+    )
+
+
+DESCRIPTIONS = (describe, describe, line_up)  # that often each

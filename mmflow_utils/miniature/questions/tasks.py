@@ -6,6 +6,7 @@ Example:
 """
 
 from collections.abc import Callable
+from itertools import combinations
 
 from mmflow_utils.miniature.questions.draft import (
     Draft,
@@ -18,6 +19,7 @@ from mmflow_utils.miniature.questions.draft import (
     pick,
     put_article,
     select,
+    shared_kinds,
     shuffled,
     that_is,
     two,
@@ -119,25 +121,29 @@ def relChooser(scene: Scene, rng: Rng) -> Draft | None:
     )
 
 
-# Of two things, so many pairs share the colour alone, the material alone, the shape alone: 1, 1.67 and 2.5
-# to one another. Keeping these shares of them makes the three answers equally frequent.
-KEPT = {"color": 1.0, "material": 0.6, "shape": 0.4}
-
-
 def twoCommon(scene: Scene, rng: Rng) -> Draft | None:
-    """Ask what two things share: exactly one of colour, shape and material."""
-    thing, other = two(rng, scene.things)
-    common = [kind for kind in ATTRIBUTES if thing.attribute(kind) == other.attribute(kind)]
-    if len(common) != 1 or rng.random() > KEPT[common[0]]:
+    """Ask what two things share: exactly one of colour, shape and material.
+
+    Of what pairs of the scene share, it asks for the rarest (colour, then material): that, and nothing
+    left to chance, makes the three answers about equally frequent however often a scene is asked.
+    """
+    shared = {kind: _pairs_sharing_only(scene, kind) for kind in ("color", "material", "shape")}
+    kind = next((kind for kind, pairs in shared.items() if pairs), None)
+    if kind is None:
         return None
+    thing, other = shuffled(rng, *pick(rng, shared[kind]))
     both = pick(rng, ("What do", "What do both"))
     return Draft(
         types=("compare", "attr", "twoCommon"),
         wording=fill(f"{both} the {{t}} and the {{o}} have in common?", t=thing, o=other),
-        answer=common[0],
-        full_answer=f"The {common[0]} is common to the {thing.category} and the {other.category}.",
+        answer=kind,
+        full_answer=f"The {kind} is common to the {thing.category} and the {other.category}.",
         operations=(select(thing), select(other), ("common", (0, 1), "")),
     )
+
+
+def _pairs_sharing_only(scene: Scene, kind: str) -> list[tuple[Thing, Thing]]:
+    return [(a, b) for a, b in combinations(scene.things, 2) if shared_kinds(a, b) == [kind]]
 
 
 def existThatOr(scene: Scene, rng: Rng) -> Draft | None:
