@@ -37,8 +37,8 @@ def _unique(tasks: list[Task]) -> list[Task]:
 
 
 def _complete(prompt: str) -> str:
-    if prompt.count("<image>") != 1 or prompt.count("{question}") != 1:
-        raise ValueError("expected <image> and {question}, each exactly once")
+    if prompt.count("{question}") != 1 or prompt.count("<image>") + prompt.count("{caption}") != 1:
+        raise ValueError("expected {question} once, and once <image> or, for a text-only model, {caption}")
     return prompt
 
 
@@ -61,7 +61,7 @@ class Params(BaseModel):
     )
     revision: str | None = Field(None, description="a commit or tag of the checkpoint on the hub")
     prompt: Annotated[str, AfterValidator(_complete)] = Field(
-        QUESTION_PROMPT, description="the model's own template, with <image> and {question}"
+        QUESTION_PROMPT, description="the model's own template, with {question} and <image> or {caption}"
     )
     do_pad: bool = Field(True, description="pad pictures to a square, as LLaVA-1.5 was trained")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(

@@ -198,6 +198,22 @@ def test_a_cached_copy_is_used_without_asking_the_hub(stored, tmp_path, monkeypa
         find_checkpoint("owner/name")
 
 
+def test_a_repository_without_safetensors_says_how_to_get_them(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+
+    def fetch(*_, local_files_only=False, **__):
+        if local_files_only:
+            raise load.LocalEntryNotFoundError("not here")
+        return str(tmp_path)
+
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: None))
+    monkeypatch.setattr(load, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match="no model.safetensors.*save_pretrained") as caught:
+        find_checkpoint("owner/name")
+    assert "\n" not in str(caught.value)
+
+
 def test_layers_may_be_placed_by_a_device_map(stored, tmp_path):
     sample, plain = tiny_sample(tmp_path), load_model(wanted(stored))
     mapped = load_model(wanted(stored, device_map="auto", device="auto"))

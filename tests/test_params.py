@@ -29,7 +29,12 @@ FILES = sorted((ROOT / "params").glob("*.yaml"))
         ({"tasks": "ChooseAttr"}, "tasks = 'ChooseAttr'.*list"),
         ({"tasks": ["ChooseAtr"]}, "tasks = 'ChooseAtr'.*'ChooseAttr'"),
         ({"tasks": ["ChooseRel", "ChooseRel"]}, "each task once"),
-        ({"prompt": "{question}"}, "expected <image> and {question}"),
+        ({"prompt": "{question}"}, "once <image> or, for a text-only model, {caption}"),
+        ({"prompt": "<image> {caption} {question}"}, "once <image> or"),
+        ({"prompt": "{caption}{caption} {question}"}, "once <image> or"),
+        ({"prompt": "<image><image> {question}"}, "once <image> or"),
+        ({"prompt": "<image>"}, "expected {question} once"),
+        ({"prompt": "<image> {question} {question}"}, "expected {question} once"),
         ({"model": "../mini"}, "model = '../mini'"),
     ],
 )
@@ -42,6 +47,11 @@ def test_a_wrong_parameter_is_named_in_one_line(values, said):
 def test_several_wrong_parameters_are_all_named():
     with pytest.raises(ValueError, match=r"(?s)dtype = 'half'.*window = 0"):
         Params(dtype="half", window=0)
+
+
+@pytest.mark.parametrize("prompt", ["{question} <image>", "{caption} {question}"])
+def test_a_prompt_shows_a_picture_or_its_captions(prompt):
+    assert Params(prompt=prompt).prompt == prompt
 
 
 @pytest.mark.parametrize("window", [1, 2, 9, 1000])

@@ -98,7 +98,7 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         raise ValueError(f"{where}, and HF_HUB_OFFLINE forbids asking the hub: {advice}")
     try:
         HfApi().model_info(checkpoint, revision=revision, timeout=10)
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_FILES))
+        fetched = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_FILES))
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{where}, and the hub refuses it (is the name right?): {reason}") from None
@@ -106,6 +106,12 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         raise ValueError(
             f"{where}, and the hub can't be reached ({type(error).__name__}): {advice}"
         ) from None
+    if problem := _incomplete(fetched):
+        raise ValueError(
+            f"The hub's {checkpoint!r} has no {problem}: store it once with save_pretrained, which writes "
+            "what is missing, and set `checkpoint` to that folder."
+        )
+    return fetched
 
 
 def _incomplete(folder: Path) -> str | None:
