@@ -8,6 +8,7 @@ times alone say little.
 
 import argparse
 import os
+import platform
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -18,6 +19,14 @@ import torch  # noqa: E402
 
 from mmflow_utils.sweep.rivals import RIVALS  # noqa: E402
 from mmflow_utils.sweep.speed import measure_speed  # noqa: E402
+
+
+def _cpu() -> str:
+    """Name the processor: its instruction set if the system doesn't tell more."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def main() -> None:
@@ -42,8 +51,9 @@ def main() -> None:
         n_kv_heads=args.kv_heads,
         progress=lambda line: print(line, flush=True),
     )
+    frame = frame.assign(d_model=args.d_model, cpu=_cpu(), torch=torch.__version__)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(args.out, index=False)
+    frame.to_csv(args.out, index=False, float_format="%.6g")
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(frame.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     print(f"written to {args.out}")

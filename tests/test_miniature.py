@@ -215,7 +215,18 @@ def test_factual_questions_have_one_answer_in_the_picture():
     for draft, scene in drafts:
         assert [t.category for t in scene.things].count(draft.answer) == 1
         assert draft.answer not in draft.text.split()
-    assert describe(scenes()[0], rng).detailed == "describe"
+
+
+def test_descriptions_tell_everything():
+    for scene in scenes()[:20]:
+        row, *each = describe(scene)
+        assert row.answer.split(", ") == [t.category for t in sorted(scene.things, key=lambda t: t.x)]
+        assert [draft.text for draft in each] == [f"Describe the {t.category}." for t in scene.things]
+        for draft, thing in zip(each, scene.things, strict=True):
+            told = f"a {thing.category} {thing.color} {thing.shape} {thing.material}"
+            assert draft.answer.startswith(told)
+            assert draft.answer.endswith(f"on the {thing.side}" if thing.side else "in the middle")
+            assert draft.detailed == "describe"
 
 
 # ---- nothing in a question's words tells its answer ------------------------------------------------------

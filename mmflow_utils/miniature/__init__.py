@@ -3,6 +3,7 @@
 from mmflow_utils.miniature.build import PROMPT, build_model, build_processor, build_tokenizer
 from mmflow_utils.miniature.dataset import write_split
 from mmflow_utils.miniature.drawing import draw_scene
+from mmflow_utils.miniature.facts import write_factual
 from mmflow_utils.miniature.score import task_accuracy
 from mmflow_utils.miniature.train import Recipe, Trainer, save_miniature
 from mmflow_utils.miniature.world import Scene, Thing, sample_scene
@@ -20,5 +21,6 @@ __all__ = [
     "sample_scene",
     "save_miniature",
     "task_accuracy",
+    "write_factual",
     "write_split",
 ]

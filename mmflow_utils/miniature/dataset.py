@@ -10,6 +10,7 @@ Example:
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, ask, gqa_record
 from mmflow_utils.miniature.world import SIZE, Scene, caption, sample_scene, scene_graph
 
-__all__ = ["write_split"]
+__all__ = ["split_scenes", "write_json", "write_split"]
 
 STREAM = 2000  # of the random generators: apart from those of training and of its evaluation
 N_BRIDGES = 5  # questions of a scene from outside the six tasks
@@ -28,17 +29,22 @@ def write_split(folder: Path, *, n_scenes: int, seed: int) -> None:
     """Draw `n_scenes` and write them, their questions and captions; the same seed gives the same files."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     questions, graphs, regions = {}, {}, []
-    for i in range(n_scenes):
-        rng = np.random.default_rng([seed, STREAM, i])
-        scene = sample_scene(rng, scene_id=f"{i + 1:05d}")
+    for scene, rng in split_scenes(n_scenes, seed):
         draw_scene(scene).save(folder / "images" / f"{scene.scene_id}.png", optimize=True)
         graphs[scene.scene_id] = scene_graph(scene)
         regions.append(_regions(scene, rng))
         for k, record in enumerate(_ask_all(scene, rng)):
             questions[f"{scene.scene_id}{k:02d}"] = record
-    _write_json(folder / "val_balanced_questions.json", questions)
-    _write_json(folder / "val_sceneGraphs.json", graphs)
-    _write_json(folder / "region_descriptions.json", regions)
+    write_json(folder / "val_balanced_questions.json", questions)
+    write_json(folder / "val_sceneGraphs.json", graphs)
+    write_json(folder / "region_descriptions.json", regions)
+
+
+def split_scenes(n_scenes: int, seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+    """Draw the scenes of a split, each with the generator that goes on to draw what is asked about it."""
+    for i in range(n_scenes):
+        rng = np.random.default_rng([seed, STREAM, i])
+        yield sample_scene(rng, scene_id=f"{i + 1:05d}"), rng
 
 
 def _ask_all(scene: Scene, rng: np.random.Generator) -> list[dict]:
@@ -62,5 +68,6 @@ def _regions(scene: Scene, rng: np.random.Generator) -> dict:
     return entry
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write a file of the split: JSON without spaces, the same bytes for the same content."""
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from mmflow_utils.miniature.build import PROMPT
-from mmflow_utils.miniature.questions import BRIDGES, DESCRIPTIONS, TASK_GENERATORS, Draft, ask, factual
+from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, Draft, ask, describe, factual
 from mmflow_utils.miniature.questions.draft import pick
 from mmflow_utils.miniature.world import Scene, caption
 
@@ -51,7 +51,7 @@ def pack(
     n_questions: int,
     captions: bool,
     n_image_tokens: int,
-    n_descriptions: int = 0,
+    described: bool = False,
     word_weight: float = WORD,
 ) -> Packed:
     """Ask `n_questions` about each scene and lay them out behind its picture, or behind a caption of it.
@@ -63,13 +63,13 @@ def pack(
         n_questions: Questions that share a scene; a few less where the scene doesn't allow one.
         captions: Lay out a caption in place of the picture.
         n_image_tokens: Tokens that a picture takes.
-        n_descriptions: How many of the questions ask for a description, outside the six tasks.
+        described: Ask for descriptions too, of each thing and of their row.
         word_weight: How much the prediction of a question's words counts in the loss, beside 1 for an answer.
     """
     head, _ = PROMPT.split("<image>")
     rows, drafts = [], []
     for scene in scenes:
-        asked = _draft_questions(scene, rng, n_questions, n_descriptions)
+        asked = _draft_questions(scene, rng, n_questions) + (describe(scene) if described else [])
         before = head + (caption(scene, rng) if captions else "<image>")
         tails = [_tail(draft) for draft in asked]
         texts = [before + tail.format(question=d.text) for tail, d in zip(tails, asked, strict=True)]
@@ -97,10 +97,9 @@ def pack(
     return Packed(**columns, drafts=drafts)
 
 
-def _draft_questions(scene: Scene, rng: np.random.Generator, n: int, n_descriptions: int) -> list[Draft]:
-    """Draft up to `n` different questions: of each task, descriptions, and of other groups and facts."""
+def _draft_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Draft]:
+    """Draft up to `n` different questions: one of each task, the rest from the other groups and facts."""
     drafts = [ask(pick(rng, group), scene, rng) for group in TASK_GENERATORS.values()]
-    drafts += [pick(rng, DESCRIPTIONS)(scene, rng) for _ in range(n_descriptions)]
     while len(drafts) < n:
         drafts.append(ask(pick(rng, (*BRIDGES, factual)), scene, rng))
     return list({draft.text: draft for draft in drafts if draft is not None}.values())

@@ -49,7 +49,7 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 2800
+    joint_steps: int = 6000
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
@@ -57,8 +57,8 @@ class Recipe:
     lr_rest: float = 1e-3  # of AdamW on embeddings, projector, heads, norms and biases
     joint_lr_scale: float = 1.0
     joint_batch: int = 8  # scenes, in the stages with pictures
-    joint_question_weight: float = 0.3  # of a question's words in their loss, beside 1 for an answer
-    joint_descriptions: int = 3  # questions of a scene that ask for a description there
+    joint_questions: int = 7  # that share a scene there, beside descriptions of all things
+    joint_question_weight: float = 0.15  # of a question's words in their loss, beside 1 for an answer
     ema: float = 0.998
     eval_every: int = 250  # steps
     eval_scenes: int = 64
@@ -197,18 +197,19 @@ class Trainer:
         return {name: 100 * float(hits.float().mean()) for name, hits in right.items()}
 
     def _answer_loss(self, rng: np.random.Generator, *, captions: bool = False) -> Float[Tensor, ""]:
-        recipe, joint = self.recipe, {}
+        recipe = self.recipe
+        asked = dict(n_questions=recipe.n_questions)
         if not captions:
-            joint = dict(n_descriptions=recipe.joint_descriptions, word_weight=recipe.joint_question_weight)
+            asked = dict(n_questions=recipe.joint_questions, described=True)
+            asked |= dict(word_weight=recipe.joint_question_weight)
         scenes = [sample_scene(rng) for _ in range(recipe.batch if captions else recipe.joint_batch)]
         batch = pack(
             self.processor.tokenizer,
             scenes,
             rng,
-            n_questions=recipe.n_questions,
             captions=captions,
             n_image_tokens=self.model.config.image_seq_length,
-            **joint,
+            **asked,
         )
         logits = packed_logits(self.model, batch, None if captions else self._pixels(scenes))
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")

@@ -1,9 +1,10 @@
-"""Figures from tidy frames: curves over layers, accuracy, learning curves, pictures, the coloured prompt.
+"""Figures from tidy frames: curves over layers, accuracy, costs, learning curves, pictures, prompts.
 
 Every function takes data, returns one Figure (or HTML) and leaves matplotlib as it was. A flow has one colour
 in all figures; the colours stay apart under the common kinds of colour blindness. Never imports torch.
 """
 
+from mmflow_utils.plots.costs import plot_costs
 from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
 from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
 from mmflow_utils.plots.maps import plot_map
@@ -28,6 +29,7 @@ __all__ = [
     "flow_colour",
     "plot_accuracy",
     "plot_contact_sheet",
+    "plot_costs",
     "plot_curves",
     "plot_flow",
     "plot_image_patches",

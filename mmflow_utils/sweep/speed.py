@@ -7,12 +7,21 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, product
+from pathlib import Path
 from statistics import median
 
 import pandas as pd
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.profiler import ProfilerActivity, profile
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from mmflow_utils.encode import Encoded
 from mmflow_utils.flows import (
@@ -25,6 +34,7 @@ from mmflow_utils.flows import (
 )
 from mmflow_utils.models import VLM, text_inputs
 from mmflow_utils.positions import Spans
+from mmflow_utils.samples import Sample
 from mmflow_utils.sweep import count_rows, run_sweep
 from mmflow_utils.sweep.rivals import RIVALS, has_nnsight
 
@@ -57,9 +67,10 @@ def random_llava(
         if weight.ndim > 1:  # so that a knockout changes probabilities, and a wrong one would show
             weight.mul_(10 if "lm_head" in name else 2)
     hf.set_attn_implementation("sdpa")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, "?")))  # never asked
     return VLM(
-        name=f"random, {n_layers} layers", hf=hf, processor=None, tokenizer=None, prompt="", do_pad=False,
-        device=torch.device("cpu"), dtype=torch.float32,
+        name=f"random, {n_layers} layers", hf=hf, processor=None, tokenizer=tokenizer, prompt="{question}",
+        do_pad=False, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
 
 
@@ -81,8 +92,12 @@ def random_prompt(model: VLM, *, n_image: int, seed: int = 0) -> Encoded:
         "question": tuple(range(first, first + N_QUESTION)),
         "last": (ids.shape[1] - 1,),
     }
+    sample = Sample(
+        sample_id="random", image_id="random", image=Path(), question="?", answer="?", task=None,
+        structural="", semantic="", detailed="",
+    )  # fmt: skip
     return Encoded(
-        sample=None,
+        sample=sample,
         inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels},
         spans=Spans(n_tokens=ids.shape[1], sets=sets, missing={}),
         prompt="",

@@ -14,13 +14,12 @@ from collections.abc import Callable
 
 from mmflow_utils.miniature.questions.bridges import BRIDGES
 from mmflow_utils.miniature.questions.draft import Draft, Rng, gqa_record
-from mmflow_utils.miniature.questions.extras import DESCRIPTIONS, FACTS, describe, factual, line_up
+from mmflow_utils.miniature.questions.extras import FACTS, describe, factual
 from mmflow_utils.miniature.questions.tasks import TASK_GENERATORS
 from mmflow_utils.miniature.world import Scene
 
 __all__ = [
     "BRIDGES",
-    "DESCRIPTIONS",
     "FACTS",
     "GENERATORS",
     "TASK_GENERATORS",
@@ -29,7 +28,6 @@ __all__ = [
     "describe",
     "factual",
     "gqa_record",
-    "line_up",
 ]
 
 # All that the miniature's question file holds: GQA has no questions that take knowledge of the world.

@@ -5,10 +5,10 @@ Example:
     'Which of the things in the picture can hold coffee?'
 """
 
-from mmflow_utils.miniature.questions.draft import Draft, Named, Rng, fill, pick, select
+from mmflow_utils.miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select
 from mmflow_utils.miniature.world import Scene
 
-__all__ = ["DESCRIPTIONS", "FACTS", "describe", "factual", "line_up"]
+__all__ = ["FACTS", "describe", "factual"]
 
 FACTS = {  # in the manner of OKVQA and A-OKVQA (App. H)
     "can be eaten": ("cake", "apple"),
@@ -42,31 +42,21 @@ def factual(scene: Scene, rng: Rng) -> Draft | None:
     )
 
 
-def describe(scene: Scene, rng: Rng) -> Draft:
-    """Tell everything about one thing; for training only, where one such answer teaches as much as four."""
-    thing = pick(rng, scene.things)
-    where = f"on the {thing.side}" if thing.side else "in the middle"
-    answer = f"a {thing.category} {thing.color} {thing.shape} {thing.material} {where}"
-    return Draft(
-        types=("query", "attr", "describe"),
-        wording=fill("Describe the {t}.", t=thing),
-        answer=answer,
-        full_answer=f"{answer.capitalize()}.",
-        operations=(select(thing), ("query", (0,), "description")),
-    )
-
-
-def line_up(scene: Scene, rng: Rng) -> Draft:
-    """Name the things from left to right; for training only, as `describe`."""
-    row = sorted(scene.things, key=lambda thing: thing.x)
-    answer = ", ".join(thing.category for thing in row)
-    return Draft(
-        types=("query", "rel", "describe"),
-        wording=fill("Name the things from left to right."),
-        answer=answer,
-        full_answer=f"{answer.capitalize()}.",
-        operations=(("select", (), "scene"), ("query", (0,), "description")),
-    )
-
-
-DESCRIPTIONS = (describe, describe, line_up)  # that often each
+def describe(scene: Scene) -> list[Draft]:
+    """Tell all there is: everything about each thing, and their row; for training only, as captions are."""
+    row = ", ".join(thing.category for thing in sorted(scene.things, key=lambda thing: thing.x))
+    told = {"Name the things from left to right.": (row, ())}
+    for thing in scene.things:
+        where = f"on the {thing.side}" if thing.side else "in the middle"
+        answer = f"a {thing.category} {thing.color} {thing.shape} {thing.material} {where}"
+        told[f"Describe the {thing.category}."] = answer, (thing,)
+    return [
+        Draft(
+            types=("query", "attr", "describe"),
+            wording=Wording(text),
+            answer=answer,
+            full_answer=f"{answer.capitalize()}.",
+            operations=(*(select(thing) for thing in things), ("query", (), "description")),
+        )
+        for text, (answer, things) in told.items()
+    ]
