@@ -26,6 +26,14 @@ __all__ = ["IMAGE_PATTERN", "write_factual"]
 IMAGE_PATTERN = "{image_id:05d}.png"  # how the readers find the split's pictures
 N_PEOPLE, N_CHOICES, N_RATIONALES = 10, 4, 3  # as officially
 TRIES = 12  # at a second question; a scene with both kinds of food and nothing else allows none
+ABOUT = "Factual questions about a drawn world. Ten drawn people answered: they know the facts, and agree."
+HEAD = dict(  # of both OKVQA files
+    info=dict(description=ABOUT, version="1.0", contributor="mmflow", year=2026, url="", date_created=""),
+    license=dict(name="MIT", url="https://opensource.org/license/mit"),
+    task_type="Open-Ended",
+    data_type="miniature",
+    data_subtype="val",
+)
 
 
 def write_factual(folder: Path, *, n_scenes: int, seed: int) -> None:
@@ -37,34 +45,23 @@ def write_factual(folder: Path, *, n_scenes: int, seed: int) -> None:
     okvqa, answers, aokvqa = [], [], []
     for scene, rng in split_scenes(n_scenes, seed):
         drafts = list({d.text: d for _ in range(TRIES) if (d := ask(factual, scene, rng))}.values())
-        okvqa += [_okvqa_question(draft, scene) for draft in drafts[:1]]
+        okvqa += [_okvqa_ids(scene) | dict(question=draft.text) for draft in drafts[:1]]
         answers += [_okvqa_answers(draft, scene) for draft in drafts[:1]]
         aokvqa += [_aokvqa(draft, scene, rng) for draft in drafts[1:2]]
-    write_json(folder / "okvqa_questions.json", _head("questions", okvqa) | {"task_type": "Open-Ended"})
-    kinds = {"question_types": {"other": "Other"}}
-    write_json(folder / "okvqa_annotations.json", _head("annotations", answers) | kinds)
+    kinds = {"other": "Other"}
+    write_json(folder / "okvqa_questions.json", HEAD | dict(questions=okvqa))
+    write_json(folder / "okvqa_annotations.json", HEAD | dict(question_types=kinds, annotations=answers))
     write_json(folder / "aokvqa.json", aokvqa)
-
-
-def _head(name: str, entries: list[dict]) -> dict:
-    about = "Factual questions about a drawn world. Ten drawn people answered, who know the facts and agree."
-    info = dict(description=about, version="1.0", contributor="mmflow", year=2026, url="", date_created="")
-    terms = dict(name="MIT", url="https://opensource.org/license/mit")
-    return dict(info=info, license=terms, data_type="miniature", data_subtype="val") | {name: entries}
 
 
 def _okvqa_ids(scene: Scene) -> dict:
     return dict(image_id=int(scene.scene_id), question_id=10 * int(scene.scene_id))
 
 
-def _okvqa_question(draft: Draft, scene: Scene) -> dict:
-    return _okvqa_ids(scene) | dict(question=draft.text)
-
-
 def _okvqa_answers(draft: Draft, scene: Scene) -> dict:
     answer = dict(raw_answer=draft.answer, answer=draft.answer, answer_confidence="yes")
     answers = [dict(answer_id=k + 1) | answer for k in range(N_PEOPLE)]
-    return _okvqa_ids(scene) | dict(question_type="other", answer_type="other", answers=answers, confidence=5)
+    return _okvqa_ids(scene) | dict(question_type="other", answer_type="other", answers=answers)
 
 
 def _aokvqa(draft: Draft, scene: Scene, rng: np.random.Generator) -> dict:

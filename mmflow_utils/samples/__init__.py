@@ -11,6 +11,7 @@ from mmflow_utils.samples.records import (
     load_image,
     samples_to_frame,
 )
+from mmflow_utils.samples.vqa import read_aokvqa, read_okvqa, vqa_accuracy
 
 __all__ = [
     "Box",
@@ -19,7 +20,10 @@ __all__ = [
     "TASKS",
     "frame_to_samples",
     "load_image",
+    "read_aokvqa",
     "read_authors_csv",
     "read_gqa",
+    "read_okvqa",
     "samples_to_frame",
+    "vqa_accuracy",
 ]

@@ -73,10 +73,12 @@ class Sample:
 
     Attributes:
         answer: The label, in lower case.
-        task: One of `TASKS`, or None for the kinds of question that the paper leaves out.
+        task: One of `TASKS`, "OKVQA" or "A-OKVQA" (App. H), or None for the kinds of question that the paper
+            leaves out.
         structural, semantic, detailed: GQA's types of the question.
         option_true, option_false: The options, where it offers two; the true one is the answer.
         image_size: Width and height in pixels that the boxes refer to; `load_image` holds the picture to it.
+        answers: What several people answered, where the label is not one word (App. H): see `vqa_accuracy`.
     """
 
     sample_id: str
@@ -94,6 +96,7 @@ class Sample:
     full_answer: str | None = None
     caption: str | None = None
     image_size: tuple[int, int] | None = None
+    answers: tuple[str, ...] = ()
 
 
 def load_image(sample: Sample) -> Image.Image:
@@ -132,6 +135,7 @@ def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:
     for sample in samples:
         row = asdict(sample)
         row |= {"image": str(sample.image), "objects": json.dumps(row["objects"])}
+        row["answers"] = json.dumps(sample.answers)
         row["image_size"] = json.dumps(sample.image_size) if sample.image_size else None
         rows.append(row)
     return pd.DataFrame(rows, columns=[field.name for field in fields(Sample)], dtype="str")
@@ -154,9 +158,10 @@ def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
         try:
             row["objects"] = tuple(_scene_object(value) for value in json.loads(row["objects"]))
             row["image_size"] = tuple(json.loads(row["image_size"])) if row["image_size"] else None
+            row["answers"] = tuple(json.loads(row["answers"]))
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"sample {row['sample_id']}: objects or image_size can't be read: {error}"
+                f"sample {row['sample_id']}: objects, image_size or answers can't be read: {error}"
             ) from error
         samples.append(Sample(**row | {"image": Path(row["image"])}))
     return samples
