@@ -19,8 +19,8 @@ from types import ModuleType
 # fmt: off
 MODULES = (
     "params", "positions", "flows", "samples", "stats", "findings", "plots", "store",
-    "models", "encode", "patches", "sinks", "reference", "sweep", "knockout", "lens", "modules", "subwords",
-    "curation", "miniature", "execute",
+    "models", "encode", "patches", "sinks", "reference", "sweep", "pruning", "knockout", "lens", "modules",
+    "subwords", "curation", "miniature", "execute",
 )
 # fmt: on
 

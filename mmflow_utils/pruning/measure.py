@@ -1,0 +1,226 @@
+"""What removing image tokens does to the answers, beside other ways to save as much work (App. F, Fig. 14).
+
+frame = prune_sweep(model, samples, removed=range(0, 41, 5))
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pandas as pd
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mmflow_utils.encode import Encoded, encode
+from mmflow_utils.models import VLM
+from mmflow_utils.pruning.remove import (
+    Pruning,
+    compare_to_knockout,
+    greedy_decode,
+    image_positions,
+    prompt_embeds,
+)
+from mmflow_utils.pruning.work import count_work, kept_for_work, prompt_lengths
+from mmflow_utils.reference import rounding
+from mmflow_utils.samples import Sample, load_image
+
+__all__ = ["WAY_COLOURS", "picture_sweep", "prune_sweep"]
+
+LAST_LAYERS, RANDOM, FASTV, SMALLER = (
+    "No image in the last layers",
+    "Random tokens",
+    "FastV",
+    "Smaller picture",
+)
+WAY_COLOURS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALLER: "#117733"}
+"""The ways to save work, and their colours."""
+
+FASTV_LAYER = 2  # Chen et al. 2024 rank by the second layer's attention, and remove from the third (K = 2) on
+COLUMNS = (
+    "sample_id",
+    "image_id",
+    "task",
+    "way",
+    "n_layers_without",
+    "from_layer",
+    "n_image",
+    "n_kept",
+    "work_pct",
+    "cache_pct",
+    "prediction",
+    "correct_pct",
+    "same_pct",
+)
+
+
+def prune_sweep(
+    model: VLM,
+    samples: Iterable[Sample],
+    *,
+    removed: Sequence[int],
+    rivals: bool = True,
+    seed: int = 0,
+    max_new_tokens: int = 8,
+    n_check: int = 2,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Answer without image tokens in the last layers, and with as little work in other ways (App. F).
+
+    The rivals remove as many image tokens from layer 2 on as makes their counted work to the first token
+    equal (or less, by under a token): a random choice, and FastV's, which keeps those that the last position
+    attends to most in the layer before. Where even none left would be too much work, there is no row.
+
+    Args:
+        model: the model.
+        samples: questions, whether the model answers them correctly or not: only so is this an accuracy.
+        removed: numbers of last layers without image tokens; 0, the intact model, comes along in any case.
+        rivals: run these too.
+        seed: of the random choice, which differs from sample to sample.
+        max_new_tokens: longest answer.
+        n_check: how many samples each removal is held against the knockout of the same tokens on.
+        progress: show a bar.
+
+    Returns:
+        One row per sample, way and number of layers: from_layer and n_kept (of n_image, newlines included);
+        work_pct (operations to the first token) and cache_pct (bytes of the prompt's keys and values), of the
+        intact model's; prediction, correct_pct (0 or 100: the answer is the label, both lower-case) and
+        same_pct (the same as the intact model's). `attrs["max_check_diff"]` is the check's largest difference
+        in probability, None if none was made.
+
+    Raises:
+        ValueError: a number of layers that the model lacks; a prompt without picture; the check failed.
+    """
+    counts = sorted({0, *removed})
+    if counts[0] < 0 or counts[-1] > model.n_layers:
+        raise ValueError(
+            f"`removed` counts layers, 0 to {model.n_layers} in this model, got {list(removed)}."
+        )
+    rows: list[dict[str, Any]] = []
+    differences: list[float] = []
+    for n, sample in enumerate(tqdm(list(samples), desc="Pruning", unit="question", disable=not progress)):
+        encoded = encode(model, sample)
+        embeds = prompt_embeds(model, encoded)
+        intact = _say(model, greedy_decode(model, encoded, embeds=embeds, max_new_tokens=max_new_tokens))
+        for n_without, way, pruning in _plan(model, encoded, counts, rivals, seed):
+            said = intact
+            if n_without:
+                ids = greedy_decode(model, encoded, pruning, embeds=embeds, max_new_tokens=max_new_tokens)
+                said = _say(model, ids)
+            if n < n_check:
+                differences.append(_check(model, encoded, pruning))
+            row = _about(sample, said, intact) | _cost(model, encoded, pruning)
+            rows.append(row | {"way": way, "n_layers_without": n_without})
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame.attrs["max_check_diff"] = max(differences, default=None)
+    return frame
+
+
+def picture_sweep(
+    model: VLM,
+    samples: Iterable[Sample],
+    *,
+    scales: Sequence[float] = (0.5,),
+    max_new_tokens: int = 8,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Answer about smaller pictures, the plain way to save work.
+
+    A model of any-resolution tiles then has fewer image tokens. One with a fixed grid, as LLaVA-1.5, enlarges
+    the picture again: it sees less of it and saves nothing.
+
+    Returns:
+        The columns of `prune_sweep` and `scale`, of the picture's sides; work and cache are in percent of the
+        whole picture's.
+
+    Raises:
+        ValueError: a scale that isn't above 0 and at most 1.
+    """
+    if not all(0 < scale <= 1 for scale in scales):
+        raise ValueError(f"Expected scales above 0 and at most 1, got {list(scales)}.")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for sample in tqdm(list(samples), desc="Pictures", unit="question", disable=not progress):
+            whole = encode(model, sample)
+            intact = _say(model, greedy_decode(model, whole, max_new_tokens=max_new_tokens))
+            for scale in scales:
+                small = encode(model, _shrink(sample, scale, Path(folder)))
+                said = _say(model, greedy_decode(model, small, max_new_tokens=max_new_tokens))
+                row = _about(sample, said, intact) | _cost(model, small, None, whole=whole)
+                rows.append(row | {"way": SMALLER, "n_layers_without": 0, "scale": scale})
+    return pd.DataFrame(rows, columns=[*COLUMNS, "scale"])
+
+
+def _plan(
+    model: VLM, encoded: Encoded, counts: Sequence[int], rivals: bool, seed: int
+) -> Iterator[tuple[int, str, Pruning]]:
+    """List the removals of one prompt: without the image in the last layers, and the rivals of equal work."""
+    config, n_tokens, n_image = model.text.config, encoded.spans.n_tokens, len(image_positions(encoded))
+    seed = (seed + crc32(encoded.sample.sample_id.encode())) % 2**32
+    for n_without in counts:
+        pruning = Pruning(from_layer=model.n_layers - n_without)
+        yield n_without, LAST_LAYERS, pruning
+        lengths = prompt_lengths(model.n_layers, n_tokens, n_image, pruning)
+        flops = count_work(config, lengths).first_token_flops
+        for way, choice in ((RANDOM, "random"), (FASTV, "attention")) if rivals else ():
+            rival = kept_for_work(
+                config, n_tokens, n_image, flops, from_layer=FASTV_LAYER, choice=choice, seed=seed
+            )
+            if rival:
+                yield n_without, way, rival
+
+
+def _check(model: VLM, encoded: Encoded, pruning: Pruning) -> float:
+    """Hold a removal against the knockout; too large a difference is an error."""
+    worst, tolerance = compare_to_knockout(model, encoded, pruning), rounding(model.dtype)
+    if not worst <= tolerance:
+        raise ValueError(
+            f"Removing image tokens ({pruning}) and knocking them out differ by {worst:.1e} in probability "
+            f"on sample {encoded.sample.sample_id}, more than rounding allows ({tolerance:.1e}): don't trust "
+            "pruning in this model, or set n_check=0 to look at it."
+        )
+    return worst
+
+
+def _say(model: VLM, ids: Sequence[int]) -> str:
+    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
+    return {
+        "sample_id": sample.sample_id,
+        "image_id": sample.image_id,
+        "task": sample.task,
+        "prediction": said,
+        "correct_pct": 100.0 * (said.lower() == sample.answer.strip().lower()),
+        "same_pct": 100.0 * (said == intact),
+    }
+
+
+def _cost(
+    model: VLM, encoded: Encoded, pruning: Pruning | None, *, whole: Encoded | None = None
+) -> dict[str, Any]:
+    """Count what a removal costs, in percent of the intact model, or of another prompt's whole."""
+    pruning = pruning or Pruning(from_layer=model.n_layers)
+    n_image, whole = len(image_positions(encoded)), whole or encoded
+    config, n_layers, n_tokens = model.text.config, model.n_layers, encoded.spans.n_tokens
+    own = count_work(config, prompt_lengths(n_layers, n_tokens, n_image, pruning))
+    full = count_work(config, [whole.spans.n_tokens] * n_layers)
+    return {
+        "from_layer": pruning.from_layer,
+        "n_image": n_image,
+        "n_kept": pruning.n_kept if pruning.from_layer < n_layers else n_image,
+        "work_pct": 100 * own.first_token_flops / full.first_token_flops,
+        "cache_pct": 100 * own.cache_bytes / full.cache_bytes,
+    }
+
+
+def _shrink(sample: Sample, scale: float, folder: Path) -> Sample:
+    """Store a sample's picture at a scale, and ask the same about it; its boxes no longer hold."""
+    picture = load_image(sample)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    file = folder / f"{scale:g}-{sample.image_id}.png"
+    picture.resize(size, Image.Resampling.LANCZOS).save(file)
+    return replace(sample, image=file, image_size=None, objects=())

@@ -1,0 +1,101 @@
+"""What a prompt costs the decoder, counted and not timed: floating-point operations and bytes of cache.
+
+work = count_work(model.text.config, prompt_lengths(model.n_layers, 600, 576, Pruning(from_layer=20)))
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmflow_utils.pruning.remove import Pruning
+
+__all__ = ["Work", "count_work", "kept_for_work", "prompt_lengths"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a prompt and the tokens decoded after it cost the decoder.
+
+    Attributes:
+        first_token_flops: floating-point operations (a multiplication and an addition are two) to the first
+            token's logits.
+        next_token_flops: those of each further token.
+        cache_bytes: keys and values of the prompt.
+    """
+
+    first_token_flops: int
+    next_token_flops: tuple[int, ...]
+    cache_bytes: int
+
+
+def count_work(config: Any, n_tokens: Sequence[int], *, n_new: int = 1, itemsize: int = 4) -> Work:
+    """Count the decoder's work on a prompt that has `n_tokens[i]` positions in layer i.
+
+    Matrix products are counted, as torch's FlopCounterMode counts them: projections, gated MLP, scores and
+    mixed values (the full square: a causal kernel may do half), the unembedding of one position. Norms,
+    rotary embeddings and softmax are not, nor the image encoder, nor FastV's one row of scores.
+
+    Args:
+        config: the decoder's configuration, of a Llama-like architecture.
+        n_tokens: positions in each layer.
+        n_new: tokens to be decoded, the first included.
+        itemsize: bytes of a number in the cache.
+
+    Raises:
+        ValueError: not one length for each layer; an `n_new` below 1.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> shape = dict(hidden_size=2, intermediate_size=3, num_attention_heads=1, num_key_value_heads=1)
+        >>> count_work(SimpleNamespace(**shape, num_hidden_layers=1, vocab_size=5), [4]).first_token_flops
+        420
+    """
+    if len(n_tokens) != config.num_hidden_layers or n_new < 1:
+        raise ValueError(
+            f"Expected {config.num_hidden_layers} prompt lengths, one a layer, and n_new of 1 or more, "
+            f"got {len(n_tokens)} and {n_new}."
+        )
+    d_model, heads = config.hidden_size, config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or d_model // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    weights = 2 * d_model * d_head * (heads + key_heads) + 3 * d_model * config.intermediate_size
+    unembed = 2 * d_model * config.vocab_size
+
+    def layer(rows: int, keys: int) -> int:
+        return 2 * rows * weights + 4 * rows * keys * heads * d_head
+
+    return Work(
+        first_token_flops=sum(layer(n, n) for n in n_tokens) + unembed,
+        next_token_flops=tuple(sum(layer(1, n + t) for n in n_tokens) + unembed for t in range(1, n_new)),
+        cache_bytes=sum(2 * key_heads * d_head * n * itemsize for n in n_tokens),
+    )
+
+
+def prompt_lengths(n_layers: int, n_tokens: int, n_image: int, pruning: Pruning | None = None) -> list[int]:
+    """Give the number of positions in each layer.
+
+    >>> prompt_lengths(4, 10, 6, Pruning(from_layer=3, n_kept=1))
+    [10, 10, 10, 5]
+    """
+    pruning = pruning or Pruning(from_layer=n_layers)
+    gone = n_image - pruning.n_kept
+    return [n_tokens - gone * (layer >= pruning.from_layer) for layer in range(n_layers)]
+
+
+def kept_for_work(
+    config: Any, n_tokens: int, n_image: int, flops: int, *, from_layer: int, choice: str, seed: int = 0
+) -> Pruning | None:
+    """Keep as many image tokens from a layer on as a number of operations to the first token allows.
+
+    Returns:
+        The pruning, of at most that work; None where even none is too many, so that no number is equal.
+    """
+
+    def work(n_kept: int) -> int:
+        pruning = Pruning(from_layer=from_layer, n_kept=n_kept)
+        lengths = prompt_lengths(config.num_hidden_layers, n_tokens, n_image, pruning)
+        return count_work(config, lengths).first_token_flops
+
+    n_kept = bisect_right(range(n_image + 1), flops, key=work) - 1
+    return None if n_kept < 0 else Pruning(from_layer=from_layer, n_kept=n_kept, choice=choice, seed=seed)
