@@ -18,16 +18,19 @@ from mmflow_utils.pruning import (
     WAY_COLOURS,
     Pruning,
     compare_to_knockout,
+    cost_curves,
     count_work,
+    equal_work,
     greedy_decode,
     image_tokens_removed,
-    kept_for_work,
     measure_times,
     picture_sweep,
+    plan_times,
     prompt_lengths,
     prune_sweep,
     read_prompt,
     summarise_times,
+    work_of,
 )
 from mmflow_utils.pruning.remove import continue_prompt, prompt_embeds
 from mmflow_utils.reference import attention_pattern, run_reference
@@ -272,20 +275,21 @@ def test_work_by_hand():
         count_work(config, [4])
 
 
-def test_equal_work_is_equal_up_to_a_token():
-    config = tiny_vlm(n_layers=8).text.config
+def test_equal_work_is_equal_up_to_a_token(tmp_path):
+    model, encoded = ready(tmp_path, "llava_next", 2)
+    n_image = len(image_of(encoded))
 
     def flops(pruning):
-        return count_work(config, prompt_lengths(8, 60, 40, pruning)).first_token_flops
+        return work_of(model, encoded, pruning).first_token_flops
 
-    for n_without in range(7):
-        target = flops(Pruning(from_layer=8 - n_without))
-        rival = kept_for_work(config, 60, 40, target, from_layer=2, choice="random")
+    for n_without in range(3):
+        target = flops(Pruning(from_layer=N_LAYERS - n_without))
+        rival = equal_work(model, encoded, Pruning(from_layer=N_LAYERS - n_without), choice="random")
         assert flops(rival) <= target
-        assert rival.n_kept == 40 or flops(replace(rival, n_kept=rival.n_kept + 1)) > target
-    # The last six of eight layers are those from layer 2 on; a seventh is more than layer 2 on can save.
+        assert rival.n_kept == n_image or flops(replace(rival, n_kept=rival.n_kept + 1)) > target
+    # The last two of four layers are those from layer 2 on; a third is more than layer 2 on can save.
     assert rival == Pruning(from_layer=2, n_kept=0)
-    assert kept_for_work(config, 60, 40, flops(Pruning(from_layer=1)), from_layer=2, choice="random") is None
+    assert equal_work(model, encoded, Pruning(from_layer=1), choice="random") is None
 
 
 @pytest.fixture(scope="module")
@@ -350,27 +354,41 @@ def test_a_smaller_picture_saves_work_only_where_there_are_tiles(family, tmp_pat
         picture_sweep(model, [sample], scales=(2.0,), progress=False)
 
 
-def test_times_are_measured_in_each_part_and_only_then(tmp_path):
+def test_times_are_measured_in_each_part_and_beside_what_is_counted(tmp_path):
     model, encoded = ready(tmp_path)
-    ways = {"intact": None, "half": Pruning(from_layer=2)}
+    ways = plan_times(model, encoded)
+    assert [*ways] == ["intact", *(f"no image in the last {n}" for n in (1, 2, 3))]
+    deeper = tiny_vlm(n_layers=8)
+    assert plan_times(deeper, encoded)["FastV, at the work of half"] == Pruning(
+        from_layer=2, n_kept=5, choice="attention"
+    )
     times = measure_times(model, encoded, ways, n_new=3, n_rounds=2)
-    assert len(times) == 2 * 2 * len(PARTS) and (times.seconds > 0).all()
+    assert len(times) == 4 * 2 * len(PARTS) and (times.seconds > 0).all()
     wide = times.pivot(index=["way", "round"], columns="part", values="seconds")
     total = wide["first token with image"] + wide["next tokens"]
     assert total.tolist() == pytest.approx(wide["end to end"].tolist())
+    table = summarise_times(times)
+    here = table[table.way == "no image in the last 1"].set_index("part").counted_pct
+    own, full = (work_of(model, encoded, one, n_new=3) for one in (Pruning(from_layer=3), None))
+    assert here["first token"] == 100 * own.first_token_flops / full.first_token_flops < 100
+    assert here["next tokens"] == 100 * sum(own.next_token_flops) / sum(full.next_token_flops) < 100
+    curves = cost_curves(table, n_layers=N_LAYERS)
+    measured = curves[(curves.cost == "measured time") & (curves.part == "first token")]
+    assert measured.share_pct.tolist()[:4] == [0, 25, 50, 75] and measured["mean"].iloc[0] == 100
+    assert {*curves.part[curves.cost == "counted work"]} == {"first token", "next tokens"}
 
 
 def test_times_are_compared_within_their_round():
     seconds = {"intact": (1.0, 2.0, 4.0), "half": (0.5, 1.2, 1.0)}
+    shared = {"part": "first token", "from_layer": 2, "n_kept": 0, "counted_pct": 60.0}
     times = pd.DataFrame(
-        {"way": way, "round": n, "part": "first token", "seconds": taken}
+        {"way": way, "round": n, "seconds": taken, **shared}
         for way, several in seconds.items()
         for n, taken in enumerate(several)
     )
     table = summarise_times(times).set_index("way")
-    assert table.loc["half", ["n", "ms", "pct", "pct_q1", "pct_q3"]].tolist() == pytest.approx(
-        [3, 1000, 50, 37.5, 55]
-    )
+    found = table.loc["half", ["n", "ms", "pct", "pct_q1", "pct_q3", "counted_pct"]].tolist()
+    assert found == pytest.approx([3, 1000, 50, 37.5, 55, 60])
     assert table.loc["intact", "pct"] == 100
     with pytest.raises(ValueError, match="'intact' among the ways timed, got half"):
         summarise_times(times[times.way == "half"])

@@ -8,8 +8,8 @@ from mmflow_utils.pruning.remove import (
     image_tokens_removed,
     read_prompt,
 )
-from mmflow_utils.pruning.timing import PARTS, measure_times, summarise_times
-from mmflow_utils.pruning.work import Work, count_work, kept_for_work, prompt_lengths
+from mmflow_utils.pruning.timing import PARTS, cost_curves, measure_times, plan_times, summarise_times
+from mmflow_utils.pruning.work import Work, count_work, equal_work, prompt_lengths, work_of
 
 __all__ = [
     "PARTS",
@@ -17,14 +17,17 @@ __all__ = [
     "WAY_COLOURS",
     "Work",
     "compare_to_knockout",
+    "cost_curves",
     "count_work",
+    "equal_work",
     "greedy_decode",
     "image_tokens_removed",
-    "kept_for_work",
     "measure_times",
     "picture_sweep",
+    "plan_times",
     "prompt_lengths",
     "prune_sweep",
     "read_prompt",
     "summarise_times",
+    "work_of",
 ]

@@ -23,7 +23,7 @@ from mmflow_utils.pruning.remove import (
     image_positions,
     prompt_embeds,
 )
-from mmflow_utils.pruning.work import count_work, kept_for_work, prompt_lengths
+from mmflow_utils.pruning.work import equal_work, work_of
 from mmflow_utils.reference import rounding
 from mmflow_utils.samples import Sample, load_image
 
@@ -38,7 +38,6 @@ LAST_LAYERS, RANDOM, FASTV, SMALLER = (
 WAY_COLOURS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALLER: "#117733"}
 """The ways to save work, and their colours."""
 
-FASTV_LAYER = 2  # Chen et al. 2024 rank by the second layer's attention, and remove from the third (K = 2) on
 COLUMNS = (
     "sample_id",
     "image_id",
@@ -157,18 +156,12 @@ def _plan(
     model: VLM, encoded: Encoded, counts: Sequence[int], rivals: bool, seed: int
 ) -> Iterator[tuple[int, str, Pruning]]:
     """List the removals of one prompt: without the image in the last layers, and the rivals of equal work."""
-    config, n_tokens, n_image = model.text.config, encoded.spans.n_tokens, len(image_positions(encoded))
     seed = (seed + crc32(encoded.sample.sample_id.encode())) % 2**32
     for n_without in counts:
         pruning = Pruning(from_layer=model.n_layers - n_without)
         yield n_without, LAST_LAYERS, pruning
-        lengths = prompt_lengths(model.n_layers, n_tokens, n_image, pruning)
-        flops = count_work(config, lengths).first_token_flops
         for way, choice in ((RANDOM, "random"), (FASTV, "attention")) if rivals else ():
-            rival = kept_for_work(
-                config, n_tokens, n_image, flops, from_layer=FASTV_LAYER, choice=choice, seed=seed
-            )
-            if rival:
+            if rival := equal_work(model, encoded, pruning, choice=choice, seed=seed):
                 yield n_without, way, rival
 
 
@@ -203,11 +196,9 @@ def _cost(
     model: VLM, encoded: Encoded, pruning: Pruning | None, *, whole: Encoded | None = None
 ) -> dict[str, Any]:
     """Count what a removal costs, in percent of the intact model, or of another prompt's whole."""
-    pruning = pruning or Pruning(from_layer=model.n_layers)
-    n_image, whole = len(image_positions(encoded)), whole or encoded
-    config, n_layers, n_tokens = model.text.config, model.n_layers, encoded.spans.n_tokens
-    own = count_work(config, prompt_lengths(n_layers, n_tokens, n_image, pruning))
-    full = count_work(config, [whole.spans.n_tokens] * n_layers)
+    n_image, n_layers = len(image_positions(encoded)), model.n_layers
+    pruning = pruning or Pruning(from_layer=n_layers)
+    own, full = work_of(model, encoded, pruning), work_of(model, whole or encoded)
     return {
         "from_layer": pruning.from_layer,
         "n_image": n_image,

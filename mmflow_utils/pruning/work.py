@@ -1,6 +1,6 @@
 """What a prompt costs the decoder, counted and not timed: floating-point operations and bytes of cache.
 
-work = count_work(model.text.config, prompt_lengths(model.n_layers, 600, 576, Pruning(from_layer=20)))
+work = work_of(model, encoded, Pruning(from_layer=20))
 """
 
 from bisect import bisect_right
@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmflow_utils.pruning.remove import Pruning
+from mmflow_utils.encode import Encoded
+from mmflow_utils.models import VLM
+from mmflow_utils.pruning.remove import Pruning, image_positions
 
-__all__ = ["Work", "count_work", "kept_for_work", "prompt_lengths"]
+__all__ = ["Work", "count_work", "equal_work", "prompt_lengths", "work_of"]
+
+FASTV_LAYER = 2  # Chen et al. 2024 rank by the second layer's attention and remove from the third (K = 2) on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +87,40 @@ def prompt_lengths(n_layers: int, n_tokens: int, n_image: int, pruning: Pruning 
     return [n_tokens - gone * (layer >= pruning.from_layer) for layer in range(n_layers)]
 
 
-def kept_for_work(
-    config: Any, n_tokens: int, n_image: int, flops: int, *, from_layer: int, choice: str, seed: int = 0
+def work_of(model: VLM, encoded: Encoded, pruning: Pruning | None = None, *, n_new: int = 1) -> Work:
+    """Count the decoder's work on a prompt, with or without image tokens, in the model's own precision."""
+    config, n_image = model.text.config, len(image_positions(encoded))
+    lengths = prompt_lengths(model.n_layers, encoded.spans.n_tokens, n_image, pruning)
+    return count_work(config, lengths, n_new=n_new, itemsize=model.dtype.itemsize)
+
+
+def equal_work(
+    model: VLM,
+    encoded: Encoded,
+    pruning: Pruning,
+    *,
+    choice: str,
+    from_layer: int = FASTV_LAYER,
+    seed: int = 0,
 ) -> Pruning | None:
-    """Keep as many image tokens from a layer on as a number of operations to the first token allows.
+    """Keep as many image tokens from a layer on as costs no more than another pruning, to the first token.
+
+    Args:
+        model, encoded: the model and the prompt.
+        pruning: whose work counts.
+        choice: which tokens stay, see `Pruning`.
+        from_layer: where the others go; FastV's layer by default.
+        seed: of a random choice.
 
     Returns:
-        The pruning, of at most that work; None where even none is too many, so that no number is equal.
+        The pruning of the most work that is no more than that; None where even keeping none is more.
     """
-
-    def work(n_kept: int) -> int:
-        pruning = Pruning(from_layer=from_layer, n_kept=n_kept)
-        lengths = prompt_lengths(config.num_hidden_layers, n_tokens, n_image, pruning)
-        return count_work(config, lengths).first_token_flops
-
-    n_kept = bisect_right(range(n_image + 1), flops, key=work) - 1
-    return None if n_kept < 0 else Pruning(from_layer=from_layer, n_kept=n_kept, choice=choice, seed=seed)
+    rivals = [
+        Pruning(from_layer=from_layer, n_kept=n, choice=choice, seed=seed)
+        for n in range(len(image_positions(encoded)) + 1)
+    ]
+    flops = work_of(model, encoded, pruning).first_token_flops
+    n_fitting = bisect_right(
+        rivals, flops, key=lambda rival: work_of(model, encoded, rival).first_token_flops
+    )
+    return rivals[n_fitting - 1] if n_fitting else None
