@@ -68,8 +68,8 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     text += answer_prefix if isinstance(answer_prefix, str) else ""
     extra = [] if isinstance(answer_prefix, str) else [int(token) for token in answer_prefix]
     picture = load_image(sample) if "<image>" in chars else None
-    inputs = _process(model, text, picture)
-    offsets = _offsets(model, text, inputs["input_ids"][0].tolist())
+    inputs, written = _process(model, text, picture)
+    offsets = _offsets(model, text, chars.get("<image>"), written, inputs["input_ids"][0].tolist())
     inputs = _append(inputs, extra)
     offsets += [(len(text), len(text))] * len(extra)
     ids = inputs["input_ids"][0].tolist()
@@ -90,8 +90,8 @@ def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tu
     """Give the image tokens whose piece of the picture lies under a box, if only with a corner (§6, Fig. 5).
 
     The boxes are drawn as a picture of the same size and sent through the model's own picture processor, so
-    resizing, cropping, padding and tiles come out as they do for the picture itself. Of LLaVA-NeXT's tokens,
-    those of the base image and those of the tiles are found alike; newline tokens belong to no box.
+    resizing, cropping, padding and tiles come out as they do for the picture itself. The tokens of the whole
+    picture and those of its tiles are found alike; newline tokens belong to no box.
 
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
@@ -111,14 +111,15 @@ def processed_drawing(model: VLM, drawing: Image.Image) -> Float[Tensor, "tiles 
     Colours come out from 0 to 1, unnormalised; padding is black.
     """
     # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
-    pixels = model.processor.image_processor(
+    processed = model.processor(
         images=_square(model, drawing, (0, 0, 0)),
+        text=model.image_token,
         **_picture_options(model),
         do_normalize=False,
         resample=Image.Resampling.BOX,
         return_tensors="pt",
-    )["pixel_values"]
-    return pixels.reshape(-1, *pixels.shape[-3:]).float()
+    )
+    return model.tiles(processed).float()
 
 
 def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
@@ -143,22 +144,32 @@ def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
     return text, chars
 
 
-def _process(model: VLM, text: str, picture: Image.Image | None) -> dict[str, Tensor]:
-    options = {"return_tensors": "pt", "add_special_tokens": _wants_special(model, text)}
+def _process(model: VLM, text: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], str]:
+    """Give the model's inputs, and what the processor writes into the text for the picture."""
+    special = _wants_special(model, text)
     if picture is None:
-        return dict(model.tokenizer(text, **options))
+        return dict(model.tokenizer(text, return_tensors="pt", add_special_tokens=special)), ""
     mean = getattr(model.processor.image_processor, "image_mean", None) or (0, 0, 0)
     picture = _square(model, picture, tuple(int(255 * part) for part in mean))
-    return dict(model.processor(images=picture, text=text, **_picture_options(model), **options))
+    made = model.processor(
+        images=picture,
+        text=text,
+        add_special_tokens=special,
+        return_text_replacement_offsets=True,
+        **_picture_options(model),
+    )
+    ((replaced,),) = made.pop("text_replacement_offsets")
+    # Not return_tensors="pt": not every processor then spares what is no tensor.
+    return dict(made.convert_to_tensors("pt")), replaced["replacement"]
 
 
 def _picture_options(model: VLM) -> dict[str, bool]:
-    # To a processor with tiles do_pad means their number; any other must not pad what `_square` left alone.
+    # To a processor with tiles do_pad means them; any other must not pad what `_square` left alone.
     return {} if model.has_tiles else {"do_pad": False}
 
 
 def _square(model: VLM, picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Pad a picture to a square, where the model wants it, as LLaVA-1.5's own code does."""
+    """Pad a picture to a square, where the parameter says so, as LLaVA-1.5's own code does."""
     if model.has_tiles or not model.do_pad:
         return picture
     side = max(picture.size)
@@ -172,35 +183,45 @@ def _wants_special(model: VLM, text: str) -> bool:
     return not (model.tokenizer.bos_token and text.startswith(model.tokenizer.bos_token))
 
 
-def _offsets(model: VLM, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+def _offsets(
+    model: VLM, text: str, placeholder: tuple[int, int] | None, written: str, ids: Sequence[int]
+) -> list[tuple[int, int]]:
     """Give each position its characters in the prompt.
 
-    The processor writes the picture's placeholder many times before it cuts the text; here the text is cut
-    with one placeholder, and both must agree before and after the picture.
+    Args:
+        placeholder: the characters that stand for the picture.
+        written: what the processor writes in their place before it cuts the text: image tokens, and in some
+            families tokens about them. These have no characters of the prompt.
     """
     if not model.tokenizer.is_fast:
         raise ValueError(
             f"{model.name} needs a tokenizer with character offsets: a tokenizer.json beside the weights."
         )
-    plain = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=_wants_special(model, text))
-    pieces, offsets = plain["input_ids"], [tuple(pair) for pair in plain["offset_mapping"]]
-    if model.image_token_id in pieces:
-        at = pieces.index(model.image_token_id)
-        n_more = len(ids) - len(pieces)
-        pieces = pieces[:at] + list(ids[at : at + n_more]) + pieces[at:]
-        offsets = offsets[:at] + [offsets[at]] * n_more + offsets[at:]
-    if pieces != list(ids):
+    begin, end = placeholder or (len(text), len(text))
+    whole = text[:begin] + written + text[end:]
+    cut = model.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=_wants_special(model, text))
+    if cut["input_ids"] != list(ids):
         raise ValueError(
             f"{model.name}'s processor and tokenizer cut the prompt differently, so its words can't be "
             f"located: {text!r}. Check that the checkpoint's tokenizer and processor files belong together."
         )
-    return offsets
+    behind, longer = begin + len(written), len(written) - (end - begin)
+
+    def in_prompt(first: int, stop: int) -> tuple[int, int]:
+        if stop <= begin:
+            return first, stop
+        if first >= behind:
+            return first - longer, stop - longer
+        # A token may join the last characters before the picture, or the first after it, with written ones.
+        return (first, begin) if first < begin else (end, max(end, stop - longer))
+
+    return [in_prompt(*pair) for pair in cut["offset_mapping"]]
 
 
 def _token_texts(
     model: VLM, ids: Sequence[int], text: str, offsets: Sequence[tuple[int, int]]
 ) -> tuple[str, ...]:
-    # A token that stands for no character of the prompt (<s>, an appended one) shows its own name.
+    # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
     return tuple(
         text[start:end] or model.tokenizer.decode([token])
         for token, (start, end) in zip(ids, offsets, strict=True)

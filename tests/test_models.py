@@ -8,7 +8,10 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny import PROMPT, tiny_sample, tiny_vlm
+from tiny import PROMPT, tiny_sample, tiny_tokenizer, tiny_vlm
+from tiny_families import FAMILIES
+from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM
+from transformers.models.smolvlm import processing_smolvlm
 
 from mmflow_utils.encode import encode
 from mmflow_utils.models import find_checkpoint, load, load_model, text_inputs
@@ -65,7 +68,7 @@ def test_weights_do_not_come_from_torchs_generator():
     assert not torch.equal(one, tiny_vlm(seed=4).unembed.weight)
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", *FAMILIES])
 def test_a_stored_model_comes_back_as_it_was(family, tmp_path):
     model = tiny_vlm(family, n_kv_heads=2)
     back = load_model(wanted(save(model, tmp_path / "m")))
@@ -77,6 +80,33 @@ def test_a_stored_model_comes_back_as_it_was(family, tmp_path):
     assert not back.hf.training and not any(p.requires_grad for p in back.hf.parameters())
     assert back.text.config._attn_implementation == "sdpa"
     assert back.processor.image_processor.backend == "pil"
+
+
+def test_a_package_that_a_processor_wants_is_named(tmp_path, monkeypatch):
+    save(tiny_vlm("smolvlm"), tmp_path / "m")
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(ValueError, match="pip install num2words") as caught:
+        load_model(wanted(tmp_path / "m"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_whose_picture_path_is_not_known_is_refused_before_its_weights_are_read(stored, tmp_path):
+    folder = copy(stored, tmp_path / "m", without=["config.json"])
+    MllamaConfig().save_pretrained(folder)
+    with pytest.raises(ValueError, match="gemma3, .* holds 'mllama'.*adapter.py") as caught:
+        load_model(wanted(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_without_the_parts_that_are_cut_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer(family="llama")
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    hf = Phi3ForCausalLM(Phi3Config(vocab_size=len(tokenizer), pad_token_id=0, **small))
+    hf.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="'phi3', is built otherwise .*v_proj") as caught:
+        load_model(wanted(tmp_path / "m", prompt="{caption} {question}"))
+    assert "\n" not in str(caught.value)
 
 
 def test_loading_says_nothing(stored, capfd):

@@ -31,7 +31,7 @@ from tests.tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 
 N_LAYERS = 4
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
-KINDS = ("llava", "llava-gqa", "llava_next", "llama", "sliding")
+KINDS = ("llava", "llava-gqa", "llava_next", "llama", "sliding", "idefics3", "qwen2_5_vl", "internvl")
 TOLERANCE = 1e-5  # in probability: rounding of float32
 
 

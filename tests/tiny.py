@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tiny_families import FAMILIES, VISION, Built
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -45,8 +46,14 @@ CORPUS = (
 
 
 @cache
-def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
-    """Train a Llama-like tokenizer: BPE on Metaspace without byte fallback, `<s>` in front."""
+def tiny_tokenizer(vocab_size: int = 320, family: str = "llava") -> PreTrainedTokenizerFast:
+    """Train a Llama-like tokenizer: BPE on Metaspace without byte fallback, `<s>` in front.
+
+    Args:
+        family: whose tokens about a picture it knows.
+    """
+    known = FAMILIES.get(family)
+    named, more = (known.named, known.more) if known else ({"image_token": "<image>"}, ())
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -56,7 +63,7 @@ def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
         ]
     )
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    special = ["<unk>", "<s>", "</s>", "<pad>", *named.values(), *more]
     alphabet = [chr(code) for code in range(32, 127)] + ["\n"]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
     core.train_from_iterator(CORPUS, trainer)
@@ -69,7 +76,7 @@ def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=dict(named),
     )
 
 
@@ -77,8 +84,8 @@ def fill_weights(module: torch.nn.Module, seed: int, scale: float = 1.0) -> None
     """Draw every weight from numpy's generator, large enough that attention is far from uniform."""
     rng = np.random.default_rng(seed)
     for name, weight in sorted(module.named_parameters()):
-        if weight.ndim == 1 and name.endswith("weight"):  # the scale of a norm
-            values = 1 + 0.1 * rng.standard_normal(tuple(weight.shape))
+        if weight.ndim == 1 and name.endswith("weight"):  # the scale of a norm, around its start
+            values = weight.mean().round().item() + 0.1 * rng.standard_normal(tuple(weight.shape))
         elif "embed" in name or "image_newline" in name:
             values = rng.standard_normal(tuple(weight.shape))
         elif weight.ndim == 1:
@@ -103,14 +110,14 @@ def tiny_vlm(
     dtype: torch.dtype = torch.float32,
     text_config: object | None = None,
 ) -> VLM:
-    """Build a random `llava`, `llava_next` or text-only `llama` model.
+    """Build a random `llava`, `llava_next` or text-only `llama` model, or one of `tiny_families`.
 
     Args:
         text_config: another decoder's configuration (sliding windows, say) in place of the Llama one; its
             vocabulary must be the tiny tokenizer's.
     """
-    tokenizer = tiny_tokenizer()
-    text = text_config or LlamaConfig(
+    tokenizer = tiny_tokenizer(family=family)
+    shape = dict(
         vocab_size=len(tokenizer),
         hidden_size=d_model,
         intermediate_size=2 * d_model,
@@ -122,34 +129,12 @@ def tiny_vlm(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=16,
-    )
-    shared = dict(text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id)
-    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    geometry = dict(
-        patch_size=PATCH_SIZE, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-    if family == "llava":
-        hf = LlavaForConditionalGeneration(LlavaConfig(**shared))
-        images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
-        processor = LlavaProcessor(images, tokenizer, **geometry)
-    elif family == "llava_next":
-        hf = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=GRID, **shared))
-        images = LlavaNextImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_grid_pinpoints=GRID
-        )
-        processor = LlavaNextProcessor(images, tokenizer, **geometry)
+    if family in FAMILIES:
+        hf, processor = FAMILIES[family].build(shape, tokenizer)
     elif family == "llama":
-        hf, processor = LlamaForCausalLM(text), None
+        hf, processor = LlamaForCausalLM(LlamaConfig(**shape)), None
     else:
-        raise ValueError(f"family must be 'llava', 'llava_next' or 'llama', not {family!r}.")
+        hf, processor = _llava(family, text_config or LlamaConfig(**shape), tokenizer)
     fill_weights(hf, seed)
     hf = hf.to(dtype).eval().requires_grad_(False)
     hf.set_attn_implementation("sdpa")
@@ -163,6 +148,27 @@ def tiny_vlm(
         device=torch.device("cpu"),
         dtype=dtype,
     )
+
+
+def _llava(family: str, text: object, tokenizer: PreTrainedTokenizerFast) -> Built:
+    vision = CLIPVisionConfig(**VISION, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, projection_dim=16)
+    shared = dict(text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id)
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    geometry = dict(
+        patch_size=PATCH_SIZE, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    if family == "llava":
+        images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+        processor = LlavaProcessor(images, tokenizer, **geometry)
+        return LlavaForConditionalGeneration(LlavaConfig(**shared)), processor
+    if family == "llava_next":
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_grid_pinpoints=GRID
+        )
+        processor = LlavaNextProcessor(images, tokenizer, **geometry)
+        hf = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=GRID, **shared))
+        return hf, processor
+    raise ValueError(f"family must be llava, llava_next, llama, {', '.join(FAMILIES)}, not {family!r}.")
 
 
 def tiny_sample(

@@ -6,6 +6,7 @@ logits = model.unembed(model.final_norm(resid_post))
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-__all__ = ["VLM", "picture_features", "text_inputs"]
+__all__ = ["FAMILIES", "VLM", "picture_features", "text_inputs"]
+
+FAMILIES = ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_5_vl", "smolvlm")
+"""Families, by `model_type`, whose picture path is proven (tests/test_families.py); others are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +79,31 @@ class VLM:
         return getattr(self.processor, "image_token", "<image>")
 
     @property
+    def n_merged(self) -> int:
+        """How many of the vision tower's patches, along each side, the projector makes one image token of."""
+        config, vision = self.hf.config, self.hf.config.vision_config
+        if hasattr(config, "mm_tokens_per_image"):  # Gemma 3 averages
+            return vision.image_size // vision.patch_size // isqrt(config.mm_tokens_per_image)
+        if hasattr(config, "downsample_ratio"):  # InternVL; a share, not a number
+            return round(1 / config.downsample_ratio)
+        return getattr(config, "scale_factor", getattr(vision, "spatial_merge_size", 1))
+
+    @property
     def image_patch_size(self) -> int:
-        """Side of one image patch, in pixels of the processed picture."""
-        return self.hf.config.vision_config.patch_size
+        """Side of one image patch, the piece of the picture behind one token, in processed pixels."""
+        size = self.hf.config.vision_config.patch_size
+        return self.n_merged * (size if isinstance(size, int) else size[0])
 
     @property
     def has_tiles(self) -> bool:
-        """True where the processor cuts a picture into any-resolution tiles, and pads them itself."""
-        return hasattr(self.processor.image_processor, "image_grid_pinpoints")
+        """True where the processor may cut a picture into tiles, and sees to its proportions by itself."""
+        signs = ("image_grid_pinpoints", "do_image_splitting", "crop_to_patches")
+        return any(hasattr(self.processor.image_processor, sign) for sign in signs)
+
+    @property
+    def overview_tile(self) -> int:
+        """Which of several tiles shows the whole picture: LLaVA-NeXT's first one, else the last."""
+        return 0 if hasattr(self.hf, "pack_image_features") else -1
 
     def attention(self, layer: int) -> nn.Module:
         return self.layers[layer].self_attn
@@ -117,8 +138,9 @@ class VLM:
     ) -> Float[Tensor, "image_tokens k"]:
         """Lay out values that belong to patches of the picture as the model lays out its image tokens.
 
-        LLaVA's are in reading order. LLaVA-NeXT stitches its tiles together, cuts the padding away and ends
-        each row with a newline token: the library's own packing does it here, and newlines come out NaN.
+        Most are in reading order, tile after tile. LLaVA-NeXT stitches its tiles together, cuts the padding
+        away and ends each row with a newline token: the library's own packing does it here, and newlines come
+        out NaN.
         """
         if not hasattr(self.hf, "pack_image_features"):
             return patches.flatten(0, 1)
@@ -131,6 +153,18 @@ class VLM:
             image_newline=newline,
         )
         return packed[0]
+
+    def tiles(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "tiles 3 height width"]:
+        """Give the processed picture as pictures; the patches that Qwen's processor cuts are put together."""
+        pixels = inputs["pixel_values"]
+        if "image_grid_thw" not in inputs:
+            return pixels.reshape(-1, *pixels.shape[-3:])
+        _, n_rows, n_columns = inputs["image_grid_thw"][0].tolist()
+        cut = self.processor.image_processor
+        merged, side = cut.merge_size, cut.patch_size
+        blocks = pixels.reshape(n_rows // merged, n_columns // merged, merged, merged, 3, -1, side, side)
+        still = blocks[:, :, :, :, :, 0]  # a picture is a film in which nothing moves
+        return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, n_rows * side, n_columns * side)
 
 
 @torch.inference_mode()
@@ -152,7 +186,16 @@ def text_inputs(model: VLM, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any
 
 @torch.inference_mode()
 def picture_features(model: VLM, inputs: Mapping[str, Tensor]) -> Float[Tensor, "tiles patches d_vision"]:
-    """Give the vision tower's features of a prompt's picture, as the projector receives them (App. E)."""
+    """Give the vision tower's features of a prompt's picture, as the projector receives them (App. E).
+
+    Raises:
+        ValueError: the projector joins several patches in one token, so that no token has a patch's features.
+    """
+    if model.n_merged > 1:
+        raise ValueError(
+            f"Expected a model with an image token for each patch of its vision tower, but {model.name} "
+            f"joins {model.n_merged} x {model.n_merged} of them in one: App. E can't be asked of it."
+        )
     caught: list[Tensor] = []
     projector = model.hf.base_model.multi_modal_projector
     hook = projector.register_forward_pre_hook(lambda _, args: caught.append(args[0]))

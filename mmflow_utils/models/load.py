@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -26,10 +27,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmflow_utils.models.adapter import VLM
+from mmflow_utils.models.adapter import FAMILIES, VLM
 from mmflow_utils.params import ROOT
 
-__all__ = ["find_checkpoint", "load_model"]
+__all__ = ["find_checkpoint", "load_model", "pictures_only"]
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -48,16 +49,23 @@ def load_model(params: Any) -> VLM:
 
     Raises:
         ValueError: no such folder and no such name on the hub; the hub can't be reached; a folder without
-            configuration, weights, tokenizer or processor; a device that isn't there.
+            configuration, weights, tokenizer or processor; a family or a decoder that is not served; a device
+            that isn't there.
     """
     device = _find_device(params.device)
     folder = find_checkpoint(params.checkpoint, params.revision)
     config = _read_part(AutoConfig, folder, "a model configuration (config.json)")
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and config.model_type not in FAMILIES:
+        raise ValueError(
+            f"Expected a vision-language model of a family that is served here ({', '.join(FAMILIES)}), but "
+            f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
+            "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
+        )
     hf = _read_weights(AutoModelForImageTextToText if sees else AutoModelForCausalLM, folder, params)
     processor = _read_processor(folder, config) if sees else None
     tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer")
-    return VLM(
+    model = VLM(
         name=params.model,
         hf=hf if params.device_map else hf.to(device),
         processor=processor,
@@ -67,6 +75,8 @@ def load_model(params: Any) -> VLM:
         device=hf.device if params.device_map else device,
         dtype=hf.dtype,
     )
+    _check_decoder(model, folder)
+    return model
 
 
 def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
@@ -159,6 +169,18 @@ def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
     return hf.eval().requires_grad_(False)
 
 
+def _check_decoder(model: VLM, folder: Path) -> None:
+    """Refuse a decoder that is no stack of attention and MLP with the parts that are intervened upon."""
+    try:
+        for layer in range(model.n_layers):
+            model.mlp(layer), model.value_proj(layer), model.output_proj(layer)
+    except AttributeError as error:
+        raise ValueError(
+            "Expected decoder layers of self-attention (v_proj, o_proj) and an MLP, but the model in "
+            f"{folder}, a {model.hf.config.model_type!r}, is built otherwise and can't be dissected here: {error}."
+        ) from None
+
+
 @contextmanager
 def _no_bar() -> Iterator[None]:
     # Its timings would stand in every committed notebook, different each time.
@@ -178,7 +200,9 @@ def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
             f"Expected a picture processor in {folder} (processor_config.json or preprocessor_config.json), "
             "but there is none: copy it from the checkpoint that the weights came from."
         )
-    processor = _read_part(AutoProcessor, folder, "a processor")
+    kind = PROCESSOR_MAPPING[type(config)]
+    kind = pictures_only(kind) if "video_processor" in kind.get_attributes() else AutoProcessor
+    processor = _read_part(kind, folder, "a processor")
     if not getattr(processor, "tokenizer", None) or not getattr(processor, "image_processor", None):
         raise ValueError(f"Expected a processor with a tokenizer and a picture processor in {folder}.")
     processor.image_processor = _read_part(AutoImageProcessor, folder, "a picture processor", backend="pil")
@@ -188,6 +212,22 @@ def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = 1  # CLIP's class token, which `default` drops again
     return processor
+
+
+def pictures_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """Leave out a processor class's part for videos: it needs torchvision, and no video is shown here."""
+
+    class PicturesOnly(kind):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: list, processor_dict: dict, **options: Any) -> ProcessorMixin:
+            return super().from_args_and_dict([*args, None], processor_dict, **options)
+
+    PicturesOnly.__name__ = kind.__name__  # it stands in the files that are stored
+    return PicturesOnly
 
 
 def _find_device(name: str) -> torch.device:

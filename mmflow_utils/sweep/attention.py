@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["RIDER", "Attend", "Block", "Capture", "as_index", "keys_only"]
+__all__ = ["RIDER", "Attend", "Block", "Capture", "allowed", "as_index", "keys_only"]
 
 RIDER = "mmflow_ride"
 # So many own keys stand side by side in one call: enough to keep it busy, few enough that the scores between
@@ -179,7 +179,7 @@ class Attend:
             shares = touched / touched.sum(1, keepdim=True).clamp(min=1) * (intervention == "mean_value")
         sees = keys <= at[:, None]
         if self.layer_mask is not None:
-            sees = _allowed(self.layer_mask)[at.to(self.layer_mask.device)].to(device)[:, keys]
+            sees = allowed(self.layer_mask)[at.to(self.layer_mask.device)].to(device)[:, keys]
         prefix, own = keys[keys < block.low], keys[keys >= block.low] - block.low
         self.known[name] = _Keys(
             n_prefix=len(prefix),
@@ -201,7 +201,8 @@ def as_index(rows: list[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(rows, device=device)
 
 
-def _allowed(mask: Tensor) -> Bool[Tensor, "n n"]:
+def allowed(mask: Tensor) -> Bool[Tensor, "n n"]:
+    """Say which keys a layer's own mask, in any of the library's forms, lets each position see."""
     mask = mask[0, 0]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmflow_utils.encode import Encoded
 from mmflow_utils.models import VLM
 from mmflow_utils.reference.engine import Keep
-from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, as_index, keys_only
+from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, allowed, as_index, keys_only
 from mmflow_utils.sweep.plan import Branch
 
 __all__ = ["Ride", "layer_kwargs_at"]
@@ -100,6 +100,7 @@ class Ride:
             self._remember(hidden[0, self.read])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
+        self._check_order(kwargs.get("attention_mask"))
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
             return hidden, {**kwargs, RIDER: self.clean}
@@ -107,6 +108,22 @@ class Ride:
         rows = list(range(len(self.read)))
         block = Block(rows=rows, positions=tuple(self.read), low=self.read[0])
         return hidden[:, self.read], {**layer_kwargs_at(kwargs, self.read), RIDER: self._attend([block])}
+
+    def _check_order(self, mask: Tensor | None) -> None:
+        """Refuse rows that depend on what comes after them, as the tokens of an image do in some families."""
+        if mask is None or ("order", id(mask)) in self.known:
+            return
+        ahead = allowed(mask).triu(1)
+        both_ways = set((ahead.any(0) | ahead.any(1)).nonzero().flatten().tolist())
+        edited = {position for branch in self.branches for position in branch.target}
+        cuts = {cut for b in self.branches for cut in (b.rows[0], b.rows[-1] + 1)}
+        torn = {cut for cut in cuts if ahead[:cut, cut:].any()}
+        if wrong := sorted(both_ways & (edited | set(self.read)) | torn):
+            raise ValueError(
+                f"Position {wrong[0]} is a target or is read, but lies among tokens that attend to later "
+                "ones too (an image's, in this model), which the sweep can't take: set method to reference."
+            )
+        self.known["order", id(mask)] = True
 
     def _after(self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
