@@ -1,4 +1,4 @@
-"""Results on disk: a parquet file that carries the manifest of the run that made it.
+"""Results on disk: a parquet file that carries the manifest of the run that made it, and its own checksum.
 
 >>> path = tmp / "flow.parquet"
 >>> save_frame(frame, path, manifest(params))
@@ -7,12 +7,13 @@ True
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
 # they are summarised.
 NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "n_boot"})
 KEY = b"mmflow_manifest"
+# Where the checksum of a file stands in it. It is taken with zeros in its own place.
+MARK, BLANK = b'"sha256": "', b"0" * 64
 
 
 def manifest(
@@ -52,9 +55,9 @@ def manifest(
     depends_on = {name: values[name] for name in values if name in names}
     files = sorted(params.path("checkpoint").glob("*.safetensors"))
     commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
-    depends_on["weights_sha256"] = _sha256(*files) if files else commit
+    depends_on["weights_sha256"] = sha256(*files) if files else commit
     data = [params.path(name) for name in ("questions", "scene_graphs")]
-    depends_on["data_sha256"] = _sha256(*data) if all(file.is_file() for file in data) else None
+    depends_on["data_sha256"] = sha256(*data) if all(file.is_file() for file in data) else None
     return {
         "depends_on": depends_on,
         "made_by": {
@@ -71,14 +74,12 @@ def save_frame(frame: pd.DataFrame, path: str | Path, manifest: Mapping[str, Any
     """Write a frame with its manifest, whole or not at all.
 
     The manifest is inside the parquet file, so that the two can't be parted, and beside it as
-    `.json`, to be read by eye.
+    `.json`, to be read by eye. It ends with the checksum of the whole file.
     """
     path = Path(path)
-    table = pa.Table.from_pandas(frame)
-    text = json.dumps(manifest, indent=2, default=str)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: text.encode()})
-    _write_whole(path, lambda file: pq.write_table(table, file))
-    _write_whole(path.with_suffix(".json"), lambda file: file.write_bytes(f"{text}\n".encode()))
+    content = pack(frame, manifest)
+    write_whole(path, content)
+    write_whole(path.with_suffix(".json"), pq.read_metadata(pa.BufferReader(content)).metadata[KEY] + b"\n")
     return path
 
 
@@ -86,50 +87,91 @@ def load_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> p
     """Read a frame, and refuse it if it was made from something other than `expected`.
 
     Raises:
-        ValueError: No such file, not a results file, or a manifest that differs; says where.
+        ValueError: No such file, not a results file, altered or cut short, or a manifest that differs;
+            says where.
     """
-    path = Path(path)
-    found = read_manifest(path)
-    if expected is not None:
-        was, now = (json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
-        differ = [
-            f"{key} was {was.get(key)!r:.80}, now {now[key]!r:.80}" for key in now if was.get(key) != now[key]
-        ]
-        if differ:
-            raise ValueError(
-                f"{path} comes from another run ({'; '.join(differ)}): "
-                "run the notebook that writes it again, or set these parameters back."
-            )
-    return pd.read_parquet(path)
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read the manifest that a frame carries, without the frame."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There are no results at {path}: run the notebook that writes them first.")
     try:
-        return json.loads(pq.read_schema(path).metadata[KEY])
-    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        frame, found = unpack(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}: delete it and run again.") from None
+    if expected is not None and (differ := differences(found, expected)):
+        raise ValueError(
+            f"{path} comes from another run ({'; '.join(differ)}): "
+            "run the notebook that writes it again, or set these parameters back."
+        )
+    return frame
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Read the manifest that a frame carries, without the frame and without a look at the checksum."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There are no results at {path}: run the notebook that writes them first.")
+    try:
+        return json.loads(pq.read_metadata(path).metadata[KEY])
+    except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} was not written by save_frame or is damaged ({error!r:.80}): delete it and run again."
         ) from None
 
 
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def pack(frame: pd.DataFrame, manifest: Mapping[str, Any]) -> bytes:
+    """Turn a frame and its manifest into the bytes of a parquet file that holds its own checksum."""
+    table, file = pa.Table.from_pandas(frame), io.BytesIO()
+    text = json.dumps({**manifest, "sha256": BLANK.decode()}, indent=2, default=str)
+    with pq.ParquetWriter(file, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({KEY: text.encode()})
+    before, _, after = file.getvalue().rpartition(MARK + BLANK)
+    return before + MARK + _checksum(before, after) + after
+
+
+def unpack(content: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Turn the bytes of `pack` back into the frame and its manifest.
+
+    Raises:
+        ValueError: The bytes are not those that `pack` made; says how that is known.
+    """
+    before, mark, rest = content.rpartition(MARK)
+    if not mark:
+        raise ValueError("was not written by save_frame or is damaged (it has no checksum)")
+    if rest[: len(BLANK)] != _checksum(before, rest[len(BLANK) :]):
+        raise ValueError("is damaged (its content and its checksum differ)")
+    file = pq.ParquetFile(pa.BufferReader(content))
+    return file.read().to_pandas(), json.loads(file.metadata.metadata[KEY])
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Name what a manifest depends on otherwise than expected, one clause each."""
+    was, now = (json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
+    return [
+        f"{key} was {was.get(key)!r:.80}, now {now[key]!r:.80}" for key in now if was.get(key) != now[key]
+    ]
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Write to a temporary name in the same folder, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
     try:
-        write(Path(name))
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)  # else a power cut may leave the new name with nothing behind it
         os.chmod(name, 0o644)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _sha256(*files: Path) -> str:
+def _checksum(before: bytes, after: bytes) -> bytes:
+    return hashlib.sha256(before + MARK + BLANK + after).hexdigest().encode()
+
+
+def sha256(*files: Path) -> str:
     """Hash files one after another; a file that didn't change since is not read again."""
     parts = [_sha256_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()

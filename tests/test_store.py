@@ -91,12 +91,11 @@ def test_a_result_may_depend_on_fewer_parameters(tmp_path, frame, params):
 def test_a_write_that_fails_leaves_the_old_result_and_no_litter(tmp_path, frame, params, monkeypatch):
     path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
 
-    def break_off(table, file):
-        file.write_bytes(b"half")
+    def break_off(handle):
         raise OSError("disk full")
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(store.pq, "write_table", break_off)
+    monkeypatch.setattr(store.os, "fsync", break_off)
     with pytest.raises(OSError, match="disk full"):
         save_frame(frame.assign(layer=3), path, manifest(params))
     assert sorted(tmp_path.iterdir()) == before
@@ -111,6 +110,39 @@ def test_missing_foreign_and_damaged_files_are_told_apart(tmp_path, frame):
     for name in ("foreign", "damaged"):
         with pytest.raises(ValueError, match=f"{name}.parquet.*not written by save_frame or is damaged"):
             load_frame(tmp_path / f"{name}.parquet")
+
+
+def test_a_byte_changed_anywhere_is_noticed(tmp_path, frame, params):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    good = path.read_bytes()
+    for where in range(0, len(good), 7):
+        path.write_bytes(good[:where] + bytes([good[where] ^ 1]) + good[where + 1 :])
+        with pytest.raises(ValueError, match="flow.parquet .*is damaged .*: delete it and run again"):
+            load_frame(path)
+    path.write_bytes(good)
+    assert load_frame(path).equals(frame)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, -1])
+def test_a_file_that_was_cut_short_is_noticed(tmp_path, frame, params, kept):
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_frame(path)
+
+
+def test_a_table_that_holds_what_looks_like_a_checksum_is_no_trouble(tmp_path, params):
+    frame = pd.DataFrame({"text": ['"sha256": "' + 64 * digit for digit in "0a"]})
+    frame.attrs["note"] = '"sha256": "' + 64 * "0"
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params, note=frame.attrs["note"]))
+    assert load_frame(path, manifest(params)).equals(frame)
+
+
+def test_equal_frames_make_equal_files(tmp_path, frame, params):
+    made_from = manifest(params)
+    one, two = (save_frame(frame, tmp_path / f"{name}.parquet", made_from) for name in "ab")
+    assert one.read_bytes() == two.read_bytes()
+    assert read_manifest(one)["sha256"] != read_manifest(save_frame(frame[:1], one, made_from))["sha256"]
 
 
 def test_storing_and_loading_needs_no_torch():
