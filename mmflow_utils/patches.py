@@ -52,7 +52,7 @@ def locate_image_patches(
 
     Returns:
         One row per image token, newlines left out: position; view (0 is the whole picture, 1 the tiles that
-        LLaVA-NeXT cuts); x, y, w, h in pixels of the stored picture, w or h 0 in the padding; set, None if in
+        it is cut into); x, y, w, h in pixels of the stored picture, w or h 0 in the padding; set, None if in
         none of `sets`.
 
     Raises:
@@ -61,7 +61,8 @@ def locate_image_patches(
     if "image" not in encoded.spans:
         raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
     edges = _patch_edges(model, load_image(encoded.sample).size)
-    views = torch.tensor([[[float(tile > 0)]] * edges.shape[1] for tile in range(len(edges))])
+    overview = range(len(edges))[model.overview_tile]
+    views = torch.tensor([[[float(tile != overview)]] * edges.shape[1] for tile in range(len(edges))])
     values = model.in_token_order(torch.cat([views, edges], dim=-1), encoded.inputs).numpy()
     positions = np.array(sorted(encoded.spans["image"] + encoded.spans.get("image_newline")))
     if len(values) != len(positions):

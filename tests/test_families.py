@@ -14,6 +14,7 @@ from tiny_families import FAMILIES, TOKEN_SIZE
 from mmflow_utils.encode import encode, find_image_patches
 from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Variant, variants
 from mmflow_utils.models import adapter, picture_features, text_inputs
+from mmflow_utils.patches import locate_image_patches
 from mmflow_utils.reference import attention_pattern, check_model, run_reference
 from mmflow_utils.samples import Box, SceneObject
 from mmflow_utils.sweep import run_sweep
@@ -183,6 +184,30 @@ def test_any_boxes_can_be_looked_up_later_and_padding_is_a_parameter(family, tmp
         everywhere = find_image_patches(model, encoded, [box_at(LANDSCAPE, 0, 0, 1, 1)])
         # Processors with tiles see to proportions themselves; with the others a square has black bands.
         assert (len(everywhere) < len(encoded.spans["image"])) == (do_pad and not model.has_tiles)
+
+
+@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, HUGE])
+def test_each_image_token_is_located_in_the_stored_picture(family, size, tmp_path):
+    model = tiny_vlm(family, do_pad=False)
+    found = locate_image_patches(model, encode(model, tiny_sample(tmp_path, size=size)))
+    cells = np.array(expected_cells(family, size)) * np.array(size * 2)
+    np.testing.assert_allclose(found[["x", "y", "w", "h"]], cells, atol=0.02 * max(size))
+    n_tiles = len(cells) - 4 if model.has_tiles and len(cells) > 4 else 0
+    assert found["view"].tolist() == [1] * n_tiles + [0] * (len(cells) - n_tiles)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_an_answer_that_is_appended_goes_on_as_the_model_itself_would(family, tmp_path):
+    """Positions in three dimensions, token types and masks grow with it as they do in generation."""
+    model, sample = tiny_vlm(family), tiny_sample(tmp_path)
+    encoded = encode(model, sample)
+    inputs = encoded.inputs | {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    said = model.hf.generate(**inputs)[0, encoded.spans.n_tokens :].tolist()
+    for n in range(len(said)):
+        longer = encode(model, sample, answer_prefix=said[:n])
+        assert int(run_reference(model, longer, []).base.argmax()) == said[n]
+    assert len(said) == 4 and longer.spans.last == encoded.spans.last + 3
 
 
 @pytest.mark.parametrize("family", NEW)

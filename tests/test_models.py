@@ -109,6 +109,15 @@ def test_a_decoder_without_the_parts_that_are_cut_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_answers_are_greedy_whatever_settings_a_checkpoint_brings(tmp_path):
+    model = tiny_vlm()
+    settings = model.hf.generation_config
+    settings.update(do_sample=True, temperature=3.0, repetition_penalty=9.0, eos_token_id=[2, 7])
+    back = load_model(wanted(save(model, tmp_path / "m"))).hf.generation_config
+    assert not back.repetition_penalty and not back.temperature and not back.do_sample
+    assert back.eos_token_id == [2, 7]
+
+
 def test_loading_says_nothing(stored, capfd):
     load_model(wanted(stored))
     assert capfd.readouterr() == ("", "")

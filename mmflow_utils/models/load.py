@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -166,6 +167,9 @@ def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
             f"Expected all of the model's weights in {folder}, but {len(missing)} are missing, {missing[0]} "
             "among them: is this checkpoint of the architecture that its config.json names?"
         )
+    # An answer is what the model itself finds likeliest: checkpoints bring penalties and temperatures along.
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    hf.generation_config = GenerationConfig(**{name: getattr(hf.generation_config, name) for name in ids})
     return hf.eval().requires_grad_(False)
 
 
@@ -177,7 +181,7 @@ def _check_decoder(model: VLM, folder: Path) -> None:
     except AttributeError as error:
         raise ValueError(
             "Expected decoder layers of self-attention (v_proj, o_proj) and an MLP, but the model in "
-            f"{folder}, a {model.hf.config.model_type!r}, is built otherwise and can't be dissected here: {error}."
+            f"{folder}, a {model.hf.config.model_type!r}, is built otherwise: {error}."
         ) from None
 
 
