@@ -13,7 +13,7 @@ import torch
 from gqa_operations import MEMBERS, evaluate
 from PIL import Image
 
-from mmflow_utils.miniature import draw_scene, sample_scene, write_split
+from mmflow_utils.miniature import draw_scene, sample_scene, write_factual, write_split
 from mmflow_utils.miniature.questions import GENERATORS, TASK_GENERATORS, ask, describe, factual, gqa_record
 from mmflow_utils.miniature.score import held_out
 from mmflow_utils.miniature.tower import HEADS, patch_truth
@@ -348,6 +348,7 @@ def test_the_guessers_would_find_a_bias():
 def split(tmp_path_factory):
     folder = tmp_path_factory.mktemp("split")
     write_split(folder, n_scenes=300, seed=0)
+    write_factual(folder, n_scenes=300, seed=0)
     return folder
 
 
