@@ -28,9 +28,9 @@ from mmflow_utils.params import ROOT, Params
 __all__ = ["load_frame", "manifest", "read_manifest", "save_frame"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
-# What changes neither a sample nor a probability: where results go, where they are computed, how
-# they are summarised.
-NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "n_boot"})
+# What changes neither a sample nor a probability: where results go, where and in which shares they are
+# computed, how they are summarised.
+NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "shard", "n_boot"})
 KEY = b"mmflow_manifest"
 # Where the checksum of a file stands in it. It is taken with zeros in its own place.
 MARK, BLANK = b'"sha256": "', b"0" * 64
