@@ -1,0 +1,95 @@
+"""Many notebooks: the Snakefile runs each once, shards at once, and a failure stops only what depends on it.
+
+The Snakefile is the real one; `mmflow_utils.execute` has a stand-in here that notes when it ran.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mmflow_utils.params import ROOT
+
+EXECUTE = """
+import pathlib, sys, time
+
+name, model, *more = sys.argv[1:]
+shard = more[2] if more[:2] == ["-p", "shard"] else ""
+here = pathlib.Path("outputs", model)
+run = name + ("." + shard.replace("/", "of") if shard else "")
+log = pathlib.Path("log")
+with log.open("a", buffering=1) as lines:
+    lines.write(f"begin {run}\\n")
+    until = time.monotonic() + 60
+    for other in pathlib.Path("meet").read_text().split() if shard else []:
+        while f"begin {other}\\n" not in log.read_text():
+            time.sleep(0.01)
+            assert time.monotonic() < until, f"{other} never began beside {run}"
+    fails = run in pathlib.Path("fail").read_text().split()
+    lines.write(f"{'fail' if fails else 'end'} {run}\\n")
+if not fails:
+    out = here / ("shards" if shard else "") / f"{run}.ipynb"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()
+sys.exit(fails)
+"""
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """A project of notebooks, two of which compute in parts; a call runs its Snakefile and gives the log."""
+    (tmp_path / "workflow").mkdir()
+    shutil.copy(ROOT / "workflow" / "Snakefile", tmp_path / "workflow")
+    files = {
+        f"notebooks/{name}.ipynb": "" for name in ("01_dataset_curation", "02_flow", "04_tour", "90_train")
+    }
+    files |= dict.fromkeys(("notebooks/02_flow.ipynb", "notebooks/03_image.ipynb"), "mm.compute_in_parts(")
+    files |= {"params/mini.yaml": "", "params/big.yaml": "", "fail": "", "meet": ""}
+    files |= {"mmflow_utils/__init__.py": "", "mmflow_utils/execute.py": EXECUTE}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def batch(*options, fail="", meet=""):
+        (tmp_path / "fail").write_text(fail)
+        (tmp_path / "meet").write_text(meet)
+        (tmp_path / "log").write_text("")
+        command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "4"]
+        command += ["--keep-going", "--quiet", "host", "progress", "reason", "rules", *options]
+        batch.said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return (tmp_path / "log").read_text().splitlines()
+
+    return batch
+
+
+def ended(log):
+    return sorted(line.removeprefix("end ") for line in log if line.startswith("end "))
+
+
+def test_without_shards_each_notebook_runs_once_and_one_gpu_serves_one_job(batch):
+    log = batch("--config", "model=big", "gpu=1", "--resources", "gpu=1")
+    assert batch.said.returncode == 0
+    assert ended(log) == ["01_dataset_curation", "02_flow", "03_image", "04_tour"]  # 90 is of mini alone
+    assert ended(log[:2]) == ["01_dataset_curation"]
+    for begin, end in zip(log[::2], log[1::2], strict=True):
+        assert begin.removeprefix("begin ") == end.removeprefix("end ")
+    assert batch("--config", "model=big", "gpu=1") == []
+
+
+def test_shards_run_at_once_and_before_their_notebook_and_a_failure_stops_only_that(batch):
+    config = ("--config", "shards=2")
+    parts = ["02_flow.1of2", "02_flow.2of2", "03_image.1of2", "03_image.2of2"]
+    log = batch(*config, fail="02_flow.2of2", meet=" ".join(parts))
+    assert ended(log[:2]) == ["01_dataset_curation"]
+    good = ["01_dataset_curation", "02_flow.1of2", *parts[2:], "03_image", "04_tour", "90_train"]
+    assert ended(log) == sorted(good)
+    assert log.index("begin 03_image") > max(log.index(f"end {part}") for part in parts[2:])
+    assert batch.said.returncode == 1
+    (said,) = re.findall(r"^mmflow: .*$", batch.said.stderr, re.MULTILINE)
+    assert said.startswith("mmflow: 02_flow.2of2 failed for mini.")
+    assert "repeat the command to go on from there" in said
+
+    assert ended(batch(*config)) == ["02_flow", "02_flow.2of2"]
+    assert batch.said.returncode == 0
