@@ -33,7 +33,7 @@ from mmflow_utils.pruning import (
     work_of,
 )
 from mmflow_utils.pruning.remove import continue_prompt, prompt_embeds
-from mmflow_utils.reference import attention_pattern, run_reference
+from mmflow_utils.reference import attention_pattern, rounding, run_reference
 
 N_LAYERS, N_NEW = 4, 5
 FAMILIES = [("llava", None), ("llava", 2), ("llava_next", 1)]
@@ -96,6 +96,26 @@ def test_all_in_float64_too(tmp_path):
     logits, cache, _ = first_logits(model, encoded, Pruning(from_layer=1))
     assert logits.dtype == cache.layers[3].keys.dtype == torch.float64
     assert (logits - knocked_out(model, encoded, image_of(encoded), 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_up_to_its_rounding(dtype, tmp_path):
+    model, encoded = ready(tmp_path, n_kv_heads=2, dtype=dtype)
+    for pruning in (Pruning(from_layer=1), Pruning(from_layer=2, n_kept=4, choice="attention")):
+        assert compare_to_knockout(model, encoded, pruning) <= rounding(dtype)
+
+
+def test_fused_attention_stays_fused_no_layer_is_given_a_mask(tmp_path):
+    model, encoded = ready(tmp_path)
+    embeds, masks = prompt_embeds(model, encoded), []
+    with image_tokens_removed(model, encoded, Pruning(from_layer=2)):
+        for layer in model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+        _, cache = read_prompt(model, embeds)
+        continue_prompt(model, 7, cache, encoded.spans.n_tokens, 3)
+    assert masks == [None] * (3 * N_LAYERS)
 
 
 @pytest.mark.parametrize("from_layer", [0, 2])

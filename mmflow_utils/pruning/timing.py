@@ -50,10 +50,11 @@ def measure_times(
         n_rounds: how often each runs, after one round to warm up.
 
     Returns:
-        One row per way, round and part of `PARTS`, with wall-clock `seconds`: the image encoder alone; the
-        first token of a prompt whose picture is encoded already, and with its encoding; the next n_new - 1
-        tokens; and the last two together. Beside it `counted_pct`, the decoder's counted work in percent of
-        the intact model's, NaN where more than the decoder runs; from_layer and n_kept.
+        One row per way, round and part of `PARTS`, with `seconds` (on a CPU, this process's own; elsewhere
+        those of the clock on the wall): the image encoder alone; the first token of a prompt whose picture is
+        encoded already, and with its encoding; the next n_new - 1 tokens; and the last two together. Beside
+        it `counted_pct`, the decoder's counted work in percent of the intact model's, NaN where more than the
+        decoder runs; from_layer and n_kept.
     """
     embeds = prompt_embeds(model, encoded)
     n_tokens, rows = embeds.shape[1], []
@@ -153,14 +154,17 @@ def _counted(model: VLM, encoded: Encoded, pruning: Pruning | None, n_new: int) 
 
 
 def _timed(model: VLM, call: Callable[[], Any]) -> tuple[float, Any]:
-    """Give the wall-clock seconds of a call, its result, and wait for the device before and after."""
-    _wait(model.device)
-    start = time.perf_counter()
+    """Give the seconds that a call takes, and its result.
+
+    On a CPU they are this process's own, on all its cores, so that other processes don't count; elsewhere
+    those of the clock on the wall, and the device is waited for before and after.
+    """
+    on_cpu = model.device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    if not on_cpu:
+        torch.accelerator.synchronize(model.device)
+    start = clock()
     result = call()
-    _wait(model.device)
-    return time.perf_counter() - start, result
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if not on_cpu:
+        torch.accelerator.synchronize(model.device)
+    return clock() - start, result
