@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny import PROMPT, tiny_sample, tiny_tokenizer, tiny_vlm
 from tiny_families import FAMILIES
-from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
 from mmflow_utils.encode import encode
@@ -118,9 +120,35 @@ def test_answers_are_greedy_whatever_settings_a_checkpoint_brings(tmp_path):
     assert back.eos_token_id == [2, 7]
 
 
-def test_loading_says_nothing(stored, capfd):
-    load_model(wanted(stored))
+@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+def test_loading_says_nothing(family, tmp_path, capfd):
+    folder, sample = save(tiny_vlm(family), tmp_path / "m"), tiny_sample(tmp_path)
+    capfd.readouterr()
+    encode(load_model(wanted(folder)), sample)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("end", [":", "\n", " "])
+def test_a_words_first_token_is_the_one_an_answer_begins_with(end):
+    words, alone = ("Left", "left", "blue ball", "Yes"), lambda model, word: model.tokenizer.encode(word)[1]
+    model = tiny_vlm(prompt=PROMPT[:-1] + end)
+    if end == ":":  # as the paper counts it: the tokenizer writes the space into every word
+        assert [model.first_token_id(word) for word in words] == [alone(model, word) for word in words]
+    tokenizer = byte_level()
+    other = replace(model, tokenizer=tokenizer)
+    first = tokenizer.convert_ids_to_tokens([other.first_token_id(word) for word in words])
+    assert first == (["ĠLeft", "Ġleft", "Ġblue", "ĠYes"] if end == ":" else ["Left", "left", "blue", "Yes"])
+
+
+def byte_level():
+    """Train a tokenizer like GPT-2's, to which a word with its space and one without are two."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.train_from_iterator(
+        [" Left left blue Yes", "Left", "left", "blue ball", "Yes"] * 9,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
 def test_a_text_only_model_loads_without_a_processor(tmp_path):

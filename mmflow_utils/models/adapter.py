@@ -120,8 +120,15 @@ class VLM:
         return self.attention(layer).o_proj
 
     def first_token_id(self, word: str) -> int:
-        """Give the first token of a word encoded alone, as answers and the logit lens count it (§7)."""
-        return self.tokenizer.encode(word, add_special_tokens=False)[0]
+        """Give the first token of a word as an answer begins with it: what the logit lens counts (§7).
+
+        With the paper's models that is the first token of the word encoded alone. Other tokenizers tell
+        " Yes" from "Yes": behind a prompt that doesn't end in white space an answer begins with the former.
+        """
+        before = "\n" if self.prompt[-1].isspace() else self.prompt[-1] + " "
+        cut = self.tokenizer(before + word, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = zip(cut["input_ids"], cut["offset_mapping"], strict=True)
+        return next(token for token, (_, stop) in tokens if stop > len(before))
 
     @contextmanager
     def attention_kernel(self, name: str) -> Iterator[None]:
