@@ -97,7 +97,7 @@ def test_a_finished_run_is_loaded_until_it_is_deleted_or_damaged(compute, capsys
 
 def test_killed_twenty_times_nothing_is_lost(tmp_path):
     script = Path(__file__).with_name("killed_runs.py")
-    subprocess.run([sys.executable, script, "kill", str(tmp_path), "20"], check=True, timeout=120)
+    subprocess.run([sys.executable, script, "kill", str(tmp_path), "20"], check=True, timeout=600)
     assert equal(load_frame(tmp_path / "flow.parquet"), measure(SAMPLES))
     assert not (tmp_path / "flow.parts").exists()
     log = Counter((tmp_path / "measured.log").read_text().split())

@@ -89,7 +89,7 @@ def compute_in_parts(
         initial=len(mine) - len(todo),
         desc=path.stem if shard is None else f"{path.stem}, shard {shard}",
         bar_format=BAR,
-        disable=not progress,
+        disable=not (progress and todo),
     ) as bar:
         for number in todo:
             # Another process may have come by here since.
