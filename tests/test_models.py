@@ -120,6 +120,22 @@ def test_answers_are_greedy_whatever_settings_a_checkpoint_brings(tmp_path):
     assert back.eos_token_id == [2, 7]
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", *FAMILIES])
+@pytest.mark.parametrize("ending", ["", "Fast"])
+def test_picture_processors_stored_apart_as_on_the_hub_are_read(family, ending, tmp_path):
+    folder, model = tmp_path / "m", tiny_vlm(family)
+    file = save(model, folder) / "processor_config.json"
+    config = json.loads(file.read_text())
+    apart = config.pop("image_processor")
+    apart["image_processor_type"] = apart["image_processor_type"].removesuffix("Pil") + ending
+    (folder / "preprocessor_config.json").write_text(json.dumps(apart))
+    file.write_text(json.dumps(config))
+    sample, back = tiny_sample(tmp_path), load_model(wanted(folder))
+    ours, theirs = encode(model, sample), encode(back, sample)
+    assert ours.spans == theirs.spans
+    assert torch.equal(ours.inputs["pixel_values"], theirs.inputs["pixel_values"])
+
+
 @pytest.mark.parametrize("family", ["llava", *FAMILIES])
 def test_loading_says_nothing(family, tmp_path, capfd):
     folder, sample = save(tiny_vlm(family), tmp_path / "m"), tiny_sample(tmp_path)
