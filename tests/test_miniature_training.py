@@ -23,8 +23,9 @@ from mmflow_utils.miniature import (
     task_accuracy,
 )
 from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
+from mmflow_utils.miniature.projector import balance_projector, share_of_variance, warm_projector
 from mmflow_utils.miniature.score import held_out
-from mmflow_utils.miniature.tower import warm_projector
+from mmflow_utils.miniature.tower import patch_truth
 from mmflow_utils.params import QUESTION_PROMPT, ROOT
 from mmflow_utils.samples import TASKS
 
@@ -209,6 +210,33 @@ def test_the_projector_begins_with_what_the_heads_read(tmp_path):
         blind = torch.linalg.svd(heads).Vh[-1]
         assert torch.allclose(projector(states + 100 * blind), passed, atol=1e-2)
         assert not torch.allclose(projector(states + 100 * heads[0]), passed, atol=1)
+
+
+def test_what_is_told_too_softly_is_said_louder_and_nothing_else_changes(tmp_path):
+    made, some = trainer(tmp_path), list(scenes()[:48])
+    pixels, projector = made._pixels(some), made.model.model.multi_modal_projector
+    with torch.no_grad():
+        states = made.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        truth = patch_truth(some, round(states.shape[1] ** 0.5))
+        shown = truth["category"] > 0
+        before = projector(states)[shown]
+        shares = balance_projector(made.model, some, pixels, share=0.1, seed=0)
+        after = projector(states)[shown]
+    for kind, share in shares.items():
+        assert share == pytest.approx(share_of_variance(before, truth[kind][shown]))
+        assert share_of_variance(after, truth[kind][shown]) > (1.3 * share if share < 0.03 else 0.7 * share)
+    assert min(shares.values()) < 0.03
+    # It is a linear map that loses nothing: the features before can be read off those after.
+    centred, wanted = after - after.mean(0), before - before.mean(0)
+    back = centred @ torch.linalg.lstsq(centred, wanted).solution
+    assert (back - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_the_share_of_variance_by_hand():
+    features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [2.0, 1.0], [2.0, -1.0]])
+    assert share_of_variance(features, torch.tensor([0, 0, 1, 1])) == pytest.approx(0.5)
+    assert share_of_variance(features, torch.tensor([0, 1, 1, 0])) == pytest.approx(0)
+    assert share_of_variance(features, torch.arange(4)) == pytest.approx(1)
 
 
 def test_a_finished_stage_is_not_trained_again(whole):

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, PLACES, SIZE, Scene, Thing
 
-__all__ = ["HEADS", "patch_truth", "tower_loss", "warm_projector"]
+__all__ = ["HEADS", "patch_truth", "tower_loss"]
 
 COLUMNS = 6  # of equal width, over where the middle of a thing can lie
 # What is read off a patch, and of how many classes; category 0 is the background.
@@ -59,24 +59,3 @@ def tower_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Float[Ten
     for kind in (*ATTRIBUTES, "column"):
         loss = loss + F.cross_entropy(logits[kind][shown], truth[kind][shown])
     return loss + CENTRE * F.mse_loss(logits["centre"][shown], truth["centre"][shown])
-
-
-@torch.no_grad()
-def warm_projector(
-    model: nn.Module, heads: nn.ModuleDict, pixels: Float[Tensor, "scene 3 h w"], seed: int
-) -> None:
-    """Begin the projector with a random mixture of what the tower's heads read, at equal variance.
-
-    The tower's features are large, and some attributes make up a few per cent of their variance: from a
-    random start the projector passed on the loud ones alone, and colours stayed at chance.
-    """
-    projector = model.model.multi_modal_projector.linear_1
-    states = (
-        model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
-    )
-    weight = torch.cat([head.weight for head in heads.values()])
-    weight = weight / (states @ weight.T).std(0, keepdim=True).T
-    mixture = np.random.default_rng([seed, 3000]).normal(size=(len(projector.weight), len(weight)))
-    mixture = torch.from_numpy(mixture).float() / len(weight) ** 0.5
-    projector.weight.copy_(mixture @ weight)
-    projector.bias.copy_(-(mixture @ weight) @ states.mean(0))

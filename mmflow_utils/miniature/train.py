@@ -17,9 +17,11 @@ Example:
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -32,8 +34,9 @@ from transformers import ProcessorMixin
 from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.optimize import Weights, copy_weights, descend, follow, make_optimizers, set_rate
 from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
+from mmflow_utils.miniature.projector import balance_projector, warm_projector
 from mmflow_utils.miniature.score import accuracy_in_parts, held_out, task_accuracy
-from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss, warm_projector
+from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss
 from mmflow_utils.miniature.world import Scene, sample_scene
 
 __all__ = ["Recipe", "Trainer", "save_miniature"]
@@ -49,13 +52,14 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 6000
+    joint_steps: int = 7000
+    # Before these steps of the joint stage the projector says again what is told too softly, with this share.
+    balance: tuple[tuple[int, float], ...] = ((2250, 0.1), (3250, 1.0))
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
     lr: float = 3e-3  # of Muon on the matrices of the layers
     lr_rest: float = 1e-3  # of AdamW on embeddings, projector, heads, norms and biases
-    joint_lr_scale: float = 1.0
     joint_batch: int = 8  # scenes, in the stages with pictures
     joint_questions: int = 7  # that share a scene there, beside descriptions of all things
     joint_question_weight: float = 0.15  # of a question's words in their loss, beside 1 for an answer
@@ -103,8 +107,15 @@ class Trainer:
         """Stage 4: projector and decoder on pictures."""
         core, recipe = self.model.model, self.recipe
         parts = nn.ModuleList([core.multi_modal_projector, core.language_model, self.model.lm_head])
-        scale = recipe.joint_lr_scale
-        self._fit("joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, scale=scale)
+        louder = {step: partial(self._balance, share) for step, share in recipe.balance}
+        self._fit("joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, before=louder)
+
+    def _balance(self, share: float) -> None:
+        scenes, seed = held_out(256, self.recipe.seed + 2), self.recipe.seed
+        before = balance_projector(self.model, scenes, self._pixels(scenes), share=share, seed=seed)
+        tqdm.write(
+            "shares of variance: " + ", ".join(f"{kind} {value:.3f}" for kind, value in before.items())
+        )
 
     # ---- the loop --------------------------------------------------------------------------------------
 
@@ -116,17 +127,21 @@ class Trainer:
         loss_of: Callable[[np.random.Generator], Tensor],
         evaluate: Callable[[], dict[str, float]],
         *,
-        scale: float = 1.0,
+        before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
     ) -> None:
-        """Run one stage from its last checkpoint to its end; afterwards `parts` hold the averaged weights."""
+        """Run one stage from its last checkpoint to its end; afterwards `parts` hold the averaged weights.
+
+        `before` some steps something is done to the model.
+        """
         self.model.requires_grad_(False)
         parts.requires_grad_(True)
-        optimizers = make_optimizers(parts, lr=self.recipe.lr * scale, lr_rest=self.recipe.lr_rest * scale)
+        optimizers = make_optimizers(parts, lr=self.recipe.lr, lr_rest=self.recipe.lr_rest)
         average = copy_weights(parts)
         first = self._resume(stage, parts, average, optimizers)
         bar = tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps)
         for step in bar:
             set_rate(optimizers, step, steps)
+            before.get(step, lambda: None)()
             # The data of a step depend on nothing before it: resuming changes nothing.
             loss = loss_of(np.random.default_rng([self.recipe.seed, STAGES.index(stage), step]))
             descend(loss, parts, optimizers)

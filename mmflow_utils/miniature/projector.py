@@ -1,0 +1,96 @@
+"""How loud each thing that the tower sees reaches the decoder: set at the projector's start, and once later.
+
+The decoder learns what is loud first, and the projector lets grow what the decoder already uses: colour, a
+fiftieth of the features' variance, stayed at chance while everything else was learnt.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmflow_utils.miniature.tower import HEADS, patch_truth
+from mmflow_utils.miniature.world import Scene
+
+__all__ = ["balance_projector", "share_of_variance", "warm_projector"]
+
+QUIET = 0.1  # of the features' variance: a kind of fact with less is told too softly
+KINDS = tuple(kind for kind in HEADS if kind != "place")  # told by patches that show a thing
+
+
+@torch.no_grad()
+def warm_projector(
+    model: nn.Module, heads: nn.ModuleDict, pixels: Float[Tensor, "scene 3 h w"], seed: int
+) -> None:
+    """Begin the projector with a random mixture of what the tower's heads read, at equal variance.
+
+    The tower's features are large, and some attributes make up a few per cent of their variance: from a
+    random start the projector passed on the loud ones alone, and colours stayed at chance.
+    """
+    projector = model.model.multi_modal_projector.linear_1
+    states = (
+        model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+    )
+    weight = torch.cat([head.weight for head in heads.values()])
+    weight = weight / (states @ weight.T).std(0, keepdim=True).T
+    mixture = np.random.default_rng([seed, 3000]).normal(size=(len(projector.weight), len(weight)))
+    mixture = torch.from_numpy(mixture).float() / len(weight) ** 0.5
+    projector.weight.copy_(mixture @ weight)
+    projector.bias.copy_(-(mixture @ weight) @ states.mean(0))
+
+
+@torch.no_grad()
+def balance_projector(
+    model: nn.Module, scenes: list[Scene], pixels: Float[Tensor, "scene 3 h w"], *, share: float, seed: int
+) -> dict[str, float]:
+    """Say what is told too softly a second time, louder, in directions of its own.
+
+    A kind of fact whose classes make up less than `QUIET` of the variance of the projector's output is read
+    off it by least squares, and added to it again along random directions, with `share` times that variance.
+    Both steps are linear, so they go into the projector's last layer.
+
+    Returns:
+        The share of each kind before.
+    """
+    features, truth = _features(model, scenes, pixels)
+    shares = {kind: share_of_variance(features, truth[kind]) for kind in KINDS}
+    mean, total = features.mean(0), features.var(0).sum()
+    again = torch.zeros(features.shape[1], features.shape[1])
+    for n, kind in enumerate(KINDS):
+        if shares[kind] >= QUIET:
+            continue
+        classes = F.one_hot(truth[kind].unique(return_inverse=True)[1]).float()
+        read_out = torch.linalg.lstsq(features - mean, classes - classes.mean(0)).solution
+        read_out = read_out / ((features - mean) @ read_out).std(0)
+        directions = np.random.default_rng([seed, 3001, n]).normal(size=(classes.shape[1], len(mean)))
+        directions = F.normalize(torch.from_numpy(directions).float(), dim=-1)
+        again += (share * total / classes.shape[1]) ** 0.5 * read_out @ directions
+    last = model.model.multi_modal_projector.linear_2
+    last.bias.add_((last.bias - mean) @ again)
+    last.weight.add_(again.T @ last.weight)
+    return shares
+
+
+def _features(
+    model: nn.Module, scenes: list[Scene], pixels: Float[Tensor, "scene 3 h w"]
+) -> tuple[Float[Tensor, "patches d"], dict[str, Tensor]]:
+    """Give what the projector says of the patches that show a thing, and what is true of them."""
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    truth = patch_truth(scenes, round(states.shape[1] ** 0.5))
+    shown = truth["category"] > 0
+    return model.model.multi_modal_projector(states)[shown], {k: v[shown] for k, v in truth.items()}
+
+
+def share_of_variance(features: Float[Tensor, "patches d"], classes: Tensor) -> float:
+    """Give the share of the features' variance that lies between the means of the classes.
+
+    >>> share_of_variance(torch.tensor([[1.0, 0.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0, 1]))
+    1.0
+    """
+    centred = features - features.mean(0)
+    between = torch.zeros(())
+    for one in classes.unique():
+        part = centred[classes == one]
+        between = between + len(part) * part.mean(0).square().sum()
+    return float(between / centred.square().sum())
