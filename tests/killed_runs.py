@@ -76,6 +76,7 @@ def kill_often(folder, n_kills):
         goal = log.stat().st_size + 5 * moment.randrange(19)
         child = start(folder)
         while log.stat().st_size < goal:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
             time.sleep(0.0005)
         time.sleep(moment.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
