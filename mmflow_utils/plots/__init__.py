@@ -6,10 +6,12 @@ in all figures; the colours stay apart under the common kinds of colour blindnes
 
 from mmflow_utils.plots.costs import plot_costs
 from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
 from mmflow_utils.plots.maps import plot_map
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.prompt import plot_prompt
+from mmflow_utils.plots.stages import plot_stages
 from mmflow_utils.plots.style import (
     FLOW_COLOURS,
     MODULE_COLOURS,
@@ -28,6 +30,7 @@ __all__ = [
     "WORD_COLOURS",
     "flow_colour",
     "plot_accuracy",
+    "plot_choice",
     "plot_contact_sheet",
     "plot_costs",
     "plot_curves",
@@ -38,5 +41,6 @@ __all__ = [
     "plot_norms",
     "plot_prompt",
     "plot_sample",
+    "plot_stages",
     "set_style",
 ]

@@ -1,0 +1,147 @@
+"""The stages of the information flow from the lowest layer up, in the manner of the paper's Fig. 1."""
+
+from collections.abc import Iterable
+from math import ceil
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import MaxNLocator
+
+from mmflow_utils.findings import fixed
+from mmflow_utils.plots.style import (
+    WORD_COLOURS,
+    add_title,
+    flow_colour,
+    legend_handle,
+    need,
+    ordered,
+    set_colour,
+    shown,
+    styled,
+)
+
+_PARTED = ("Other image patches -> Question", "Related image patches -> Question")
+_WHOLE = "Image -> Question"
+_FLOWS = (*_PARTED, _WHOLE, "Question -> Last", "Image -> Last")
+_WORDS = ("Noncapitalized answer", "Capitalized answer")
+_LANES = {
+    "image": "Image",
+    "question": "Question",
+    "last": "Last",
+}  # from left to right, an arrow's width apart
+_MARK_AT = dict(zip(_FLOWS, (0.33, 0.62, 0.5, 1.4, 1.75), strict=True))
+_ENDS = {"Question -> Last": (1, 2), "Image -> Last": (0, 2)}  # lanes; else from the image to the question
+_NOTE = {"fontsize": 8, "color": "#555555", "va": "top"}
+_WORD_AT = dict(zip(_WORDS, (2.3, 2.5), strict=True))
+
+
+@styled
+def plot_stages(
+    layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", subtitle: str = "", columns: int = 3
+) -> Figure:
+    """Draw what flows where, by layer, from bottom to top: an arrow for each layer of a stage (Fig. 1).
+
+    The wider an arrow, the more of the answer's probability is lost without it. A diamond stands at a stage's
+    strongest layer, with the interval of that layer. Beside the last position stand the words that the lens
+    reads there. Where the patches were parted into related and other ones, these stand for the image.
+
+    Args:
+        layers: from `stage_layers` by model and line: mean and in_stage of every layer.
+        stages: from `find_stages` by model and line.
+        title: bold first line.
+        subtitle: second line.
+        columns: models side by side.
+
+    Raises:
+        ValueError: a column is missing, there are no rows, or a model's line stands there twice.
+    """
+    need(layers, ["model", "line", "layer", "mean", "in_stage"])
+    need(stages, ["model", "line", "n_layers", "effect", "strongest", "strongest_low", "strongest_high"])
+    if stages.duplicated(["model", "line"]).any() or layers.duplicated(["model", "line", "layer"]).any():
+        raise ValueError("a line of a model stands there twice: take the tasks together, or select one")
+    models = ordered(stages["model"], ())
+    columns = min(columns, len(models))
+    rows = ceil(len(models) / columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.6 * columns + 0.4, 4.4 * rows))
+    for axis, model in zip(axes.flat, models, strict=False):
+        mine, found = (frame[frame["model"] == model] for frame in (layers, stages))
+        _draw_model(axis, mine, found.set_index("line"))
+        axis.set_title(f"{model} · {int(found['n_layers'].max())} layers")
+    for axis in axes.flat[len(models) :]:
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Layer")
+    wanted = {model: _lines_of(part["line"]) for model, part in stages.groupby("model")}
+    absent = [len(_absent(stages[stages["model"] == model], lines)) for model, lines in wanted.items()]
+    below = 0.5 + 0.15 * (max(absent) + bool(max(absent)))  # inches
+    handles = [
+        _handle(line) for line in (*_FLOWS, *_WORDS) if any(line in lines for lines in wanted.values())
+    ]
+    add_title(figure, title, subtitle, gap=0.4, left=0.6, bottom=below + 0.22 * ceil(len(handles) / 2))
+    figure.subplots_adjust(wspace=0.15, hspace=(below + 0.3) / 4)
+    if handles:
+        figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 0.0), ncols=2)
+    return figure
+
+
+def _handle(line: str):
+    return legend_handle(shown(line), WORD_COLOURS.get(line) or flow_colour(line), "-")
+
+
+def _lines_of(found: Iterable[str]) -> list[str]:
+    """Choose what stands for the image: its parts where they were measured, else the whole."""
+    found = set(found)
+    left_out = {_WHOLE} if found & set(_PARTED) else set()
+    return [line for line in (*_FLOWS, *_WORDS) if line in found - left_out]
+
+
+def _absent(stages: pd.DataFrame, lines: list[str]) -> list[str]:
+    return [shown(line) for line in lines if stages.set_index("line")["strongest"].isna()[line]]
+
+
+def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame) -> None:
+    n_layers = int(stages["n_layers"].max())
+    for at, (name, label) in enumerate(_LANES.items()):
+        axis.plot(
+            [at, at], [0, n_layers - 1], color=set_colour(name), linewidth=11, alpha=0.25, label="_lane"
+        )
+        axis.text(at, -0.045, label, transform=axis.get_xaxis_transform(), ha="center", va="top")
+    lines = _lines_of(stages.index)
+    for line in lines:
+        mine = layers[(layers["line"] == line) & layers["in_stage"]]
+        (_draw_word if line in _WORDS else _draw_flow)(axis, line, mine, stages.loc[line])
+    absent = _absent(stages.reset_index(), lines)
+    note = "\n".join(["no stage:", *absent]) if absent else ""
+    axis.annotate(note, (0, 0), (0, -26), xycoords="axes fraction", textcoords="offset points", **_NOTE)
+    axis.set(xlim=(-0.3, 3.15), ylim=(-0.9, n_layers - 0.1))
+    axis.set_xticks([])
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axis.grid(visible=False)
+
+
+def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series) -> None:
+    start, end = _ENDS.get(line, (0, 1))
+    colour, aside = flow_colour(line), 0.18 * (line == _PARTED[0]) - 0.18 * (line == _PARTED[1])
+    for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
+        ends = (start + 0.09, layer + aside), (end - 0.09, layer + aside)
+        look = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 0.6 + 0.034 * min(effect, 100)}
+        axis.add_patch(FancyArrowPatch(*ends, color=colour, shrinkA=0, shrinkB=0, label=line, **look))
+    if pd.notna(stage["strongest"]):
+        at, low, high = (stage[name] for name in ("strongest", "strongest_low", "strongest_high"))
+        axis.plot([_MARK_AT[line]] * 2, [low, high], color="#1A1A1A", linewidth=1.2, label=f"_{line}")
+        axis.plot(_MARK_AT[line], at + aside, "D", color=colour, markeredgecolor="white", markersize=6)
+        text = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#1A1A1A"}
+        above = (_MARK_AT[line], max(high, layers["layer"].max() + aside))
+        axis.annotate(f"−{fixed(stage['effect'], 0)} %", above, (0, 4), textcoords="offset points", **text)
+
+
+def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series) -> None:
+    if pd.isna(stage["strongest"]):
+        return
+    at, colour = _WORD_AT[line], WORD_COLOURS[line]
+    for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
+        axis.plot(at, layer, "s", color=colour, markersize=3 + 0.05 * min(effect, 100), label=f"_{line}")
+    word = "Answer" if line == _WORDS[1] else "answer"
+    axis.text(at + 0.09, stage["strongest"], word, fontsize=8, color=colour, va="center")

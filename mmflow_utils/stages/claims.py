@@ -1,0 +1,233 @@
+"""The paper's claims as numbers, and what was measured of them in each model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import pandas as pd
+
+from mmflow_utils.findings import fixed
+from mmflow_utils.stages.effects import REMOVED, WRITTEN_BY
+from mmflow_utils.stages.find import NEGLIGIBLE, Draws, Measured, resample, stage_layers
+from mmflow_utils.stages.measure import (
+    NOTHING,
+    Line,
+    depth,
+    in_second_half,
+    largest,
+    later,
+    on_average,
+    stronger,
+    two_drops,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper as a number, and the open range in which the number must lie.
+
+    Attributes:
+        text: the claim.
+        paper: where it is made.
+        lines: the lines that it is about, in the order in which `measure` takes them.
+        result: the stored result of each line.
+        measure: from lines to the number and its 95 % interval.
+        measured: what the number is, with its unit.
+        holds: the range.
+        of_stages: it is about where stages are, so each line must have one.
+    """
+
+    text: str
+    paper: str
+    lines: tuple[str, ...]
+    result: tuple[str, ...]
+    measure: Callable[..., Measured]
+    measured: str
+    holds: tuple[float, float] = (0.0, inf)
+    of_stages: bool = True
+
+
+def check_claims(
+    effects: pd.DataFrame, *, by_task: bool = False, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Say for each model which of the paper's claims hold.
+
+    A claim **holds** if the whole 95 % interval of its number (bootstrap over images) lies in the claimed
+    range, **does not hold** if all of it lies outside, and is **undecided** otherwise. A claim about the
+    place of a stage that isn't there does not hold if the band of `stage_layers` excludes every effect that
+    counts, and is undecided otherwise. What a model hasn't stored is **not measured**.
+
+    Args:
+        effects: from `collect_effects`.
+        by_task: a row for each task; by default all tasks are taken together.
+        n_boot, seed: of the bootstrap.
+
+    Returns:
+        One row per model, (task,) and claim: claim, paper, measured, value, ci_low, ci_high, n, n_clusters,
+        verdict, and why, where there is no number.
+    """
+    by = ["model", "task"] if by_task else ["model"]
+    if effects.empty:
+        return pd.DataFrame(columns=[*by, *_judge(CLAIMS[0], {})])
+    rows = []
+    for key, part in effects.groupby(by, dropna=False):
+        images, lines = sorted(part["image_id"].unique()), {}
+        bands = stage_layers(part, ["line"], n_boot=n_boot, seed=seed)
+        for (name, mine), (_, band) in zip(part.groupby("line"), bands.groupby("line"), strict=True):
+            draws = resample(mine, images=images, n_boot=n_boot, seed=seed)
+            lines[name] = _line(draws, band, int(mine["n_layers"].max()))
+        rows += [dict(zip(by, key, strict=True)) | _judge(claim, lines) for claim in CLAIMS]
+    return pd.DataFrame(rows)
+
+
+def describe_claims(table: pd.DataFrame) -> list[str]:
+    """Write one sentence per row of `check_claims`: the verdict, the number, its interval, n."""
+    sentences = []
+    for row in table.to_dict("records"):
+        name = ", ".join(str(row[column]) for column in ("model", "task") if column in row)
+        evidence = row["why"]
+        if not evidence:
+            interval = f"95 % interval {fixed(row['ci_low'], 2)} to {fixed(row['ci_high'], 2)}"
+            evidence = f"{row['measured']}: {fixed(row['value'], 2)}, {interval}"
+        if row["n"]:
+            evidence += f", {row['n']} samples on {row['n_clusters']} images"
+        sentences.append(f"{name}: {row['claim']}: {row['verdict']} ({evidence}).")
+    return sentences
+
+
+def _line(draws: Draws, band: pd.DataFrame, n_layers: int) -> Line:
+    low, high, layers = (band[name].to_numpy(float) for name in ("ci_low", "ci_high", "layer"))
+    counted = (int(band[name].min()) for name in ("n", "n_clusters"))
+    return Line(draws, low, high, layers, n_layers, bool(band["in_stage"].any()), *counted)
+
+
+def _judge(claim: Claim, lines: Mapping[str, Line]) -> dict[str, object]:
+    missing = [name for line, name in zip(claim.lines, claim.result, strict=True) if line not in lines]
+    found = [lines[name] for name in claim.lines if name in lines]
+    value, low, high = NOTHING
+    if missing:
+        numbers = ", ".join(dict.fromkeys(WRITTEN_BY[name] for name in missing))
+        verdict, why = "not measured", f"run notebook {numbers} for this model"
+    else:
+        verdict, why = _absent(claim, found)
+        if not verdict:
+            value, low, high = claim.measure(*found)
+            verdict = _verdict(low, high, claim.holds)
+    return {
+        "claim": claim.text,
+        "paper": claim.paper,
+        "measured": claim.measured,
+        "value": value,
+        "ci_low": low,
+        "ci_high": high,
+        "n": 0 if missing else min(line.n for line in found),
+        "n_clusters": 0 if missing else min(line.n_clusters for line in found),
+        "verdict": verdict,
+        "why": why,
+    }
+
+
+def _absent(claim: Claim, lines: Sequence[Line]) -> tuple[str, str]:
+    """Judge a claim about stages of which one isn't there; ("", "") where nothing is wanting."""
+    wanting = [n for n, line in enumerate(lines) if claim.of_stages and not line.has_stage]
+    if not wanting:
+        return "", ""
+    named = " and ".join(claim.lines[n] for n in wanting)
+    if any(lines[n].high.max() < NEGLIGIBLE for n in wanting):
+        return "does not hold", f"{named}: no layer with an effect of {NEGLIGIBLE:g} or more"
+    return "undecided", f"{named}: no stage that the interval tells from 0"
+
+
+def _verdict(low: float, high: float, holds: tuple[float, float]) -> str:
+    """Judge an interval.
+
+    >>> _verdict(0.1, 3, (0, inf)), _verdict(-2, 0, (0, inf)), _verdict(-1, 1, (0, inf))
+    ('holds', 'does not hold', 'undecided')
+    """
+    if low > holds[0] and high < holds[1]:
+        return "holds"
+    return "does not hold" if high <= holds[0] or low >= holds[1] else "undecided"
+
+
+CLAIMS = (
+    Claim(
+        text="The picture enters the question in two separate stages",
+        paper="§5, Fig. 4",
+        lines=("Image -> Question",),
+        result=("image_to_question",),
+        measure=two_drops,
+        measured=f"fall of the effect between its two peaks (%; separate: above {NEGLIGIBLE:g})",
+        holds=(NEGLIGIBLE, inf),
+    ),
+    Claim(
+        text="Image -> Question acts before Question -> Last",
+        paper="§5, Figs 3-4",
+        lines=("Image -> Question", "Question -> Last"),
+        result=("image_to_question", "flow_to_last"),
+        measure=later,
+        measured="how much later the centre of Question -> Last lies (layers)",
+    ),
+    Claim(
+        text="Question -> Last is strongest in the middle layers",
+        paper="§5, Fig. 3",
+        lines=("Question -> Last",),
+        result=("flow_to_last",),
+        measure=depth,
+        measured="depth of its strongest layer (0 first, 1 last; middle: 0.25 to 0.75)",
+        holds=(0.25, 0.75),
+    ),
+    Claim(
+        text="The last position draws on the question, not directly on the image",
+        paper="§5, Fig. 3",
+        lines=("Question -> Last", "Image -> Last"),
+        result=("flow_to_last", "flow_to_last"),
+        measure=stronger,
+        measured="largest effect of Question -> Last minus that of Image -> Last (percentage points)",
+        of_stages=False,
+    ),
+    Claim(
+        text="Last -> Last is negligible",
+        paper="§5, Fig. 3",
+        lines=("Last -> Last",),
+        result=("flow_to_last",),
+        measure=largest,
+        measured=f"its largest effect at any layer (%; negligible: below {NEGLIGIBLE:g})",
+        holds=(-inf, NEGLIGIBLE),
+        of_stages=False,
+    ),
+    Claim(
+        text="Other image patches act first, related ones second",
+        paper="§6, Fig. 5",
+        lines=("Other image patches -> Question", "Related image patches -> Question"),
+        result=("image_patch_knockout", "image_patch_knockout"),
+        measure=later,
+        measured="how much later the centre of the related patches lies (layers)",
+    ),
+    Claim(
+        text="The answer comes in lower case before it is capitalised",
+        paper="§7, Fig. 6",
+        lines=("Noncapitalized answer", "Capitalized answer"),
+        result=("logit_lens", "logit_lens"),
+        measure=later,
+        measured="how much later the centre of the capitalised answer lies (layers)",
+    ),
+    Claim(
+        text="MLPs shape the question's meaning more than attention",
+        paper="App. D, Figs 12-13",
+        lines=("MLP", "Attention"),
+        result=("module_knockout", "module_knockout"),
+        measure=on_average,
+        measured="words lost without the MLP minus without attention, mean of all layers (percentage points)",
+        of_stages=False,
+    ),
+    Claim(
+        text="The second half of the layers can do without the image tokens",
+        paper="App. F, Fig. 14",
+        lines=(REMOVED,),
+        result=("efficiency",),
+        measure=in_second_half,
+        measured=f"loss of accuracy (percentage points; intact: below {NEGLIGIBLE:g})",
+        holds=(-inf, NEGLIGIBLE),
+        of_stages=False,
+    ),
+)

@@ -1,0 +1,103 @@
+"""All stored results in one form: what each sample loses at each layer, along named lines."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from mmflow_utils.stats import need_columns
+from mmflow_utils.store import load_frame
+
+WRITTEN_BY = {
+    "flow_to_last": "02",
+    "image_to_question": "03",
+    "image_patch_knockout": "04",
+    "logit_lens": "05",
+    "module_knockout": "06",
+    "efficiency": "07",
+}
+"""The results that are read, and the number of the notebook that writes each."""
+
+REMOVED = "No image in the last layers"  # the paper's way to save work, among its rivals in App. F
+COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers", "window", "effect")
+
+
+def read_results(outputs: str | Path) -> dict[str, pd.DataFrame]:
+    """Read what notebooks 02 to 07 stored: name -> rows of all models, with a column `model`.
+
+    What a model hasn't stored is not in the result.
+
+    Raises:
+        ValueError: a file is damaged; names it.
+    """
+    found = {}
+    for name in WRITTEN_BY:
+        paths = sorted(Path(outputs).glob(f"*/{name}.parquet"))
+        if paths:
+            frames = [load_frame(path).assign(model=path.parent.name) for path in paths]
+            found[name] = pd.concat(frames, ignore_index=True)
+    return found
+
+
+def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "corrected") -> pd.DataFrame:
+    """Bring all results to one form, in which a larger number is always more.
+
+    Args:
+        results: from `read_results`, or some of it.
+        protocol: which of the two lenses is read (`logit_lens`).
+
+    Returns:
+        One row per model, sample, line and layer. `line` is a flow, a module, or a word that the lens
+        follows; `effect` is the loss of the answer's probability in % of what it was (flows), the loss of
+        the question's words in percentage points of Jaccard similarity (modules), the word's probability in %
+        (lens), or the loss of accuracy in percentage points (image tokens removed from `layer` on); `window`
+        is in layers, NaN for the lens and the removal. The control of random image patches is left out: the
+        paper claims nothing about it.
+
+    Raises:
+        ValueError: an unknown result, or one that lacks a column.
+    """
+    if unknown := set(results) - set(WRITTEN_BY):
+        raise ValueError(f"results must be among {', '.join(WRITTEN_BY)}, got {', '.join(sorted(unknown))}")
+    parts = [pd.DataFrame(columns=list(COLUMNS))]
+    for name, frame in results.items():
+        if name == "logit_lens":
+            part = _of_lens(frame, protocol)
+        else:
+            part = {"module_knockout": _of_modules, "efficiency": _of_removal}.get(name, _of_flows)(frame)
+        if "n_layers" not in part:
+            part = part.assign(n_layers=part.groupby("model")["layer"].transform("max") + 1)
+        need_columns(part, [column for column in COLUMNS if column != "window"])
+        parts.append(part.reindex(columns=list(COLUMNS)))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def _of_flows(frame: pd.DataFrame) -> pd.DataFrame:
+    need_columns(frame, ["flow", "source", "rel_change_pct"])
+    mine = frame[~frame["source"].str.startswith("image_random")]
+    return mine.assign(line=mine["flow"], effect=-mine["rel_change_pct"])
+
+
+def _of_lens(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    need_columns(frame, ["word", "protocol", "probability"])
+    mine = frame[frame["protocol"] == protocol]
+    return mine.assign(line=mine["word"], effect=100 * mine["probability"])
+
+
+def _of_modules(frame: pd.DataFrame) -> pd.DataFrame:
+    need_columns(frame, ["knockout", "jaccard"])
+    return frame.assign(line=frame["knockout"], effect=100 * (1 - frame["jaccard"]))
+
+
+def _of_removal(frame: pd.DataFrame) -> pd.DataFrame:
+    keys = ["model", "task", "sample_id"]
+    need_columns(frame, [*keys, "way", "n_layers_without", "from_layer", "correct_pct"])
+    mine = frame[frame["way"] == REMOVED]
+    intact, removed = mine[mine["n_layers_without"] == 0], mine[mine["n_layers_without"] > 0]
+    both = removed.merge(intact[[*keys, "correct_pct"]], on=keys, suffixes=("", "_intact"))
+    return both.assign(
+        line=REMOVED,
+        layer=both["from_layer"],
+        n_layers=both["from_layer"] + both["n_layers_without"],
+        effect=both["correct_pct_intact"] - both["correct_pct"],
+    )

@@ -1,0 +1,135 @@
+"""Which layers are a stage, by a rule and not by eye, and how sure its beginning and end are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from mmflow_utils.findings import layer_ranges
+from mmflow_utils.stats import curves, summarise
+
+SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
+NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
+
+Draws = Float[np.ndarray, "draws n_layers"]
+Measured = tuple[float, float, float]
+"""A value with the lower and upper end of its 95 % interval."""
+
+
+def stage_layers(
+    effects: pd.DataFrame,
+    by: Sequence[str] = ("model", "line"),
+    *,
+    share: float = SHARE,
+    negligible: float = NEGLIGIBLE,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Say which layers of each curve belong to its stage.
+
+    They are those where the 95 % band that holds for all layers at once lies above 0 and the effect is at
+    least `share` of the curve's strongest and at least `negligible`.
+
+    Args:
+        effects: from `collect_effects`.
+        by: the columns that make a curve.
+        share: between 0 and 1.
+        negligible: an effect below it (unit of the effect) counts as none.
+        n_boot, seed: of the bootstrap over images.
+
+    Returns:
+        `summarise`'s frame with that band, over `by` and layer, and `in_stage`.
+
+    Raises:
+        ValueError: no rows, a column of `by` that isn't there, a share or an effect out of range.
+    """
+    if not 0 <= share <= 1 or not negligible >= 0:
+        raise ValueError(f"expected a share of 0 to 1 and negligible >= 0, got {share} and {negligible}")
+    by = list(by)
+    band = summarise(effects, "effect", [*by, "layer"], n_boot=n_boot, seed=seed, simultaneous_over="layer")
+    strongest = band.groupby(by, dropna=False)["mean"].transform("max")
+    enough = band["mean"] >= np.maximum(share * strongest, negligible)
+    return band.assign(in_stage=(band["ci_low"] > 0) & enough)
+
+
+def find_stages(
+    effects: pd.DataFrame,
+    by: Sequence[str] = ("model", "line"),
+    *,
+    share: float = SHARE,
+    negligible: float = NEGLIGIBLE,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Find where each stage begins, where it is strongest and where it ends, with intervals (Fig. 1).
+
+    The rule of `stage_layers` is applied to the data, and again to every resample of the images: there the
+    band keeps its width and moves with the mean.
+
+    Args:
+        effects, by, share, negligible, n_boot, seed: as for `stage_layers`.
+
+    Returns:
+        One row per curve: `by`; layers of the stage, such as "0-3, 7", "" if there is none; begins, strongest
+        and ends (layers), each with _low and _high, a 95 % bootstrap interval over images, NaN without a
+        stage; effect at the strongest layer, with ci_low and ci_high of the band; n_layers, n, n_clusters.
+
+    Raises:
+        ValueError: as `stage_layers`.
+    """
+    by, rule = list(by), {"share": share, "negligible": negligible}
+    table = stage_layers(effects, by, **rule, n_boot=n_boot, seed=seed)
+    found = []
+    for (_, mine), (_, curve) in zip(curves(effects, by), curves(table, by), strict=True):
+        draws = resample(mine, n_boot=n_boot, seed=seed)
+        half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
+        row = curve.loc[
+            curve["mean"].idxmax(), [*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]
+        ].to_dict()
+        row["layers"] = layer_ranges(curve.loc[curve["in_stage"], "layer"])
+        for name, at in _edges(draws, half_width, curve["layer"].to_numpy(), **rule).items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(at), strict=True))
+        found.append(row | {"n_layers": int(mine["n_layers"].max())})
+    return pd.DataFrame(found).rename(columns={"mean": "effect"})
+
+
+def _edges(
+    draws: Draws, half_width: np.ndarray, layers: np.ndarray, *, share: float, negligible: float
+) -> dict[str, Float[np.ndarray, " draws"]]:
+    """First, strongest and last layer of the stage in every draw; NaN where there is none."""
+    strongest = draws.max(1, keepdims=True)
+    inside = (draws >= np.maximum(share * strongest, negligible)) & (draws > half_width)
+    index = {
+        "begins": inside.argmax(1),
+        "strongest": draws.argmax(1),
+        "ends": len(layers) - 1 - inside[:, ::-1].argmax(1),
+    }
+    return {name: np.where(inside.any(1), layers[at].astype(float), np.nan) for name, at in index.items()}
+
+
+def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: int, seed: int) -> Draws:
+    """Average the effect at each layer: over the data (draw 0), then over each resample of the images.
+
+    Args:
+        images: the images to draw from, by default those of `effects`. Curves that are given the same ones
+            share their draws and can be compared draw by draw; a draw without any image of a curve is NaN.
+    """
+    images = sorted(effects["image_id"].unique()) if images is None else images
+    cells = effects.groupby(["image_id", "layer"])["effect"].agg(["sum", "count"])
+    sums, counts = (cells[name].unstack(fill_value=0).reindex(images, fill_value=0) for name in cells)
+    drawn = np.random.default_rng(seed).multinomial(
+        len(images), np.full(len(images), 1 / len(images)), size=n_boot
+    )
+    weights = np.vstack([np.ones(len(images)), drawn])
+    with np.errstate(invalid="ignore"):
+        return (weights @ sums.to_numpy(float)) / (weights @ counts.to_numpy(float))
+
+
+def with_interval(draws: Float[np.ndarray, " draws"]) -> Measured:
+    """Give the value (draw 0) and the 95 % interval of the other draws; NaN where nothing was found."""
+    others = draws[1:][np.isfinite(draws[1:])]
+    if not np.isfinite(draws[0]) or not len(others):
+        return float("nan"), float("nan"), float("nan")
+    low, high = np.quantile(others, [0.025, 0.975])
+    return float(draws[0]), float(low), float(high)

@@ -1,0 +1,149 @@
+"""The explorer without a browser: widgets are set, and what it shows is what the library computes."""
+
+import base64
+import re
+
+import pytest
+from tiny import tiny_sample, tiny_vlm
+
+from mmflow_utils.encode import encode
+from mmflow_utils.explorer import FLOWS, Explorer
+from mmflow_utils.knockout import knockout_sweep
+from mmflow_utils.lens import logit_lens
+
+RELATED = "Related image patches -> Question"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vlm(n_layers=4)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    return [
+        tiny_sample(folder, sample_id="q1"),
+        tiny_sample(folder, sample_id="q2", seed=1, task="ChooseAttr"),
+        tiny_sample(folder, sample_id="q3", seed=2, task="ChooseAttr", objects=()),
+    ]
+
+
+@pytest.fixture
+def seen(model, samples):
+    """An explorer that draws: a fifth of a second each time."""
+    return Explorer(model, samples, window=1)
+
+
+@pytest.fixture
+def explorer(model, samples, monkeypatch):
+    """One that draws only when it is asked for its figure."""
+    monkeypatch.setattr(Explorer, "_draw", lambda self: None)
+    return Explorer(model, samples, window=1)
+
+
+def test_what_is_chosen_is_what_the_sweep_gives(explorer, model, samples):
+    explorer.flow.value, explorer.layer.value, explorer.window.value = "Question -> Last", 2, 3
+    frame = knockout_sweep(model, [samples[0]], FLOWS, window=3, progress=False)
+    (row,) = frame[(frame.flow == "Question -> Last") & (frame.layer == 2)].to_dict("records")
+    assert explorer.chosen.to_dict() == pytest.approx(row, nan_ok=True)
+    assert abs(row["rel_change_pct"]) > 0.1  # else equality would say little
+
+
+def test_the_words_are_those_of_the_lens(explorer, model, samples):
+    lens = logit_lens(model, [samples[0]], protocol="corrected", progress=False)
+    for layer in range(model.n_layers):
+        explorer.layer.value = layer
+        there = lens[lens.layer == layer]
+        assert len(explorer.words) == 5 and explorer.words["probability"].is_monotonic_decreasing
+        assert explorer.words["token"].iloc[0] == there["top_token"].iloc[0]
+        best = there[there["rank"] == 1]
+        assert best["probability"].tolist() == pytest.approx(
+            [explorer.words["probability"].iloc[0]] * len(best)
+        )
+
+
+def test_each_choice_changes_the_figure_and_the_sentence(seen):
+    shown = [(seen.view.value, seen.said.value)]
+    for control, value in ((seen.flow, "Image -> Last"), (seen.layer, 3), (seen.window, 2)):
+        control.value = value
+        shown.append((seen.view.value, seen.said.value))
+    pictures, sentences = zip(*shown, strict=True)
+    assert len(set(pictures)) == len(set(sentences)) == len(shown)
+    assert "Image → Last cut in layers 2 to 3" in seen.sentence
+
+
+def test_a_choice_is_drawn_once(explorer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Explorer, "_draw", lambda self: drawn.append(self.task.value))
+    explorer.task.value = "ChooseAttr"
+    assert drawn == ["ChooseAttr"]
+    explorer.sample.value = 2
+    explorer.layer.value = 1
+    assert len(drawn) == 3
+
+
+def test_a_task_offers_its_questions_and_a_question_its_flows(explorer):
+    assert [value for _, value in explorer.sample.options] == [0]
+    explorer.task.value = "ChooseAttr"
+    assert [value for _, value in explorer.sample.options] == [1, 2]
+    assert RELATED in [name for _, name in explorer.flow.options]
+    explorer.flow.value = RELATED
+    explorer.sample.value = 2  # nothing in it has a box
+    assert RELATED not in [name for _, name in explorer.flow.options]
+    assert explorer.chosen["flow"] == explorer.flow.value != RELATED
+    assert explorer.chosen["sample_id"] == "q3"
+
+
+def test_a_chosen_flow_stays_chosen_where_the_next_question_has_it(explorer):
+    explorer.flow.value = "Question -> Last"
+    explorer.task.value = "ChooseAttr"
+    assert explorer.chosen["flow"] == "Question -> Last" and explorer.chosen["sample_id"] == "q2"
+
+
+def test_the_patches_that_are_cut_off_are_drawn(explorer, model, samples):
+    spans = encode(model, samples[0]).spans
+    for flow, name in ((RELATED, "image_related"), ("Image -> Question", "image"), ("Last -> Last", "last")):
+        explorer.flow.value = flow
+        picture = explorer.figure.axes[0]
+        n = len(spans[name]) if name != "last" else 0
+        assert sum(len(patches.get_paths()) for patches in picture.collections) == n
+        assert (f"{n} image patches" if n else "no image patch") in picture.get_title("left")
+
+
+def test_the_chosen_layer_is_marked_in_the_curve(explorer):
+    explorer.flow.value, explorer.layer.value = "Question -> Last", 2
+    lines = {line.get_label(): line for line in explorer.figure.axes[1].lines}
+    assert lines["_layer"].get_xdata()[0] == 2
+    (x,), (y,) = lines["_here"].get_data()
+    assert (x, y) == (2, explorer.chosen["rel_change_pct"])
+    curve = explorer.frame[explorer.frame.flow == "Question -> Last"]["rel_change_pct"].tolist()
+    assert lines["Question → Last"].get_ydata().tolist() == curve
+    assert lines["Question → Last"].get_alpha() > lines["Image → Last"].get_alpha()
+
+
+def test_a_layer_costs_no_new_run(explorer, monkeypatch):
+    monkeypatch.setattr("mmflow_utils.explorer.knockout_sweep", lambda *a, **k: pytest.fail("ran again"))
+    monkeypatch.setattr("mmflow_utils.explorer.run_reference", lambda *a, **k: pytest.fail("ran again"))
+    explorer.layer.value = 3
+    explorer.flow.value = "Image -> Last"
+
+
+def test_the_view_is_a_picture_with_words_for_those_who_do_not_see_it(seen):
+    data = re.search(r'base64,([\w+/=]+)"', seen.view.value)[1]
+    assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert "cut in layer 0: the probability of" in re.search(r'alt="([^"]+)"', seen.view.value)[1]
+
+
+def test_it_works_by_keyboard_and_does_not_draw_while_a_slider_moves(explorer):
+    assert not explorer.layer.continuous_update and not explorer.window.continuous_update
+    assert explorer.children[:2] == (explorer.task, explorer.sample)
+
+
+def test_without_a_kernel_it_is_a_sentence(explorer):
+    assert "running kernel" in explorer._repr_mimebundle_()["text/plain"]
+
+
+def test_no_samples_is_an_error(model):
+    with pytest.raises(ValueError, match="load some with load_samples"):
+        Explorer(model, [])

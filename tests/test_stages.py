@@ -1,0 +1,381 @@
+"""Stages and claims on curves whose answer is known, and on curves that must not pass."""
+
+import subprocess
+import sys
+from math import inf
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmflow_utils.params import ROOT, Params
+from mmflow_utils.plots import plot_stages
+from mmflow_utils.stages import (
+    CLAIMS,
+    check_claims,
+    collect_effects,
+    describe_claims,
+    find_stages,
+    read_results,
+    stage_layers,
+)
+from mmflow_utils.stages.effects import REMOVED, WRITTEN_BY
+from mmflow_utils.stages.find import resample
+from mmflow_utils.stages.measure import _valley
+from mmflow_utils.store import manifest, save_frame
+
+L = 20
+OTHER, RELATED = "Other image patches -> Question", "Related image patches -> Question"
+QUICK = {"n_boot": 200}
+
+
+def bump(centre: float, height: float, width: float = 1.2) -> np.ndarray:
+    return height * np.exp(-(((np.arange(L) - centre) / width) ** 2))
+
+
+def as_drawn(curves: dict, *, noise: float = 3.0, n_images: int = 24, model="m", task="T") -> pd.DataFrame:
+    """Effects of 24 images with the given mean curves and noise of a given spread."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "model": model,
+            "task": task,
+            "sample_id": f"s{i}",
+            "image_id": f"i{i}",
+            "line": line,
+            "layer": layer,
+        }
+        | {"n_layers": L, "effect": effect + noise * rng.standard_normal()}
+        for i in range(n_images)
+        for line, curve in curves.items()
+        for layer, effect in enumerate(curve)
+    ]
+    return pd.DataFrame(rows)
+
+
+AS_IN_THE_PAPER = {
+    "Image -> Question": bump(2, 60) + bump(8, 25),
+    "Question -> Last": bump(11, 35, 2),
+    "Image -> Last": bump(11, 1),
+    "Last -> Last": np.zeros(L),
+    OTHER: bump(2, 50),
+    RELATED: bump(8, 25),
+    "Noncapitalized answer": bump(11, 60, 2),
+    "Capitalized answer": bump(18, 90, 3),
+    "MLP": np.full(L, 40.0),
+    "Attention": np.full(L, 20.0),
+    REMOVED: np.where(np.arange(L) < 10, 50.0, 0.0),
+}
+# The same, each claim turned into its opposite.
+CONTRARY = {
+    "Image -> Question": bump(15, 60),
+    "Question -> Last": bump(2, 35),
+    "Image -> Last": bump(2, 80),
+    "Last -> Last": bump(2, 30),
+    OTHER: bump(12, 50),
+    RELATED: bump(3, 25),
+    "Noncapitalized answer": bump(18, 60),
+    "Capitalized answer": bump(5, 90, 3),
+    "MLP": np.full(L, 10.0),
+    "Attention": np.full(L, 30.0),
+    REMOVED: np.full(L, 30.0),
+}
+
+
+def verdicts(curves: dict, **options) -> list[str]:
+    return check_claims(as_drawn(curves, **options), **QUICK)["verdict"].tolist()
+
+
+# --- where a stage is ---
+
+
+def test_a_stage_is_found_where_it_was_put():
+    box = np.where((np.arange(L) >= 4) & (np.arange(L) <= 7), 40.0, 0.0)
+    box[6] = 60
+    (row,) = find_stages(as_drawn({"a": box}), **QUICK).to_dict("records")
+    assert (row["layers"], row["begins"], row["strongest"], row["ends"]) == ("4-7", 4, 6, 7)
+    assert (row["begins_low"], row["begins_high"], row["ends_low"], row["ends_high"]) == (4, 4, 7, 7)
+    assert row["ci_low"] < 60 < row["ci_high"] and (row["n"], row["n_clusters"], row["n_layers"]) == (
+        24,
+        24,
+        L,
+    )
+
+
+def test_the_rule_is_the_one_that_is_stated():
+    curve = np.zeros(L)
+    curve[[2, 3, 10, 15]] = 100, 19, 21, 4  # a share of 0.2 is 20
+    table = stage_layers(as_drawn({"a": curve}, noise=0.5), **QUICK)
+    assert table.loc[table.in_stage, "layer"].tolist() == [2, 10]
+    table = stage_layers(as_drawn({"a": curve}, noise=0.5), share=0.0, **QUICK)
+    assert table.loc[table.in_stage, "layer"].tolist() == [2, 3, 10]
+    table = stage_layers(as_drawn({"a": curve}, noise=0.5), share=0.0, negligible=3.0, **QUICK)
+    assert table.loc[table.in_stage, "layer"].tolist() == [2, 3, 10, 15]
+
+
+def test_noise_is_no_stage():
+    table = find_stages(as_drawn({"a": np.zeros(L), "b": np.full(L, 6.0)}, noise=30), **QUICK)
+    assert table["layers"].tolist() == ["", ""] and table["begins"].isna().all()
+
+
+def test_a_rise_of_probability_is_no_stage():
+    assert find_stages(as_drawn({"a": -bump(5, 50)}), **QUICK)["layers"].tolist() == [""]
+
+
+def test_an_edge_that_is_unsure_has_a_wide_interval():
+    slope = np.clip(40 - 3 * np.abs(np.arange(L) - 9.0), 0, None)
+    (row,) = find_stages(as_drawn({"a": slope}, noise=15), **QUICK).to_dict("records")
+    assert row["begins_low"] < row["begins_high"] and row["begins_low"] <= row["begins"] <= row["begins_high"]
+
+
+def test_curves_stay_apart_and_keep_their_names_with_and_without_a_task():
+    two = pd.concat(
+        [
+            as_drawn({"a": bump(3, 50)}, task=None, model="x"),
+            as_drawn({"a": bump(15, 50)}, task="T", model="x"),
+            as_drawn({"a": bump(9, 50)}, task="T", model="y"),
+        ]
+    )
+    table = find_stages(two, by=["model", "task", "line"], **QUICK)
+    found = table[["model", "task", "strongest"]].fillna("-").to_numpy().tolist()
+    assert found == [["x", "T", 15], ["x", "-", 3], ["y", "T", 9]]
+
+
+def test_images_are_resampled_not_rows():
+    # One image asked a hundred times: rows would give a narrow interval, one cluster gives none.
+    rows = as_drawn({"a": bump(5, 50)}, n_images=1)
+    many = pd.concat([rows.assign(sample_id=f"s{i}") for i in range(100)])
+    (row,) = find_stages(many, **QUICK).to_dict("records")
+    assert row["n"] == 100 and row["n_clusters"] == 1 and row["layers"] == ""
+
+
+def test_draws_are_means_of_drawn_images():
+    frame = as_drawn({"a": bump(5, 50)}, n_images=3)
+    draws = resample(frame, n_boot=50, seed=0)
+    means = frame.pivot_table(index="image_id", columns="layer", values="effect").to_numpy()
+    assert draws.shape == (51, L) and draws[0] == pytest.approx(means.mean(0))
+    drawn = np.linalg.lstsq(means.T, draws[1], rcond=None)[0] * 3  # how often each image was drawn
+    assert drawn == pytest.approx(drawn.round()) and drawn.sum() == pytest.approx(3)
+    assert resample(frame, images=["i0", "i1", "i2", "z"], n_boot=9, seed=0)[0] == pytest.approx(draws[0])
+
+
+@pytest.mark.parametrize("options", [{"share": 1.1}, {"share": -0.1}, {"negligible": -1.0}])
+def test_a_rule_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match="share of 0 to 1"):
+        stage_layers(as_drawn({"a": bump(5, 50)}), **options)
+
+
+# --- claims ---
+
+
+def test_every_claim_holds_on_curves_made_to_hold():
+    assert verdicts(AS_IN_THE_PAPER) == ["holds"] * len(CLAIMS)
+
+
+def test_no_claim_holds_on_curves_made_against_it():
+    assert verdicts(CONTRARY, noise=1.0) == ["does not hold"] * len(CLAIMS)
+
+
+def test_nothing_is_claimed_from_noise():
+    assert "holds" not in verdicts(dict.fromkeys(AS_IN_THE_PAPER, np.zeros(L)), noise=60)
+
+
+def test_numbers_are_those_computed_by_hand():
+    table = check_claims(as_drawn(AS_IN_THE_PAPER, noise=0), **QUICK).set_index("claim")
+    values = dict(zip([claim.measure.__name__ for claim in CLAIMS], table["value"], strict=True))
+    assert values["depth"] == pytest.approx(11.5 / 20)
+    assert values["stronger"] == pytest.approx(34)
+    assert values["largest"] == 0
+    assert values["on_average"] == 20 and values["in_second_half"] == 0
+    lowest = AS_IN_THE_PAPER["Image -> Question"][2:9].min()
+    assert values["two_drops"] == pytest.approx(25 - lowest)
+
+
+@pytest.mark.parametrize(
+    "curve, fall",
+    [([60, 10, 21, 0], 11), ([0, 5, 9, 5], -4), ([9, 8, 7], -1), ([3, 1, 5, 0, 4], 4), ([5, 5, 5], 0)],
+)
+def test_the_fall_between_two_peaks(curve, fall):
+    curve = np.array(curve, dtype=float)
+    assert _valley(curve, curve) == fall
+
+
+def test_a_stage_that_is_surely_absent_refutes_and_one_that_is_unsure_does_not():
+    flat = AS_IN_THE_PAPER | {OTHER: np.zeros(L)}
+    (row,) = [
+        r for r in check_claims(as_drawn(flat), **QUICK).to_dict("records") if r["paper"] == "§6, Fig. 5"
+    ]
+    assert row["verdict"] == "does not hold" and OTHER in row["why"] and np.isnan(row["value"])
+    unsure = pd.concat([as_drawn(flat)[lambda f: f.line != OTHER], as_drawn({OTHER: np.zeros(L)}, noise=90)])
+    (row,) = [r for r in check_claims(unsure, **QUICK).to_dict("records") if r["paper"] == "§6, Fig. 5"]
+    assert row["verdict"] == "undecided"
+
+
+def test_what_is_not_stored_is_not_measured_and_says_what_to_run():
+    table = check_claims(as_drawn({"Question -> Last": AS_IN_THE_PAPER["Question -> Last"]}), **QUICK)
+    found = dict(
+        zip(table["claim"], zip(table["verdict"], table["why"], table["n"], strict=True), strict=True)
+    )
+    assert found[CLAIMS[2].text] == ("holds", "", 24)
+    assert found[CLAIMS[1].text] == ("not measured", "run notebook 03 for this model", 0)
+    assert [row[0] for row in found.values()].count("not measured") == len(CLAIMS) - 1
+
+
+def test_models_and_tasks_are_judged_apart():
+    both = pd.concat([as_drawn(AS_IN_THE_PAPER, model="a"), as_drawn(CONTRARY, model="b", noise=1.0)])
+    table = check_claims(both, **QUICK)
+    assert dict(zip(table["model"], table["verdict"], strict=True)) == {"a": "holds", "b": "does not hold"}
+    both = pd.concat([as_drawn(AS_IN_THE_PAPER, task="a"), as_drawn(CONTRARY, task="b", noise=1.0)])
+    table = check_claims(both, by_task=True, **QUICK)
+    assert dict(zip(table["task"], table["verdict"], strict=True)) == {"a": "holds", "b": "does not hold"}
+
+
+def test_findings_are_sentences_with_number_interval_and_n():
+    first, *_, last = describe_claims(
+        check_claims(as_drawn(AS_IN_THE_PAPER, noise=0)[lambda f: f.line != REMOVED])
+    )
+    assert first.startswith(
+        "m: The picture enters the question in two separate stages: holds (fall of the effect"
+    )
+    assert first.endswith("24 samples on 24 images).") and "95 % interval" in first
+    assert last.endswith("not measured (run notebook 07 for this model).")
+
+
+def test_an_empty_table_has_the_columns():
+    assert {"model", "claim", "verdict"} <= set(check_claims(collect_effects({})))
+
+
+def test_a_claim_names_results_that_are_read_and_lines_that_differ():
+    assert {name for claim in CLAIMS for name in claim.result} == set(WRITTEN_BY)
+    assert all(len(c.lines) == len(c.result) and c.holds[0] < c.holds[1] <= inf for c in CLAIMS)
+
+
+# --- from stored results ---
+
+
+def stored_flows(flow="Question -> Last", source="question", layers=3) -> pd.DataFrame:
+    shared = {"sample_id": "q", "image_id": "i", "task": "T", "flow": flow, "source": source}
+    return pd.DataFrame([shared | {"layer": n, "rel_change_pct": -10.0 * n} for n in range(layers)])
+
+
+def test_results_of_every_model_are_read_and_brought_to_one_form(tmp_path):
+    made_by = manifest(Params())
+    save_frame(stored_flows(), tmp_path / "a" / "flow_to_last.parquet", made_by)
+    save_frame(stored_flows(layers=5), tmp_path / "b" / "flow_to_last.parquet", made_by)
+    save_frame(stored_flows(), tmp_path / "b" / "window_size.parquet", made_by)
+    results = read_results(tmp_path)
+    assert list(results) == ["flow_to_last"]
+    effects = collect_effects(results)
+    assert effects.groupby("model")["n_layers"].first().to_dict() == {"a": 3, "b": 5}
+    assert effects.loc[effects.model == "a", "effect"].tolist() == [0, 10, 20]
+
+
+def test_where_nothing_is_stored_there_is_nothing(tmp_path):
+    assert read_results(tmp_path) == {} and read_results(tmp_path / "none") == {}
+    assert collect_effects({}).empty
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "logit_lens.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"m/logit_lens.parquet.*run again"):
+        read_results(tmp_path)
+
+
+def test_the_control_of_random_patches_is_no_line():
+    frame = pd.concat([stored_flows(), stored_flows("Image random 1 -> Question", "image_random_1")])
+    assert set(collect_effects({"image_patch_knockout": frame.assign(model="m")})["line"]) == {
+        "Question -> Last"
+    }
+
+
+def test_modules_and_lens_become_percent_of_what_is_lost_or_shown():
+    shared = {"model": "m", "sample_id": "q", "image_id": "i", "task": "T", "layer": [0, 1]}
+    modules = pd.DataFrame(shared | {"knockout": "MLP", "jaccard": [0.25, 1.0]})
+    assert collect_effects({"module_knockout": modules})["effect"].tolist() == [75, 0]
+    lens = pd.DataFrame(shared | {"word": "Capitalized answer", "protocol": "paper", "probability": [0.5, 1]})
+    assert collect_effects({"logit_lens": lens}, protocol="paper")["effect"].tolist() == [50, 100]
+    assert collect_effects({"logit_lens": lens}, protocol="corrected").empty
+
+
+def test_removal_is_the_loss_of_accuracy_against_the_intact_model():
+    rows = [
+        (0, REMOVED, 20, 100),
+        (0, "Smaller picture", 20, 0),
+        (10, REMOVED, 10, 0),
+        (10, "FastV", 10, 100),
+        (5, REMOVED, 15, 100),
+    ]
+    frame = pd.DataFrame(rows, columns=["n_layers_without", "way", "from_layer", "correct_pct"])
+    frame = frame.assign(model="m", sample_id="q", image_id="i", task="T")
+    effects = collect_effects({"efficiency": frame})
+    assert effects[["layer", "effect", "n_layers"]].to_numpy().tolist() == [[10, 100, 20], [15, 0, 20]]
+
+
+def test_a_result_of_another_kind_and_a_missing_column_are_refused():
+    with pytest.raises(ValueError, match="got window_size"):
+        collect_effects({"window_size": stored_flows()})
+    with pytest.raises(ValueError, match="rel_change_pct"):
+        collect_effects({"flow_to_last": stored_flows().assign(model="m").drop(columns="rel_change_pct")})
+
+
+def test_the_comparison_loads_no_torch(tmp_path):
+    save_frame(stored_flows(), tmp_path / "a" / "flow_to_last.parquet", manifest(Params()))
+    code = (
+        "import sys, mmflow_utils as mm\n"
+        f"effects = mm.collect_effects(mm.read_results({str(tmp_path)!r}))\n"
+        "stages, layers = mm.find_stages(effects, n_boot=100), mm.stage_layers(effects, n_boot=100)\n"
+        "mm.plot_stages(layers, stages), mm.check_claims(effects, n_boot=100)\n"
+        "assert mm.Params and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_notebook_loads_no_model():
+    text = (ROOT / "notebooks" / "14_compare_models.ipynb").read_text()
+    assert not [name for name in ("load_model", "load_samples", "encode(", "_sweep(") if f"mm.{name}" in text]
+
+
+# --- the drawing ---
+
+
+def drawn(curves, **options):
+    effects = as_drawn(curves, **options)
+    return plot_stages(stage_layers(effects, **QUICK), find_stages(effects, **QUICK), title="Stages")
+
+
+def arrows(axis) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for patch in axis.patches:
+        found.setdefault(patch.get_label(), []).append(round(patch._posA_posB[0][1]))
+    return found
+
+
+def test_there_is_an_arrow_for_each_layer_of_a_stage_and_none_elsewhere():
+    (axis,) = drawn(AS_IN_THE_PAPER, noise=0.1).axes
+    assert arrows(axis) == {OTHER: [1, 2, 3], RELATED: [7, 8, 9], "Question -> Last": [9, 10, 11, 12, 13]}
+    assert "−35 %" in [text.get_text() for text in axis.texts]
+
+
+def test_the_whole_image_stands_where_its_parts_were_not_measured():
+    (axis,) = drawn({"Image -> Question": bump(2, 60), "Question -> Last": bump(9, 50)}).axes
+    assert set(arrows(axis)) == {"Image -> Question", "Question -> Last"}
+
+
+def test_what_has_no_stage_is_said():
+    (axis,) = drawn({OTHER: np.zeros(L), RELATED: bump(8, 25)}).axes
+    assert set(arrows(axis)) == {RELATED}
+    assert any("no stage" in text.get_text() and "Other image" in text.get_text() for text in axis.texts)
+
+
+def test_each_model_has_a_panel_and_its_own_depth():
+    effects = pd.concat([as_drawn(AS_IN_THE_PAPER, model=name) for name in "abcd"])
+    figure = plot_stages(stage_layers(effects, **QUICK), find_stages(effects, **QUICK))
+    assert [axis.get_title("left") for axis in figure.axes] == [f"{name} · {L} layers" for name in "abcd"]
+
+
+def test_a_line_that_stands_twice_can_not_be_drawn():
+    stages = find_stages(as_drawn({OTHER: bump(3, 50)}), **QUICK)
+    layers = stage_layers(as_drawn({OTHER: bump(3, 50)}), **QUICK)
+    with pytest.raises(ValueError, match="twice"):
+        plot_stages(layers, pd.concat([stages, stages]))
