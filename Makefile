@@ -1,6 +1,7 @@
 # make report                      run the notebooks for the miniature and render the report
 # make report MODEL=llava-1.5-7b   the same for another file of params/
 # make report FRESH=1              run again what ran already
+# make report SHARDS=4             share each notebook's samples among four runs at once
 # make test                        lint, unit tests, and every committed notebook held against its outputs
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
@@ -11,6 +12,7 @@
 
 MODEL ?= mini
 CORES ?= 2
+SHARDS ?= 1
 PYTHON ?= python3
 BIN ?= .venv/bin
 READY ?= .venv/.ready
@@ -26,20 +28,26 @@ NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sani
 .PHONY: report test notebooks bench lock
 .NOTPARALLEL:
 
+# What is measured once is loaded the next time: these measure anew.
+ANEW = rm -rf outputs/$(1)/*.parquet outputs/$(1)/*.parts
+
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
+	@$(if $(FRESH),$(call ANEW,$(MODEL)))
 	@$(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete \
-	    --quiet host progress reason rules --config model=$(MODEL) $(if $(FRESH),--forceall); \
+	    --quiet host progress reason rules --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
 	status=$$?; $(BIN)/python site/build.py && exit $$status
 
 test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest -q -rs -n 2
+	@$(call ANEW,mini)
 	$(NBVAL) $(FIRST)
 	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST),$(NOTEBOOKS))
 
 notebooks: $(READY)
+	@$(call ANEW,mini)
 	@for notebook in $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS)); do \
 	    $(BIN)/python -m mmflow_utils.execute --in-place $$notebook || exit 1; done
 

@@ -3,7 +3,8 @@
     python -m mmflow_utils.execute 02_flow_to_last llava-1.5-7b -p window 5
 
 The executed copy goes to outputs/<model>/. A run that fails leaves `<notebook>.failed.ipynb` there,
-with everything up to the error and its traceback, and ends with exit code 1.
+with everything up to the error and its traceback, and ends with exit code 1. A shard (`-p shard 2/8`)
+ends with the last cell that computes in parts, and its copy goes to outputs/<model>/shards/.
 """
 
 import argparse
@@ -52,20 +53,24 @@ def run_notebook(
     """
     notebook, file = _find(notebook, "notebooks", ".ipynb"), _find(model, "params", ".yaml")
     values = read_yaml(file) | (overrides or {})
-    folder = check_parameters(notebook, values).folder
-    finished, failed = folder / f"{notebook.stem}.ipynb", folder / f"{notebook.stem}.failed.ipynb"
-    running = folder / f".{notebook.stem}.running.ipynb"
+    params = check_parameters(notebook, values)
+    name, folder = notebook.stem, params.folder
+    if params.shard:
+        name, folder = f"{name}.{params.shard.replace('/', 'of')}", folder / "shards"
+    finished, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
+    running = folder / f".{name}.running.ipynb"
     folder.mkdir(parents=True, exist_ok=True)
     running.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
 
-    stopped = _execute(notebook, running, values, timeout_s=timeout_s, progress=progress)
+    source = _cut_after_the_parts(notebook, running) if params.shard else notebook
+    stopped = _execute(source, running, values, timeout_s=timeout_s, progress=progress)
     problems = find_problems(nbformat.read(running, as_version=4)) if running.exists() else []
     if stopped or problems:
         if running.exists():
             os.replace(running, failed)
         raise RuntimeError(
-            f"{notebook.stem} failed for {file.stem}: {stopped or problems[0]}\n  Half-run copy: {failed}"
+            f"{name} failed for {file.stem}: {stopped or problems[0]}\n  Half-run copy: {failed}"
         )
     executed = nbformat.read(running, as_version=4)
     _name_the_model(executed, values.get("model", file.stem))
@@ -151,7 +156,7 @@ def _execute(
             parameters=values,
             kernel_name="python3",
             cwd=ROOT,
-            progress_bar={"desc": source.stem, "leave": False} if progress else False,
+            progress_bar={"desc": source.stem.strip("."), "leave": False} if progress else False,
             execution_timeout=timeout_s,
             config=QUIET_KERNEL,
         )
@@ -164,6 +169,17 @@ def _execute(
     except PapermillException as error:
         return str(error)
     return ""
+
+
+def _cut_after_the_parts(notebook: Path, copy: Path) -> Path:
+    """Copy a notebook up to its last cell that computes in parts: a share of the samples makes no figure."""
+    cut = nbformat.read(notebook, as_version=4)
+    ends = [n for n, cell in enumerate(cut.cells, start=1) if "compute_in_parts(" in cell.source]
+    if not ends:
+        raise ValueError(f"{notebook.name} computes nothing in parts: run it without a shard.")
+    cut.cells = cut.cells[: ends[-1]]
+    nbformat.write(cut, copy)
+    return copy
 
 
 def _find(name: str | Path, folder: str, suffix: str) -> Path:

@@ -93,6 +93,9 @@ class Params(BaseModel):
     n_boot: int = Field(1000, ge=10, le=1_000_000, description="bootstrap resamples for each interval")
     seed: int = Field(0, ge=0, lt=2**32, description="of the sampling and the bootstrap")
     outputs: str = Field("outputs", description="the folder that receives results")
+    shard: Annotated[str, Text(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = Field(
+        None, description="2/8 measures only the second of eight shares; a run without it joins them"
+    )
 
     def __init__(self, **values: Any):
         """Validate `values`; what is missing takes its default."""

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.plots import plot_stages
+from mmflow_utils.plots import plot_curves, plot_stages
 from mmflow_utils.stages import (
     CLAIMS,
     check_claims,
@@ -22,6 +22,7 @@ from mmflow_utils.stages import (
 from mmflow_utils.stages.effects import REMOVED, WRITTEN_BY
 from mmflow_utils.stages.find import resample
 from mmflow_utils.stages.measure import _valley
+from mmflow_utils.stats import summarise
 from mmflow_utils.store import manifest, save_frame
 
 L = 20
@@ -379,3 +380,17 @@ def test_a_line_that_stands_twice_can_not_be_drawn():
     layers = stage_layers(as_drawn({OTHER: bump(3, 50)}), **QUICK)
     with pytest.raises(ValueError, match="twice"):
         plot_stages(layers, pd.concat([stages, stages]))
+
+
+def test_a_task_that_a_model_was_not_asked_leaves_its_panel_empty():
+    asked = [("a", "ChooseAttr"), ("a", "ChooseCat"), ("b", "ChooseAttr")]
+    effects = pd.concat([as_drawn({OTHER: bump(3, 50)}, model=model, task=task) for model, task in asked])
+    summary = summarise(effects, "effect", by=["model", "task", "line", "layer"], n_boot=100)
+    figure = plot_curves(summary, line="line", across="model")
+    drawn_in = {axis.get_title("left"): bool(axis.collections) for axis in figure.axes}
+    assert drawn_in == {
+        "ChooseAttr · a": True,
+        "ChooseAttr · b": True,
+        "ChooseCat · a": True,
+        "ChooseCat · b": False,
+    }

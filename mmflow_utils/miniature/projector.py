@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from mmflow_utils.miniature.tower import HEADS, patch_truth
 from mmflow_utils.miniature.world import Scene
 
-__all__ = ["balance_projector", "share_of_variance", "warm_projector"]
+__all__ = ["KINDS", "say_louder", "share_of_variance", "shown_features", "warm_projector"]
 
-QUIET = 0.1  # of the features' variance: a kind of fact with less is told too softly
 KINDS = tuple(kind for kind in HEADS if kind != "place")  # told by patches that show a thing
 
 
@@ -41,38 +40,37 @@ def warm_projector(
 
 
 @torch.no_grad()
-def balance_projector(
-    model: nn.Module, scenes: list[Scene], pixels: Float[Tensor, "scene 3 h w"], *, share: float, seed: int
-) -> dict[str, float]:
-    """Say what is told too softly a second time, louder, in directions of its own.
+def say_louder(
+    model: nn.Module,
+    scenes: list[Scene],
+    pixels: Float[Tensor, "scene 3 h w"],
+    kind: str,
+    *,
+    share: float,
+    seed: int,
+) -> None:
+    """Say one kind of fact a second time, louder, in directions of its own.
 
-    A kind of fact whose classes make up less than `QUIET` of the variance of the projector's output is read
-    off it by least squares, and added to it again along random directions, with `share` times that variance.
-    Both steps are linear, so they go into the projector's last layer.
-
-    Returns:
-        The share of each kind before.
+    It is read off the projector's output by least squares, and added to it again along random directions,
+    with `share` times the output's variance. Both steps are linear, so they go into the projector's last
+    layer.
     """
-    features, truth = _features(model, scenes, pixels)
-    shares = {kind: share_of_variance(features, truth[kind]) for kind in KINDS}
+    features, truth = shown_features(model, scenes, pixels)
     mean, total = features.mean(0), features.var(0).sum()
-    again = torch.zeros(features.shape[1], features.shape[1])
-    for n, kind in enumerate(KINDS):
-        if shares[kind] >= QUIET:
-            continue
-        classes = F.one_hot(truth[kind].unique(return_inverse=True)[1]).float()
-        read_out = torch.linalg.lstsq(features - mean, classes - classes.mean(0)).solution
-        read_out = read_out / ((features - mean) @ read_out).std(0)
-        directions = np.random.default_rng([seed, 3001, n]).normal(size=(classes.shape[1], len(mean)))
-        directions = F.normalize(torch.from_numpy(directions).float(), dim=-1)
-        again += (share * total / classes.shape[1]) ** 0.5 * read_out @ directions
+    classes = F.one_hot(truth[kind].unique(return_inverse=True)[1]).float()
+    read_out = torch.linalg.lstsq(features - mean, classes - classes.mean(0)).solution
+    read_out = read_out / ((features - mean) @ read_out).std(0)
+    directions = np.random.default_rng([seed, 3001, KINDS.index(kind)]).normal(
+        size=(len(read_out.T), len(mean))
+    )
+    directions = F.normalize(torch.from_numpy(directions).float(), dim=-1)
+    again = (share * total / classes.shape[1]) ** 0.5 * read_out @ directions
     last = model.model.multi_modal_projector.linear_2
     last.bias.add_((last.bias - mean) @ again)
     last.weight.add_(again.T @ last.weight)
-    return shares
 
 
-def _features(
+def shown_features(
     model: nn.Module, scenes: list[Scene], pixels: Float[Tensor, "scene 3 h w"]
 ) -> tuple[Float[Tensor, "patches d"], dict[str, Tensor]]:
     """Give what the projector says of the patches that show a thing, and what is true of them."""

@@ -193,7 +193,7 @@ def _limits(data: pd.DataFrame) -> tuple[float, float]:
 
 
 def _n_text(part: pd.DataFrame) -> str:
-    if "n" not in part:
+    if "n" not in part or part.empty:  # a model that was not asked this task
         return ""
     few, many = int(part["n"].min()), int(part["n"].max())
     return f"n = {few}" if few == many else f"n = {few} to {many}"
