@@ -18,6 +18,7 @@ from mmflow_utils.stages import (
     find_stages,
     read_results,
     stage_layers,
+    tabulate_stages,
 )
 from mmflow_utils.stages.effects import REMOVED, WRITTEN_BY
 from mmflow_utils.stages.find import resample
@@ -101,6 +102,20 @@ def test_a_stage_is_found_where_it_was_put():
         24,
         L,
     )
+
+
+def test_the_table_gives_layers_with_their_intervals_and_nothing_where_there_is_none():
+    found = find_stages(as_drawn({"a": bump(5, 50), "b": np.zeros(L)}, noise=0.1), **QUICK)
+    table = tabulate_stages(found)
+    assert table.loc[("m", "a"), ["layers", "begins", "strongest"]].tolist() == [
+        "4-6",
+        "4 (4 to 4)",
+        "5 (5 to 5)",
+    ]
+    assert (
+        table.loc[("m", "a"), "effect"].startswith("50.0 (49.9 to 50.") and table.loc[("m", "a"), "n"] == 24
+    )
+    assert table.loc[("m", "b"), ["layers", "begins", "ends"]].tolist() == ["", "", ""]
 
 
 def test_the_rule_is_the_one_that_is_stated():

@@ -76,9 +76,9 @@ def plot_stages(
     wanted = {model: _lines_of(part["line"]) for model, part in stages.groupby("model")}
     absent = [len(_absent(stages[stages["model"] == model], lines)) for model, lines in wanted.items()]
     below = 0.5 + 0.15 * (max(absent) + bool(max(absent)))  # inches
-    handles = [
-        _handle(line) for line in (*_FLOWS, *_WORDS) if any(line in lines for lines in wanted.values())
-    ]
+    drawn = {line for lines in wanted.values() for line in lines}
+    there = drawn & set(stages.loc[stages["strongest"].notna(), "line"])
+    handles = [_handle(line) for line in (*_FLOWS, *_WORDS) if line in there]
     add_title(figure, title, subtitle, gap=0.4, left=0.6, bottom=below + 0.22 * ceil(len(handles) / 2))
     figure.subplots_adjust(wspace=0.15, hspace=(below + 0.3) / 4)
     if handles:

@@ -9,7 +9,7 @@ Works on what the experiments stored, for every model that has stored something;
 
 from mmflow_utils.stages.claims import CLAIMS, Claim, check_claims, describe_claims
 from mmflow_utils.stages.effects import collect_effects, read_results
-from mmflow_utils.stages.find import find_stages, stage_layers
+from mmflow_utils.stages.find import find_stages, stage_layers, tabulate_stages
 
 __all__ = [
     "CLAIMS",
@@ -20,4 +20,5 @@ __all__ = [
     "find_stages",
     "read_results",
     "stage_layers",
+    "tabulate_stages",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mmflow_utils.findings import layer_ranges
+from mmflow_utils.findings import fixed, layer_ranges
 from mmflow_utils.stats import curves, summarise
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
@@ -92,6 +92,21 @@ def find_stages(
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(at), strict=True))
         found.append(row | {"n_layers": int(mine["n_layers"].max())})
     return pd.DataFrame(found).rename(columns={"mean": "effect"})
+
+
+def tabulate_stages(stages: pd.DataFrame, by: Sequence[str] = ("model", "line")) -> pd.DataFrame:
+    """Write `find_stages` as a table to read: "3 (2 to 4)" is layer 3 with its 95 % interval."""
+    edges = {
+        name: [
+            "" if np.isnan(at) else f"{fixed(at, 0)} ({fixed(low, 0)} to {fixed(high, 0)})"
+            for at, low, high in zip(*(stages[name + end] for end in ("", "_low", "_high")), strict=True)
+        ]
+        for name in ("begins", "strongest", "ends")
+    }
+    ends = zip(*(stages[name] for name in ("effect", "ci_low", "ci_high")), strict=True)
+    effect = [f"{fixed(mean)} ({fixed(low)} to {fixed(high)})" for mean, low, high in ends]
+    table = stages[[*by, "layers"]].assign(**edges, effect=effect, n=stages["n"], images=stages["n_clusters"])
+    return table.set_index(list(by))
 
 
 def _edges(
