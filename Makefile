@@ -23,6 +23,7 @@ $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml;
     $(sort $(basename $(notdir $(wildcard params/*.yaml))))))
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
+LAST := $(filter notebooks/14_%,$(NOTEBOOKS))
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
 .PHONY: report test notebooks bench lock
@@ -44,11 +45,12 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -rs -n 2
 	@$(call ANEW,mini)
 	$(NBVAL) $(FIRST)
-	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST),$(NOTEBOOKS))
+	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS))
+	$(NBVAL) $(LAST)
 
 notebooks: $(READY)
 	@$(call ANEW,mini)
-	@for notebook in $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS)); do \
+	@for notebook in $(FIRST) $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS)) $(LAST); do \
 	    $(BIN)/python -m mmflow_utils.execute --in-place $$notebook || exit 1; done
 
 bench: $(READY)

@@ -37,7 +37,7 @@ def simple_name(annotation) -> str:
     union, and would warn of an unknown parameter.
     """
     origin = typing.get_origin(annotation)
-    if isinstance(annotation, UnionType):
+    if origin is typing.Union or isinstance(annotation, UnionType):
         return simple_name(typing.get_args(annotation)[0])
     if origin is typing.Annotated:
         return simple_name(typing.get_args(annotation)[0])

@@ -17,11 +17,9 @@ Example:
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -52,13 +50,15 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 7500
-    # Before these steps of the joint stage the projector says a kind of fact again, with this share: what
-    # the decoder's first layer drowns is never learnt.
-    louder: tuple[tuple[int, str, float], ...] = (
-        (2250, "color", 0.1),
-        (3250, "color", 1.0),
-        (3750, "color", 3.0),
+    joint_steps: int = 8900
+    joint_rates: tuple[tuple[int, int], ...] = ((0, 7500), (6500, 2400))  # where a rate begins, its length
+    # Before these steps of the joint stage the projector says a kind of fact again, with this share, and it
+    # and the decoder's first layer are held for so many steps: what that layer drowns is never learnt.
+    louder: tuple[tuple[int, str, float, int], ...] = (
+        (2250, "color", 0.1, 0),
+        (3250, "color", 1.0, 0),
+        (3750, "color", 3.0, 0),
+        (5250, "color", 8.0, 500),
     )
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
@@ -112,12 +112,19 @@ class Trainer:
         """Stage 4: projector and decoder on pictures."""
         core, recipe = self.model.model, self.recipe
         parts = nn.ModuleList([core.multi_modal_projector, core.language_model, self.model.lm_head])
-        louder = {step: partial(self._say_louder, kind, share) for step, kind, share in recipe.louder}
-        self._fit("joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, before=louder)
+        self._fit(
+            "joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, before=self._speak_up
+        )
 
-    def _say_louder(self, kind: str, share: float) -> None:
-        scenes, seed = held_out(256, self.recipe.seed + 2), self.recipe.seed
-        say_louder(self.model, scenes, self._pixels(scenes), kind, share=share, seed=seed)
+    def _speak_up(self, step: int) -> None:
+        """Do to the model what the recipe has for this step of the joint stage."""
+        core, seed = self.model.model, self.recipe.seed
+        carriers = nn.ModuleList([core.multi_modal_projector, core.language_model.layers[0]])
+        held = any(first <= step < first + hold for first, _, _, hold in self.recipe.louder)
+        carriers.requires_grad_(not held)
+        for _, kind, share, _ in (entry for entry in self.recipe.louder if entry[0] == step):
+            scenes = held_out(256, seed + 2)
+            say_louder(self.model, scenes, self._pixels(scenes), kind, share=share, seed=seed)
 
     # ---- the loop --------------------------------------------------------------------------------------
 
@@ -129,11 +136,13 @@ class Trainer:
         loss_of: Callable[[np.random.Generator], Tensor],
         evaluate: Callable[[], dict[str, float]],
         *,
-        before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+        rates: Sequence[tuple[int, int]] = (),
+        before: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Run one stage from its last checkpoint to its end; afterwards `parts` hold the averaged weights.
 
-        `before` some steps something is done to the model.
+        The rate rises and falls once, or as `rates` (first step, length) say; `before` is called before each
+        step.
         """
         self.model.requires_grad_(False)
         parts.requires_grad_(True)
@@ -142,8 +151,9 @@ class Trainer:
         first = self._resume(stage, parts, average, optimizers)
         bar = tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps)
         for step in bar:
-            set_rate(optimizers, step, steps)
-            before.get(step, lambda: None)()
+            begun, length = max(rate for rate in (rates or [(0, steps)]) if rate[0] <= step)
+            set_rate(optimizers, step - begun, length)
+            before(step)
             # The data of a step depend on nothing before it: resuming changes nothing.
             loss = loss_of(np.random.default_rng([self.recipe.seed, STAGES.index(stage), step]))
             descend(loss, parts, optimizers)

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmflow_utils.plots.image_patches import _squares
+from mmflow_utils.plots.image_patches import squares
 from mmflow_utils.plots.style import add_title, flow_colour, need, ordered, shown, styled
 
 
@@ -55,7 +55,7 @@ def _draw_picture(axis: plt.Axes, pixels: np.ndarray, patches: pd.DataFrame) -> 
     axis.set_title(f"{len(patches)} image patches cut off" if len(patches) else "no image patch cut off")
     seen = patches[(patches["w"] > 0) & (patches["h"] > 0)] if len(patches) else patches
     for name, group in seen.groupby("set") if len(seen) else ():
-        axis.add_collection(_squares(group, name))
+        axis.add_collection(squares(group, name))
 
 
 def _draw_curves(axis: plt.Axes, frame: pd.DataFrame, flow: str, layer: int) -> None:

@@ -56,7 +56,7 @@ def plot_image_patches(
         axis.set_title(name, fontsize=9.5, pad=4)
         seen = part[(part["w"] > 0) & (part["h"] > 0)]
         for kind, group in seen.groupby("set", dropna=False):
-            axis.add_collection(_squares(group, None if pd.isna(kind) else kind))
+            axis.add_collection(squares(group, None if pd.isna(kind) else kind))
         for box in (thing.box for thing in objects if thing.box):
             look = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
             axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
@@ -86,7 +86,7 @@ def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.
     return found
 
 
-def _squares(group: pd.DataFrame, kind: str | None) -> PatchCollection:
+def squares(group: pd.DataFrame, kind: str | None) -> PatchCollection:
     # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
     squares = [Rectangle((p.x - 0.5, p.y - 0.5), p.w, p.h) for p in group.itertuples()]
     fill = to_rgba(set_colour(kind), 0.45) if kind else "none"
