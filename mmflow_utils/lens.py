@@ -61,8 +61,8 @@ def logit_lens(
 ) -> pd.DataFrame:
     """Read the residual stream at `last` through the unembedding after every layer (§7, Fig. 6).
 
-    A word counts by its first token, as an answer begins with it. "Capitalized" is `str.capitalize()`; the answer and
-    the false option without it are in lower case. One clean pass per sample.
+    A word counts by its first token, as an answer begins with it. "Capitalized" is `str.capitalize()`; the
+    answer and the false option without it are in lower case. One clean pass per sample.
 
     Args:
         model: the model.

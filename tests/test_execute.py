@@ -10,6 +10,7 @@ from mmflow_utils.execute import find_problems, main, run_notebook
 DECLARED = """
 model: str = "mini"  # which
 outputs: str = "outputs"
+shard: str = None  # all
 window: int = 3  # layers
 sharpness: float = 0.5
 """.strip()
@@ -67,6 +68,24 @@ def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, write, capsys, m
     assert run(write("1"), "-p", *override) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_ends_with_the_last_cell_that_computes_in_parts(tmp_path, write):
+    path = write("print(shard)  # compute_in_parts(", "raise ValueError('a figure of a share')")
+    assert run(path, "-p", "shard", "2/4") == 0
+    assert left_behind(tmp_path) == ["02_flow.2of4.ipynb"]
+    done = nbformat.read(tmp_path / "out" / "tiny" / "shards" / "02_flow.2of4.ipynb", as_version=4)
+    assert done.cells[-1].outputs[0].text == "2/4\n"
+    assert run(path) == 1  # without a shard it goes on to its end
+
+
+@pytest.mark.parametrize(
+    ("shard", "said"),
+    [("2/4", "computes nothing in parts"), ("0/4", "shard = '0/4'"), ("two", "shard = 'two'")],
+)
+def test_a_shard_of_what_has_no_parts_and_a_shard_that_is_none_are_refused(write, capsys, shard, said):
+    assert run(write("1"), "-p", "shard", shard) == 1
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["02_no_such"], ["no/such.ipynb"], ["{notebook}", "minni"]])

@@ -23,9 +23,14 @@ from mmflow_utils.miniature import (
     task_accuracy,
 )
 from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
-from mmflow_utils.miniature.projector import balance_projector, share_of_variance, warm_projector
+from mmflow_utils.miniature.projector import (
+    KINDS,
+    say_louder,
+    share_of_variance,
+    shown_features,
+    warm_projector,
+)
 from mmflow_utils.miniature.score import held_out
-from mmflow_utils.miniature.tower import patch_truth
 from mmflow_utils.params import QUESTION_PROMPT, ROOT
 from mmflow_utils.samples import TASKS
 
@@ -212,24 +217,33 @@ def test_the_projector_begins_with_what_the_heads_read(tmp_path):
         assert not torch.allclose(projector(states + 100 * heads[0]), passed, atol=1)
 
 
-def test_what_is_told_too_softly_is_said_louder_and_nothing_else_changes(tmp_path):
+def test_a_fact_is_said_louder_and_nothing_is_lost(tmp_path):
     made, some = trainer(tmp_path), list(scenes()[:48])
-    pixels, projector = made._pixels(some), made.model.model.multi_modal_projector
+    pixels = made._pixels(some)
     with torch.no_grad():
-        states = made.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        truth = patch_truth(some, round(states.shape[1] ** 0.5))
-        shown = truth["category"] > 0
-        before = projector(states)[shown]
-        shares = balance_projector(made.model, some, pixels, share=0.1, seed=0)
-        after = projector(states)[shown]
-    for kind, share in shares.items():
-        assert share == pytest.approx(share_of_variance(before, truth[kind][shown]))
-        assert share_of_variance(after, truth[kind][shown]) > (1.3 * share if share < 0.03 else 0.7 * share)
-    assert min(shares.values()) < 0.03
+        before, truth = shown_features(made.model, some, pixels)
+        say_louder(made.model, some, pixels, "color", share=1.0, seed=0)
+        after, _ = shown_features(made.model, some, pixels)
+    grown = {
+        kind: share_of_variance(after, truth[kind]) / share_of_variance(before, truth[kind]) for kind in KINDS
+    }
+    assert max(grown, key=grown.get) == "color" and grown["color"] > 3
     # It is a linear map that loses nothing: the features before can be read off those after.
     centred, wanted = after - after.mean(0), before - before.mean(0)
     back = centred @ torch.linalg.lstsq(centred, wanted).solution
     assert (back - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_what_carries_a_fact_that_is_said_louder_is_held(tmp_path):
+    recipe = replace(SHORT, louder=((1, "color", 1.0, 2),))
+    made = Trainer(build_model(processor().tokenizer, seed=0, n_layers=2), processor(), recipe, tmp_path)
+    core = made.model.model
+    learns = []
+    for step in range(4):
+        made._speak_up(step)
+        learns.append(core.multi_modal_projector.linear_1.weight.requires_grad)
+        assert core.language_model.layers[0].mlp.up_proj.weight.requires_grad == learns[-1]
+    assert learns == [True, False, False, True]
 
 
 def test_the_share_of_variance_by_hand():

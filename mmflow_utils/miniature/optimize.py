@@ -32,7 +32,7 @@ def make_optimizers(parts: nn.Module, *, lr: float, lr_rest: float) -> list[torc
 
 def set_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
     """Warm up over 100 steps, hold, and fall linearly to nothing over the last 40 %."""
-    share = min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
+    share = max(0.0, min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps)))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share

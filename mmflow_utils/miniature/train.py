@@ -50,8 +50,10 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 8900
-    joint_rates: tuple[tuple[int, int], ...] = ((0, 7500), (6500, 2400))  # where a rate begins, its length
+    joint_steps: int = 9500
+    # From a step on, the rate is that of a stage that began at another step and is so many steps long: colour
+    # came late, and so the rate was let rise again.
+    joint_rates: tuple[tuple[int, int, int], ...] = ((0, 0, 7500), (6500, 0, 8900), (7750, 6500, 3000))
     # Before these steps of the joint stage the projector says a kind of fact again, with this share, and it
     # and the decoder's first layer are held for so many steps: what that layer drowns is never learnt.
     louder: tuple[tuple[int, str, float, int], ...] = (
@@ -112,9 +114,8 @@ class Trainer:
         """Stage 4: projector and decoder on pictures."""
         core, recipe = self.model.model, self.recipe
         parts = nn.ModuleList([core.multi_modal_projector, core.language_model, self.model.lm_head])
-        self._fit(
-            "joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, before=self._speak_up
-        )
+        schedule = dict(rates=recipe.joint_rates, before=self._speak_up)
+        self._fit("joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, **schedule)
 
     def _speak_up(self, step: int) -> None:
         """Do to the model what the recipe has for this step of the joint stage."""
@@ -136,13 +137,13 @@ class Trainer:
         loss_of: Callable[[np.random.Generator], Tensor],
         evaluate: Callable[[], dict[str, float]],
         *,
-        rates: Sequence[tuple[int, int]] = (),
+        rates: Sequence[tuple[int, int, int]] = (),
         before: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Run one stage from its last checkpoint to its end; afterwards `parts` hold the averaged weights.
 
-        The rate rises and falls once, or as `rates` (first step, length) say; `before` is called before each
-        step.
+        The rate rises and falls once, or as `rates` say: from which step on, begun where, how long. `before`
+        is called before each step.
         """
         self.model.requires_grad_(False)
         parts.requires_grad_(True)
@@ -151,7 +152,7 @@ class Trainer:
         first = self._resume(stage, parts, average, optimizers)
         bar = tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps)
         for step in bar:
-            begun, length = max(rate for rate in (rates or [(0, steps)]) if rate[0] <= step)
+            _, begun, length = max(rate for rate in (rates or [(0, 0, steps)]) if rate[0] <= step)
             set_rate(optimizers, step - begun, length)
             before(step)
             # The data of a step depend on nothing before it: resuming changes nothing.
