@@ -54,6 +54,7 @@ def plot_costs(
             y = names.index(ours)
             axis.plot([bound.iloc[0]] * 2, [y - 0.42, y + 0.42], color="#D55E00", linewidth=2.2)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(xlim=(0.5, 3 * frame[value].max()), ylim=(len(names) - 0.4, -0.6), xlabel=unit.capitalize())
         axis.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
         axis.grid(axis="y", visible=False)

@@ -4,6 +4,7 @@ frame = measure_speed(n_layers=(8, 16), n_image=(576,))
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, product
@@ -211,6 +212,7 @@ def _difference(model: VLM, encoded: Encoded, some: list[Variant], inputs: dict)
 
 def _peak_bytes(way: Callable) -> int:
     """Give the most memory that a call holds at once, beyond what was there before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes of its start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         way()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
