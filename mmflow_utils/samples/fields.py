@@ -1,8 +1,9 @@
-"""Values of one entry, checked: a text, a number, a box cut to its picture, a picture's file.
+"""A file's JSON, and values of one entry, checked: a text, a number, a box cut to its picture, its file.
 
 Each raises a `ValueError` that says what was expected and what came; the reader adds the entry and the file.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,9 +11,23 @@ from typing import Any
 
 from mmflow_utils.samples.records import Box
 
-__all__ = ["clipped_box", "number", "picture_file", "pictures_folder", "text"]
+__all__ = ["clipped_box", "number", "picture_file", "pictures_folder", "read_json", "text"]
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """Read a whole JSON file; `what` names it in the error, as in "GQA question file"."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"can't read the {what} {path} ({error.strerror}): check the path in the parameters"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} isn't whole JSON ({error}): download the {what} again and unpack it"
+        ) from error
 
 
 def text(entry: dict[str, Any], key: str) -> str:

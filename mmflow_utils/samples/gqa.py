@@ -4,7 +4,6 @@ A file that isn't what it should be stops the reading with one `ValueError`; a s
 used is left out, and the reason is recorded.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, text
+from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, read_json, text
 from mmflow_utils.samples.records import TASKS, Box, Sample, SceneObject, task_of
 
 __all__ = ["read_gqa"]
@@ -74,16 +73,7 @@ def _known_tasks(tasks: Iterable[str] | None) -> frozenset[str] | None:
 
 
 def _load_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"can't read the {what} {path} ({error.strerror}): check the path in params/"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} isn't whole JSON ({error}): download the {what} again and unpack it"
-        ) from error
+    data = read_json(path, what)
     if not isinstance(data, dict) or not data:
         kind = "nothing in it" if isinstance(data, dict) else f"a {type(data).__name__}"
         raise ValueError(f"{path} has {kind} at the top: expected a {what}, entries keyed by id")

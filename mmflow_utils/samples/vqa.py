@@ -4,7 +4,6 @@ A file that isn't what it should be stops the reading with one `ValueError`; a q
 such as one without its picture, is left out, and the reason is recorded.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from mmflow_utils.samples.fields import pictures_folder, text
+from mmflow_utils.samples.fields import pictures_folder, read_json, text
 from mmflow_utils.samples.records import Sample
 
 __all__ = ["read_aokvqa", "read_okvqa", "vqa_accuracy"]
@@ -159,16 +158,7 @@ def read_aokvqa(
 
 
 def _load(path: Path | str, kind: type, what: str) -> Any:
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"can't read the {what} file {path} ({error.strerror}): check the path in the parameters"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} isn't whole JSON ({error}): download the {what} file again and unpack it"
-        ) from error
+    data = read_json(path, f"{what} file")
     if not isinstance(data, kind):
         raise ValueError(
             f"{path} has a {type(data).__name__} at the top: expected an {what} file, a {kind.__name__}"
