@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from mmflow_utils.encode import Encoded, encode
 from mmflow_utils.models import VLM
 from mmflow_utils.params import Params
-from mmflow_utils.samples import Sample, frame_to_samples, read_gqa, samples_to_frame
+from mmflow_utils.samples import Sample, frame_to_samples, is_correct, read_gqa, samples_to_frame
 from mmflow_utils.stats import summarise
 from mmflow_utils.store import load_frame, manifest, save_frame
 
@@ -57,7 +57,7 @@ def _judge(model: VLM, sample: Sample) -> dict:
         said = answer(model, encode(model, sample))
     except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
         return row | dict(prediction=None, correct=False, reason=str(error))
-    correct = said.lower() == sample.answer.strip().lower()
+    correct = is_correct(said, sample)
     return row | dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
 
 

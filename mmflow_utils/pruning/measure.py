@@ -25,7 +25,7 @@ from mmflow_utils.pruning.remove import (
 )
 from mmflow_utils.pruning.work import equal_work, work_of
 from mmflow_utils.reference import rounding
-from mmflow_utils.samples import Sample, load_image
+from mmflow_utils.samples import Sample, is_correct, load_image
 
 __all__ = ["WAY_COLOURS", "picture_sweep", "prune_sweep"]
 
@@ -187,7 +187,7 @@ def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
         "image_id": sample.image_id,
         "task": sample.task,
         "prediction": said,
-        "correct_pct": 100.0 * (said.lower() == sample.answer.strip().lower()),
+        "correct_pct": 100.0 * is_correct(said, sample),
         "same_pct": 100.0 * (said == intact),
     }
 

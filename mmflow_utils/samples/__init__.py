@@ -8,6 +8,7 @@ from mmflow_utils.samples.records import (
     Sample,
     SceneObject,
     frame_to_samples,
+    is_correct,
     load_image,
     samples_to_frame,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "SceneObject",
     "TASKS",
     "frame_to_samples",
+    "is_correct",
     "load_image",
     "read_aokvqa",
     "read_authors_csv",

@@ -15,6 +15,7 @@ __all__ = [
     "Sample",
     "SceneObject",
     "frame_to_samples",
+    "is_correct",
     "load_image",
     "samples_to_frame",
     "task_of",
@@ -123,6 +124,11 @@ def load_image(sample: Sample) -> Image.Image:
             f" to {sample.image_size}; use the pictures that belong to the questions, not resized"
         )
     return picture
+
+
+def is_correct(said: str, sample: Sample) -> bool:
+    """Tell whether an answer is the label, letter case aside (§4)."""
+    return said.lower() == sample.answer.strip().lower()
 
 
 def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:
