@@ -13,6 +13,7 @@ from mmflow_utils.params import ROOT, Params
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST_CELL = 25
+MOST_OWN_PARAMETERS = 8  # a parameters cell has a line for each, beside those that all notebooks share
 TRACES = re.compile(r"/(?:home|root|Users|tmp|mnt|opt)/[\w.]|\d{4}-\d\d-\d\dT\d\d:\d\d|ipykernel_\d")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -129,6 +130,8 @@ def test_it_opens_with_one_title_and_its_cells_are_short(path):
     cells = [cell for cell in code_cells(notebook) if cell != parameters_cell(notebook)]
     long = {cell.source.splitlines()[0]: len(cell.source.splitlines()) for cell in cells}
     assert {first: n for first, n in long.items() if n > LONGEST_CELL} == {}
+    declared = len(parameters_cell(notebook).source.splitlines())
+    assert declared <= len(Params.model_fields) + MOST_OWN_PARAMETERS
 
 
 def test_the_names_of_types_are_those_a_notebook_writes():
