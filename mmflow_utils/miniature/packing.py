@@ -98,10 +98,11 @@ def pack(
 
 
 def _draft_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Draft]:
-    """Draft up to `n` different questions: one of each task, the rest from the other groups and facts."""
+    """Draft up to `n` different questions: one of each task, one by a fact, the rest from the other groups."""
     drafts = [ask(pick(rng, group), scene, rng) for group in TASK_GENERATORS.values()]
+    drafts.append(ask(factual, scene, rng))
     while len(drafts) < n:
-        drafts.append(ask(pick(rng, (*BRIDGES, factual)), scene, rng))
+        drafts.append(ask(pick(rng, BRIDGES), scene, rng))
     return list({draft.text: draft for draft in drafts if draft is not None}.values())
 
 

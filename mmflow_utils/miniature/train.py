@@ -50,10 +50,15 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 9500
+    joint_steps: int = 14000
     # From a step on, the rate is that of a stage that began at another step and is so many steps long: colour
     # came late, and so the rate was let rise again.
-    joint_rates: tuple[tuple[int, int, int], ...] = ((0, 0, 7500), (6500, 0, 8900), (7750, 6500, 3000))
+    joint_rates: tuple[tuple[int, int, int], ...] = (
+        (0, 0, 7500),
+        (6500, 0, 8900),
+        (7750, 6500, 3000),
+        (9500, 9000, 5000),
+    )
     # Before these steps of the joint stage the projector says a kind of fact again, with this share, and it
     # and the decoder's first layer are held for so many steps: what that layer drowns is never learnt.
     louder: tuple[tuple[int, str, float, int], ...] = (
@@ -68,7 +73,7 @@ class Recipe:
     lr: float = 3e-3  # of Muon on the matrices of the layers
     lr_rest: float = 1e-3  # of AdamW on embeddings, projector, heads, norms and biases
     joint_batch: int = 8  # scenes, in the stages with pictures
-    joint_questions: int = 7  # that share a scene there, beside descriptions of all things
+    joint_questions: int = 9  # that share a scene there, beside descriptions of all things
     joint_question_weight: float = 0.15  # of a question's words in their loss, beside 1 for an answer
     ema: float = 0.998
     eval_every: int = 250  # steps

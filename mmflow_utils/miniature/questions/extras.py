@@ -2,7 +2,7 @@
 
 Example:
     >>> factual(scene, np.random.default_rng(0)).text
-    'Which of the things in the picture can hold coffee?'
+    'Which of the things in the picture is alive?'
 """
 
 from mmflow_utils.miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select
@@ -10,18 +10,17 @@ from mmflow_utils.miniature.world import Scene
 
 __all__ = ["FACTS", "describe", "factual"]
 
-FACTS = {  # in the manner of OKVQA and A-OKVQA (App. H)
-    "can be eaten": ("cake", "apple"),
-    "can fly": ("bird",),
-    "can swim": ("fish",),
-    "can purr": ("cat",),
-    "can be driven on a road": ("car",),
-    "can sail": ("boat",),
-    "tells the time": ("clock",),
-    "gives light": ("lamp",),
-    "can hold coffee": ("cup",),
-    "can carry the shopping": ("bag",),
-    "has legs but is not alive": ("table",),
+# In the manner of OKVQA and A-OKVQA (App. H). Each fact fits several kinds of thing, so that the question
+# alone doesn't tell the answer: the picture says which of them is there.
+FACTS = {
+    "is sweet": ("cake", "apple"),
+    "is alive": ("cat", "fish", "bird"),
+    "can lay eggs": ("fish", "bird"),
+    "has legs": ("table", "cat", "bird"),
+    "has an engine": ("car", "boat"),
+    "is at home in the water": ("fish", "boat"),
+    "is carried by its handle": ("cup", "bag"),
+    "stands by the bed": ("clock", "lamp"),
 }
 
 
