@@ -1,11 +1,13 @@
 """The records: a sample, its objects and their boxes; its picture; and their way into a frame and back."""
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -101,29 +103,54 @@ class Sample:
 
 
 def load_image(sample: Sample) -> Image.Image:
-    """Open a sample's picture, as RGB.
+    """Open a sample's picture, as RGB with 8 bits: the pixels as they are stored.
+
+    An EXIF rotation is not applied, since boxes refer to the stored pixels, and LLaVA's own code doesn't
+    either. 16 bits are scaled to 8, a transparent picture is laid on white, an animated one shows its first
+    frame.
 
     Raises:
-        ValueError: The picture is missing or broken, or of another size than its boxes refer to.
+        ValueError: The picture is missing or broken, too large to be safe (`PIL.Image.MAX_IMAGE_PIXELS`), of
+            pixels without a known range, or of another size than its boxes refer to.
     """
+    name = f"sample {sample.sample_id}: picture {sample.image}"
     try:
-        with Image.open(sample.image) as stored:
-            picture = stored.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(sample.image) as stored:
+                picture = _as_rgb(stored)
     except FileNotFoundError as error:
         raise ValueError(
             f"sample {sample.sample_id}: no picture {sample.image}; unpack the pictures there, or name their"
             " folder by the parameter images"
         ) from error
-    except Exception as error:  # a decoder that meets a broken file raises what it likes
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"sample {sample.sample_id}: picture {sample.image} is broken ({error}); fetch it again"
+            f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, which is no photograph but may"
+            " be an attack on memory; replace it by a smaller one"
         ) from error
+    except Exception as error:  # a decoder that meets a broken file raises what it likes
+        raise ValueError(f"{name} is broken ({error}); fetch it again") from error
+    if picture is None:
+        raise ValueError(f"{name} holds numbers without a known range; store it with 8 bits a colour")
     if sample.image_size and picture.size != sample.image_size:
         raise ValueError(
-            f"sample {sample.sample_id}: picture {sample.image} is {picture.size} pixels, but its boxes refer"
+            f"{name} is {picture.size} pixels, but its boxes refer"
             f" to {sample.image_size}; use the pictures that belong to the questions, not resized"
         )
     return picture
+
+
+def _as_rgb(stored: Image.Image) -> Image.Image | None:
+    """Convert a picture's first frame; None where nothing says which number is white."""
+    if stored.mode in ("I", "F"):
+        return None
+    if stored.mode.startswith("I;16"):  # Pillow's own conversion would clip all above 255 to white
+        return Image.fromarray((np.asarray(stored) / 257).round().astype(np.uint8)).convert("RGB")
+    if stored.has_transparency_data:
+        stored = stored.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", stored.size, "white"), stored).convert("RGB")
+    return stored.convert("RGB")
 
 
 def is_correct(said: str, sample: Sample) -> bool:
