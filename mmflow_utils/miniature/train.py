@@ -50,14 +50,14 @@ class Recipe:
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
-    joint_steps: int = 14000
+    joint_steps: int = 15000
     # From a step on, the rate is that of a stage that began at another step and is so many steps long: colour
     # came late, and so the rate was let rise again.
     joint_rates: tuple[tuple[int, int, int], ...] = (
         (0, 0, 7500),
         (6500, 0, 8900),
         (7750, 6500, 3000),
-        (9500, 9000, 5000),
+        (9500, 9000, 6000),
     )
     # Before these steps of the joint stage the projector says a kind of fact again, with this share, and it
     # and the decoder's first layer are held for so many steps: what that layer drowns is never learnt.
