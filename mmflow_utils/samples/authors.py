@@ -1,6 +1,7 @@
 """The CSV files that the paper's authors released: six tasks of GQA questions, with boxes and captions."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,42 @@ import pandas as pd
 from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, text
 from mmflow_utils.samples.records import Sample, SceneObject, task_of
 
-__all__ = ["read_authors_csv"]
+__all__ = ["compare_with_authors", "read_authors", "read_authors_csv"]
 
 _LOG = logging.getLogger(__name__)
+
+
+def read_authors(
+    folder: Path | str, images: Path | str, *, tasks: Iterable[str] | None = None
+) -> tuple[list[Sample], pd.DataFrame]:
+    """Read the authors' CSV files in a folder, for figures over exactly their questions.
+
+    Args:
+        folder: Holds their six files, or some of them.
+        images: Folder of GQA's pictures.
+        tasks: Keep only these tasks; by default every question.
+
+    Returns:
+        The samples, file by file, and what was left out, as `read_gqa` gives them. Of a question that stands
+        twice, the first is kept.
+
+    Raises:
+        ValueError: No CSV file there, or one of another layout, naming the row.
+    """
+    files = sorted(Path(folder).glob("*.csv"))
+    if not files:
+        raise ValueError(f"no CSV file in {folder}: put the authors' six files there (docs/data.md says how)")
+    wanted = None if tasks is None else set(tasks)
+    found: dict[str, Sample] = {}
+    left_out = []
+    for sample, notes in (read for file in files for read in _read_rows(file, images)):
+        if wanted is not None and sample.task not in wanted:
+            continue
+        kept = sample.sample_id not in found
+        found.setdefault(sample.sample_id, sample)
+        reasons = notes if kept else ["the question stands twice"]
+        left_out += [{"sample_id": sample.sample_id, "reason": reason, "kept": kept} for reason in reasons]
+    return list(found.values()), pd.DataFrame(left_out, columns=["sample_id", "reason", "kept"])
 
 
 def read_authors_csv(path: Path | str, images: Path | str) -> list[Sample]:
@@ -27,6 +61,53 @@ def read_authors_csv(path: Path | str, images: Path | str) -> list[Sample]:
     Raises:
         ValueError: A file that is missing, cut short or of another layout, naming the row.
     """
+    samples = []
+    for sample, notes in _read_rows(path, images):
+        samples.append(sample)
+        for note in notes:
+            _LOG.warning("question %s: %s", sample.sample_id, note)
+    return samples
+
+
+def compare_with_authors(samples: Iterable[Sample], authors: Iterable[Sample]) -> pd.DataFrame:
+    """Hold what was read from GQA's own files against the authors' rows for the same questions.
+
+    Args:
+        samples: From `read_gqa`.
+        authors: From `read_authors`.
+
+    Returns:
+        For each of the authors' questions a row for each `field` (question, answer, options, objects, boxes):
+        `sample_id`, `task`, `field`, `equal`, and what `ours` and `authors` hold, as text. Objects and boxes
+        are compared as sets; a box is x, y, w and h in pixels, cut to the picture on both sides. A question
+        that `samples` lacks has the one field `found`.
+    """
+    ours = {sample.sample_id: _fields(sample) for sample in samples}
+    rows = []
+    for sample in authors:
+        known = ours.get(sample.sample_id, {"found": "no"})
+        theirs = _fields(sample) if sample.sample_id in ours else {"found": "yes"}
+        for field, value in known.items():
+            row = {"sample_id": sample.sample_id, "task": sample.task, "field": field}
+            rows.append(row | {"equal": value == theirs[field], "ours": value, "authors": theirs[field]})
+    return pd.DataFrame(rows, columns=["sample_id", "task", "field", "equal", "ours", "authors"])
+
+
+def _fields(sample: Sample) -> dict[str, str]:
+    """Put what the experiments use of a sample into texts, one for each field."""
+    named = {f"{o.name} ({o.object_id or '-'})": o.box for o in sample.objects}
+    boxes = {name: f"{b.x:g} {b.y:g} {b.w:g} {b.h:g}" if b else "none" for name, b in named.items()}
+    return {
+        "question": sample.question,
+        "answer": sample.answer,
+        "options": f"{sample.option_true} | {sample.option_false}",
+        "objects": ", ".join(sorted(named)),
+        "boxes": ", ".join(f"{name}: {boxes[name]}" for name in sorted(boxes)),
+    }
+
+
+def _read_rows(path: Path | str, images: Path | str) -> Iterator[tuple[Sample, list[str]]]:
+    """Read a file's rows, each with notes of the boxes that it lost."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
@@ -41,16 +122,16 @@ def read_authors_csv(path: Path | str, images: Path | str) -> list[Sample]:
             f"{path} lacks the columns {', '.join(missing)}: expected one of the authors' CSV files"
         )
     folder = pictures_folder(images)
-    samples = []
     for line, row in enumerate(frame.to_dict("records"), start=2):
+        notes: list[str] = []
         try:
-            samples.append(_authors_sample(row, subjects, folder))
+            sample = _authors_sample(row, subjects, folder, notes)
         except ValueError as error:
             raise ValueError(f"{path}, row {line}: {error}; fetch the authors' file again") from error
-    return samples
+        yield sample, notes
 
 
-def _authors_sample(row: dict[str, Any], subjects: tuple[str, ...], folder: Path) -> Sample:
+def _authors_sample(row: dict[str, Any], subjects: tuple[str, ...], folder: Path, notes: list[str]) -> Sample:
     size = (int(number(row["image_w"])), int(number(row["image_h"])))
     objects = []
     for subject in subjects:
@@ -62,9 +143,7 @@ def _authors_sample(row: dict[str, Any], subjects: tuple[str, ...], folder: Path
             try:
                 box = clipped_box(numbers, *size)
             except ValueError as error:
-                _LOG.warning(
-                    "question %s: no box for %s (%s): %s", row["question_id"], name, object_id, error
-                )
+                notes.append(f"no box for {name} ({object_id}): {error}")
         objects.append(SceneObject(name=name, object_id=None if object_id == "-" else object_id, box=box))
     kinds = {kind: text(row, f"type_{kind}") for kind in ("structural", "semantic", "detailed")}
     return Sample(

@@ -6,20 +6,23 @@ Each raises a `ValueError` that says what was expected and what came; the reader
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmflow_utils.samples.records import Box
 
-__all__ = ["clipped_box", "number", "picture_file", "pictures_folder", "read_json", "text"]
+__all__ = ["clipped_box", "json_errors", "number", "picture_file", "pictures_folder", "read_json", "text"]
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
-def read_json(path: Path | str, what: str) -> Any:
-    """Read a whole JSON file; `what` names it in the error, as in "GQA question file"."""
+@contextmanager
+def json_errors(path: Path | str, what: str) -> Iterator[None]:
+    """Say of a file that can't be read, or isn't whole JSON, what to do; `what` names it."""
     try:
-        return json.loads(Path(path).read_bytes())
+        yield
     except OSError as error:
         raise ValueError(
             f"can't read the {what} {path} ({error.strerror}): check the path in the parameters"
@@ -28,6 +31,12 @@ def read_json(path: Path | str, what: str) -> Any:
         raise ValueError(
             f"{path} isn't whole JSON ({error}): download the {what} again and unpack it"
         ) from error
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """Read a whole JSON file; `what` names it in the error, as in "GQA question file"."""
+    with json_errors(path, what):
+        return json.loads(Path(path).read_bytes())
 
 
 def text(entry: dict[str, Any], key: str) -> str:

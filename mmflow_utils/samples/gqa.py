@@ -5,16 +5,22 @@ used is left out, and the reason is recorded.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import pandas as pd
 
-from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, read_json, text
+from mmflow_utils.samples.entries import read_entries
+from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, text
 from mmflow_utils.samples.records import TASKS, Box, Sample, SceneObject, task_of
 
 __all__ = ["read_gqa"]
+
+_SHORT = re.compile(r"^(?:to the|in) (.+) of$")
 
 
 def read_gqa(
@@ -23,8 +29,11 @@ def read_gqa(
     images: Path | str,
     *,
     tasks: Iterable[str] | None = None,
+    progress: bool = True,
 ) -> tuple[list[Sample], pd.DataFrame]:
     """Read questions in GQA's format, with the boxes of their objects.
+
+    The files are read entry by entry: what stays in memory are the samples and the boxes they ask for.
 
     Args:
         questions: A question file, such as `val_balanced_questions.json`.
@@ -32,37 +41,50 @@ def read_gqa(
             splits have none) leaves every box unknown.
         images: Folder of the pictures, `<image id>.jpg` (or .jpeg, .png).
         tasks: Keep only these tasks; by default every question.
+        progress: Show a bar of bytes while a large file is read.
 
     Returns:
         The samples in the file's order, and what was left out: `sample_id`, `reason` and `kept`, which is
         true where the sample stays and lost only a box or its options. Boxes are clipped to the picture.
 
     Raises:
-        ValueError: A file or folder that is missing, cut short or of another layout; no question that can be
-            used; an unknown task.
+        ValueError: A file or folder that is missing, cut short or of another layout; an id that stands twice;
+            no question that can be used; an unknown task.
     """
     wanted = _known_tasks(tasks)
-    entries = _load_json(Path(questions), "GQA question file")
-    graphs = None if scene_graphs is None else _load_json(Path(scene_graphs), "GQA scene graph file")
     folder = pictures_folder(images)
-    samples, skipped, first = [], [], ""
-    for sample_id in list(entries):
-        entry = entries.pop(sample_id)  # the files are large: let go what is read
-        notes: list[str] = []
-        try:
-            if sample := _gqa_sample(sample_id, entry, graphs, folder, wanted, notes):
-                samples.append(sample)
-        except ValueError as error:
-            first = first or f"entry {sample_id!r}: {error}"
-            skipped.append({"sample_id": sample_id, "reason": str(error), "kept": False})
-            continue
-        skipped += [{"sample_id": sample_id, "reason": note, "kept": True} for note in notes]
-    if first and not samples:
+    found: dict[str, Sample] = {}
+    skipped: list[dict[str, Any]] = []
+    for sample_id, entry in read_entries(questions, "GQA question file", progress=progress):
+        if sample_id in found:
+            raise ValueError(f"{questions}: question {sample_id!r} stands twice; download the file again")
+        with _recorded(sample_id, skipped) as notes:
+            if sample := _gqa_sample(sample_id, entry, folder, wanted, notes):
+                found[sample_id] = sample
+    samples = list(found.values())
+    if scene_graphs is not None and samples:
+        samples = _with_boxes(samples, _graphs_of(samples, scene_graphs, progress), skipped)
+    lost = {row["sample_id"] for row in skipped if not row["kept"]}  # some only when the boxes were read
+    skipped = [row for row in skipped if not row["kept"] or row["sample_id"] not in lost]
+    if lost and not samples:
+        first = f"entry {skipped[0]['sample_id']!r}: {skipped[0]['reason']}"
         raise ValueError(
             f"no question of {questions} can be used ({first}); expected GQA's questions and the same split's"
             f" scene graphs, got {scene_graphs}: unpack both unchanged"
         )
     return samples, pd.DataFrame(skipped, columns=["sample_id", "reason", "kept"])
+
+
+@contextmanager
+def _recorded(sample_id: str, skipped: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Record why a question is left out; and, of one that stays, the notes of what it lost."""
+    notes: list[str] = []
+    try:
+        yield notes
+    except ValueError as error:
+        skipped.append({"sample_id": sample_id, "reason": str(error), "kept": False})
+    else:
+        skipped += [{"sample_id": sample_id, "reason": note, "kept": True} for note in notes]
 
 
 def _known_tasks(tasks: Iterable[str] | None) -> frozenset[str] | None:
@@ -72,18 +94,44 @@ def _known_tasks(tasks: Iterable[str] | None) -> frozenset[str] | None:
     return wanted
 
 
-def _load_json(path: Path, what: str) -> dict[str, Any]:
-    data = read_json(path, what)
-    if not isinstance(data, dict) or not data:
-        kind = "nothing in it" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise ValueError(f"{path} has {kind} at the top: expected a {what}, entries keyed by id")
-    return data
+def _graphs_of(samples: list[Sample], scene_graphs: Path | str, progress: bool) -> dict[str, Any]:
+    """Read the scene graphs of the samples' pictures, and of these only what boxes are made of."""
+    asked: dict[str, set[str]] = {}
+    for sample in samples:
+        asked.setdefault(sample.image_id, set()).update(o.object_id for o in sample.objects if o.object_id)
+    graphs: dict[str, Any] = {}
+    for image_id, graph in read_entries(scene_graphs, "GQA scene graph file", progress=progress):
+        if image_id in graphs:
+            raise ValueError(f"{scene_graphs}: image {image_id!r} stands twice; download the file again")
+        if image_id in asked:
+            graphs[image_id] = _boxes_alone(graph, asked[image_id])
+    return graphs
+
+
+def _boxes_alone(graph: Any, ids: set[str]) -> Any:
+    """Let go the attributes, relations and other objects; what isn't as it should be stays, to be judged."""
+    if not isinstance(graph, dict) or not isinstance(graph.get("objects"), dict):
+        return graph
+    objects = {i: graph["objects"][i] for i in ids if i in graph["objects"]}
+    for object_id, value in objects.items():
+        if isinstance(value, dict):
+            objects[object_id] = {side: value.get(side) for side in "xywh"}
+    return {side: graph.get(side) for side in ("width", "height")} | {"objects": objects}
+
+
+def _with_boxes(samples: list[Sample], graphs: dict[str, Any], skipped: list[dict[str, Any]]) -> list[Sample]:
+    placed = []
+    for sample in samples:
+        with _recorded(sample.sample_id, skipped) as notes:
+            graph = _graph(graphs, sample.image_id)
+            objects = (replace(o, box=_graph_box(graph, o, notes)) for o in sample.objects)
+            placed.append(replace(sample, objects=tuple(objects), image_size=graph["size"]))
+    return placed
 
 
 def _gqa_sample(
     sample_id: str,
     entry: Any,
-    graphs: dict[str, Any] | None,
     folder: Path,
     wanted: frozenset[str] | None,
     notes: list[str],
@@ -93,12 +141,13 @@ def _gqa_sample(
         raise ValueError(
             f"expected the fields question, imageId, answer, types and semantic, got {held[:80]}"
         )
-    kinds = {kind: text(entry["types"], kind) for kind in ("structural", "semantic", "detailed")}
+    # interned: thousands of questions share a kind, a picture, an answer
+    kinds = {kind: intern(text(entry["types"], kind)) for kind in ("structural", "semantic", "detailed")}
     task = task_of(kinds["detailed"])
     if wanted is not None and task not in wanted:
         return None
-    image_id, answer = text(entry, "imageId"), text(entry, "answer").lower()
-    operations, graph = _operations(entry.get("semantic")), _graph(graphs, image_id)
+    image_id, answer = intern(text(entry, "imageId")), intern(text(entry, "answer").lower())
+    operations = _operations(entry.get("semantic"))
     true, false = _options(operations, answer, notes)
     return Sample(
         sample_id=sample_id,
@@ -109,9 +158,8 @@ def _gqa_sample(
         task=task,
         option_true=true,
         option_false=false,
-        objects=_objects(operations, graph, _annotated(entry), notes),
+        objects=_objects(operations, _annotated(entry)),
         full_answer=text(entry, "fullAnswer") if entry.get("fullAnswer") else None,
-        image_size=graph["size"] if graph else None,
         **kinds,
     )
 
@@ -128,12 +176,15 @@ def _operations(semantic: Any) -> list[tuple[str, str]]:
 def _options(
     operations: list[tuple[str, str]], answer: str, notes: list[str]
 ) -> tuple[str | None, str | None]:
-    """Read the options of `choose …: a|b`, or of `choose rel: man,to the right of|to the left of,s (42)`."""
+    """Read the options of `choose …: a|b`, or of `choose rel: man,to the right of|to the left of,s (42)`.
+
+    "to the right of" is the option "right" and "in front of" is "front", as in the authors' files.
+    """
     for operation, argument in operations:
         if not operation.startswith("choose") or "|" not in argument:
             continue
-        choices = next(part for part in argument.split(",") if "|" in part).split("|")
-        choices = [re.sub(r"^to the (.+) of$", r"\1", choice.strip()) for choice in choices]
+        choices = [c.strip() for c in next(p for p in argument.split(",") if "|" in p).split("|")]
+        choices = [choice if choice.lower() == answer else _SHORT.sub(r"\1", choice) for choice in choices]
         true = [choice for choice in choices if choice.lower() == answer]
         if len(choices) == 2 and len(true) == 1 and all(choices):
             return true[0], next(choice for choice in choices if choice != true[0])
@@ -155,10 +206,7 @@ def _annotated(entry: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _objects(
-    operations: list[tuple[str, str]],
-    graph: dict[str, Any] | None,
-    annotated: dict[str, tuple[int, int]],
-    notes: list[str],
+    operations: list[tuple[str, str]], annotated: dict[str, tuple[int, int]]
 ) -> tuple[SceneObject, ...]:
     """Read the objects of `select: jar (496168)`, `relate: man,wearing,o (123)`, `select: mud (-)`."""
     found = {}
@@ -169,16 +217,11 @@ def _objects(
         name = argument[: ids.start()].split(",")[0].strip()
         for object_id in (i.strip() for i in ids[1].split(",")):
             known = None if object_id == "-" else object_id
-            box = _graph_box(graph, known, name, notes) if graph and known else None
-            found[name, known] = SceneObject(
-                name=name, object_id=known, box=box, words=annotated.get(object_id)
-            )
+            found[name, known] = SceneObject(name=name, object_id=known, words=annotated.get(object_id))
     return tuple(found.values())
 
 
-def _graph(graphs: dict[str, Any] | None, image_id: str) -> dict[str, Any] | None:
-    if graphs is None:
-        return None
+def _graph(graphs: dict[str, Any], image_id: str) -> dict[str, Any]:
     graph = graphs.get(image_id)
     if graph is None:
         raise ValueError(f"the scene graphs don't have image {image_id!r}")
@@ -193,11 +236,14 @@ def _graph(graphs: dict[str, Any] | None, image_id: str) -> dict[str, Any] | Non
     return {"size": (int(width), int(height)), "objects": graph["objects"]}
 
 
-def _graph_box(graph: dict[str, Any], object_id: str, name: str, notes: list[str]) -> Box | None:
+def _graph_box(graph: dict[str, Any], thing: SceneObject, notes: list[str]) -> Box | None:
+    if thing.object_id is None:
+        return None
+    lost = f"no box for {thing.name} ({thing.object_id})"
     try:
-        return clipped_box(graph["objects"][object_id], *graph["size"])
+        return clipped_box(graph["objects"][thing.object_id], *graph["size"])
     except KeyError:
-        notes.append(f"no box for {name} ({object_id}): the scene graph doesn't have it")
+        notes.append(f"{lost}: the scene graph doesn't have it")
     except (TypeError, ValueError) as error:
-        notes.append(f"no box for {name} ({object_id}): {error}")
+        notes.append(f"{lost}: {error}")
     return None
