@@ -18,7 +18,15 @@ from tqdm.auto import tqdm
 from mmflow_utils.encode import Encoded, encode
 from mmflow_utils.models import VLM
 from mmflow_utils.params import Params
-from mmflow_utils.samples import Sample, frame_to_samples, is_correct, read_gqa, samples_to_frame
+from mmflow_utils.samples import (
+    Sample,
+    add_captions,
+    captions_file,
+    frame_to_samples,
+    is_correct,
+    read_gqa,
+    samples_to_frame,
+)
 from mmflow_utils.stats import summarise
 from mmflow_utils.store import load_frame, manifest, save_frame
 
@@ -137,8 +145,16 @@ def _until_enough(model: VLM, candidates: list[Sample], n: int) -> Iterator[tupl
 def read_questions(
     params: Params, *, tasks: Iterable[str] | None = None
 ) -> tuple[list[Sample], pd.DataFrame]:
-    """Read the parameters' GQA files; also a frame of what couldn't be read, with the reasons."""
-    return read_gqa(params.path("questions"), params.path("scene_graphs"), params.path("images"), tasks=tasks)
+    """Read the parameters' GQA files; also a frame of what couldn't be read, with the reasons.
+
+    For a text-only model, whose prompt has `{caption}` where others have `<image>`, dense captions come with
+    the samples: from Visual Genome's `region_descriptions.json` beside the scene graphs (App. G).
+    """
+    graphs = params.path("scene_graphs")
+    samples, left_out = read_gqa(params.path("questions"), graphs, params.path("images"), tasks=tasks)
+    if "{caption}" in params.prompt:
+        samples = add_captions(samples, captions_file(graphs))
+    return samples, left_out
 
 
 def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sample]:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmflow_utils.params import ROOT, Params
+from mmflow_utils.samples import captions_file
 
 __all__ = ["load_frame", "manifest", "read_manifest", "save_frame"]
 
@@ -57,6 +58,8 @@ def manifest(
     commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
     depends_on["weights_sha256"] = sha256(*files) if files else commit
     data = [params.path(name) for name in ("questions", "scene_graphs")]
+    if "{caption}" in params.prompt:
+        data.append(captions_file(data[1]))
     depends_on["data_sha256"] = sha256(*data) if all(file.is_file() for file in data) else None
     return {
         "depends_on": depends_on,

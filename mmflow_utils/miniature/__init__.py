@@ -4,8 +4,9 @@ from mmflow_utils.miniature.build import PROMPT, build_model, build_processor, b
 from mmflow_utils.miniature.dataset import write_split
 from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.facts import write_factual
+from mmflow_utils.miniature.save import save_miniature, save_text_miniature
 from mmflow_utils.miniature.score import task_accuracy
-from mmflow_utils.miniature.train import Recipe, Trainer, save_miniature
+from mmflow_utils.miniature.train import Recipe, Trainer
 from mmflow_utils.miniature.world import Scene, Thing, sample_scene
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "draw_scene",
     "sample_scene",
     "save_miniature",
+    "save_text_miniature",
     "task_accuracy",
     "write_factual",
     "write_split",

@@ -53,6 +53,7 @@ def pack(
     n_image_tokens: int,
     described: bool = False,
     word_weight: float = WORD,
+    told: list[Scene] | None = None,
 ) -> Packed:
     """Ask `n_questions` about each scene and lay them out behind its picture, or behind a caption of it.
 
@@ -64,13 +65,15 @@ def pack(
         captions: Lay out a caption in place of the picture.
         n_image_tokens: Tokens that a picture takes.
         described: Ask for descriptions too, of each thing and of their row.
-        word_weight: How much the prediction of a question's words counts in the loss, beside 1 for an answer.
+        word_weight: How much the prediction of a caption's or a question's words counts in the loss, beside 1
+            for an answer.
+        told: The scenes that the captions tell of, by default those that are asked about.
     """
     head, _ = PROMPT.split("<image>")
     rows, drafts = [], []
-    for scene in scenes:
+    for scene, other in zip(scenes, told or scenes, strict=True):
         asked = _draft_questions(scene, rng, n_questions) + (describe(scene) if described else [])
-        before = head + (caption(scene, rng) if captions else "<image>")
+        before = head + (caption(other, rng) if captions else "<image>")
         tails = [_tail(draft) for draft in asked]
         texts = [before + tail.format(question=d.text) for tail, d in zip(tails, asked, strict=True)]
         prefix, *prompts = tokenizer([before, *texts]).input_ids
@@ -84,7 +87,7 @@ def pack(
         if not captions:
             prefix += [prefix[-1]] * (n_image_tokens - 1)
         parts = zip(questions, n_after, answers, strict=True)
-        prefix_weight = WORD if captions else 0.0
+        prefix_weight = word_weight if captions else 0.0
         rows.append(_row(prefix, parts, tokenizer.eos_token_id, prefix_weight, word_weight))
         drafts.append(asked)
     n_tokens = max(map(len, rows))
@@ -98,7 +101,7 @@ def pack(
 
 
 def _draft_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Draft]:
-    """Draft up to `n` different questions: one of each task, one by a fact, the rest from the other groups."""
+    """Draft up to `n` different questions: one of each task, one by a fact, the rest of the other groups."""
     drafts = [ask(pick(rng, group), scene, rng) for group in TASK_GENERATORS.values()]
     drafts.append(ask(factual, scene, rng))
     while len(drafts) < n:

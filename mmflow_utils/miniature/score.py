@@ -1,4 +1,4 @@
-"""How many held-out questions a miniature answers correctly, its own picture shown or another's."""
+"""How many held-out questions a miniature answers correctly, shown what they are about or something else."""
 
 import numpy as np
 import torch
@@ -41,11 +41,12 @@ def task_accuracy(
         n_scenes: Scenes to ask about, ten questions each.
         seed: Of the scenes and the questions.
         captions: Show a caption in place of the picture.
-        shuffled: Show each question another scene's picture: what a blind model would reach.
+        shuffled: Show each question another scene's picture or caption: what a blind model would reach.
         half: Compute in bfloat16, as in training, or in float32.
     """
     scenes, rng = held_out(n_scenes, seed), np.random.default_rng([seed, 1001])
     n_image_tokens = model.config.image_seq_length
+    shown = scenes[1:] + scenes[:1] if shuffled else scenes
     batch = pack(
         processor.tokenizer,
         scenes,
@@ -53,10 +54,11 @@ def task_accuracy(
         n_questions=N_QUESTIONS,
         captions=captions,
         n_image_tokens=n_image_tokens,
+        told=shown,
     )
     pixels = None
     if not captions:
-        pictures = [draw_scene(scene) for scene in (scenes[1:] + scenes[:1] if shuffled else scenes)]
+        pictures = [draw_scene(scene) for scene in shown]
         pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     said = packed_logits(model, batch, pixels, half=half)[:, :-1].argmax(-1)
     wrong = (said != batch.ids[:, 1:]) & (batch.answer[:, 1:] == 1)
@@ -69,11 +71,11 @@ def task_accuracy(
 
 
 def accuracy_in_parts(
-    model: nn.Module, processor: ProcessorMixin, *, n_scenes: int, seed: int, shuffled: bool
+    model: nn.Module, processor: ProcessorMixin, *, n_scenes: int, seed: int, **shown: bool
 ) -> dict[str, float]:
-    """Average `task_accuracy`, in float32, over parts of 50 scenes."""
+    """Average `task_accuracy`, in float32, over parts of 50 scenes; `shown`: captions, shuffled."""
     parts = [
-        task_accuracy(model, processor, n_scenes=PART, seed=seed + 10_000 * k, shuffled=shuffled, half=False)
+        task_accuracy(model, processor, n_scenes=PART, seed=seed + 10_000 * k, half=False, **shown)
         for k in range(n_scenes // PART)
     ]
     return {task: round(float(np.mean([part[task] for part in parts])), 2) for task in parts[0]}

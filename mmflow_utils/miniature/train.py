@@ -7,6 +7,9 @@
 3. `align`: tower and decoder frozen, the projector learns to speak the decoder's language.
 4. `joint`: projector and decoder together on pictures and questions; the tower stays frozen, as LLaVA's does.
 
+For the text-only miniature (App. G) the decoder goes on after `text` with `read`: what `joint` asks, about
+captions.
+
 No attention edge is blocked and no flow rewarded: whatever routes the model uses, it found.
 
 Example:
@@ -16,9 +19,8 @@ Example:
     >>> save_miniature(trainer, Path("assets/mini"))
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +35,13 @@ from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.optimize import Weights, copy_weights, descend, follow, make_optimizers, set_rate
 from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
 from mmflow_utils.miniature.projector import say_louder, warm_projector
-from mmflow_utils.miniature.score import accuracy_in_parts, held_out, task_accuracy
+from mmflow_utils.miniature.score import held_out, task_accuracy
 from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss
 from mmflow_utils.miniature.world import Scene, sample_scene
 
-__all__ = ["Recipe", "Trainer", "save_miniature"]
+__all__ = ["Recipe", "Trainer"]
 
-STAGES = ("tower", "text", "align", "joint")
+STAGES = ("tower", "text", "align", "joint", "read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class Recipe:
         (3750, "color", 3.0, 0),
         (5250, "color", 8.0, 500),
     )
+    read_steps: int = 3000
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
@@ -121,6 +124,11 @@ class Trainer:
         parts = nn.ModuleList([core.multi_modal_projector, core.language_model, self.model.lm_head])
         schedule = dict(rates=recipe.joint_rates, before=self._speak_up)
         self._fit("joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, **schedule)
+
+    def read(self) -> None:
+        """For the text-only miniature, after `text`: the decoder on captions, asked what `joint` asks."""
+        parts = nn.ModuleList([self.model.model.language_model, self.model.lm_head])
+        self._fit("read", parts, self.recipe.read_steps, self._reading_loss, self._caption_accuracy)
 
     def _speak_up(self, step: int) -> None:
         """Do to the model what the recipe has for this step of the joint stage."""
@@ -229,10 +237,12 @@ class Trainer:
         right = {name: (logits[name].argmax(-1) == truth[name])[shown] for name in HEADS}
         return {name: 100 * float(hits.float().mean()) for name, hits in right.items()}
 
-    def _answer_loss(self, rng: np.random.Generator, *, captions: bool = False) -> Float[Tensor, ""]:
+    def _answer_loss(
+        self, rng: np.random.Generator, *, captions: bool = False, described: bool = True
+    ) -> Float[Tensor, ""]:
         recipe = self.recipe
         asked = dict(n_questions=recipe.n_questions)
-        if not captions:
+        if described:
             asked = dict(n_questions=recipe.joint_questions, described=True)
             asked |= dict(word_weight=recipe.joint_question_weight)
         scenes = [sample_scene(rng) for _ in range(recipe.batch if captions else recipe.joint_batch)]
@@ -250,6 +260,9 @@ class Trainer:
         return (loss * weight).sum() / weight.sum()
 
     def _caption_loss(self, rng: np.random.Generator) -> Float[Tensor, ""]:
+        return self._answer_loss(rng, captions=True, described=False)
+
+    def _reading_loss(self, rng: np.random.Generator) -> Float[Tensor, ""]:
         return self._answer_loss(rng, captions=True)
 
     def _accuracy(self, *, captions: bool = False) -> dict[str, float]:
@@ -258,24 +271,3 @@ class Trainer:
 
     def _caption_accuracy(self) -> dict[str, float]:
         return self._accuracy(captions=True)
-
-
-def save_miniature(trainer: Trainer, folder: Path | str, *, n_scenes: int = 1000) -> dict:
-    """Write model, processor and `training.json`: recipe, learning curves, and held-out accuracy in float32.
-
-    Returns:
-        What `training.json` holds.
-    """
-    model, processor, recipe = trainer.model.eval(), trainer.processor, trainer.recipe
-    accuracy = {
-        name: accuracy_in_parts(
-            model, processor, n_scenes=n_scenes, seed=recipe.seed + 1, shuffled=name == "shuffled"
-        )
-        for name in ("intact", "shuffled")
-    }
-    record = dict(recipe=asdict(recipe), n_scenes=n_scenes, accuracy_pct=accuracy, curves=trainer.curves)
-    model.set_attn_implementation({"text_config": "sdpa"})
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (Path(folder) / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return record

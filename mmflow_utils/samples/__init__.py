@@ -1,6 +1,7 @@
 """Samples: one question about one picture, and the readers that make them (paper §4, App. A)."""
 
 from mmflow_utils.samples.authors import read_authors_csv
+from mmflow_utils.samples.captions import add_captions, captions_file
 from mmflow_utils.samples.gqa import read_gqa
 from mmflow_utils.samples.records import (
     TASKS,
@@ -19,6 +20,8 @@ __all__ = [
     "Sample",
     "SceneObject",
     "TASKS",
+    "add_captions",
+    "captions_file",
     "frame_to_samples",
     "is_correct",
     "load_image",

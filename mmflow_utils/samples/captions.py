@@ -1,0 +1,80 @@
+"""Dense captions in place of a picture (App. G): what Visual Genome says of an image, region by region."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import ijson
+
+from mmflow_utils.samples.records import Sample
+
+__all__ = ["add_captions", "captions_file"]
+
+
+def captions_file(scene_graphs: Path) -> Path:
+    """Say where the captions belong: beside the scene graphs, under Visual Genome's own name.
+
+    >>> captions_file(Path("data/gqa/val_sceneGraphs.json")).as_posix()
+    'data/gqa/region_descriptions.json'
+    """
+    return scene_graphs.with_name("region_descriptions.json")
+
+
+def add_captions(samples: Iterable[Sample], path: Path | str) -> list[Sample]:
+    """Give each sample the dense caption of its picture: all phrases about its regions, a sentence each.
+
+    The file is read entry by entry, since Visual Genome's has 700 MB. A sample that has its caption keeps it
+    (those of the authors' CSV files do), and one that the file doesn't describe stays without.
+
+    Args:
+        samples: About pictures of Visual Genome, as all of GQA's are.
+        path: Visual Genome's `region_descriptions.json`: a list of `{"id": …, "regions": [{"phrase": …}]}`.
+
+    Raises:
+        ValueError: A file that is missing, cut short or of another layout; one that describes none of the
+            pictures.
+    """
+    samples = list(samples)
+    wanted = {sample.image_id for sample in samples if sample.caption is None}
+    captions = {image_id: text for image_id, text in _read(Path(path), wanted) if text} if wanted else {}
+    if wanted and not captions:
+        raise ValueError(
+            f"{path} describes none of the {len(wanted)} pictures that are asked about: expected Visual"
+            " Genome's region_descriptions.json, to which GQA's pictures belong"
+        )
+    return [
+        sample if sample.caption else replace(sample, caption=captions.get(sample.image_id))
+        for sample in samples
+    ]
+
+
+def _read(path: Path, wanted: set[str]) -> Iterator[tuple[str, str]]:
+    """Give (image id, caption) for each entry about a wanted picture."""
+    try:
+        with path.open("rb") as file:
+            for number, entry in enumerate(ijson.items(file, "item")):
+                try:
+                    image_id = str(entry["id"])
+                    if image_id in wanted:
+                        yield image_id, _join(region["phrase"] for region in entry["regions"])
+                except (TypeError, KeyError, AttributeError) as error:
+                    raise ValueError(
+                        f"{path}, entry {number}: expected an id and regions with a phrase each ({error!r}):"
+                        " unpack Visual Genome's region descriptions unchanged"
+                    ) from None
+    except OSError as error:
+        raise ValueError(
+            f"can't read the captions {path} ({error.strerror}): unpack Visual Genome's"
+            " region_descriptions.json there, beside GQA's scene graphs"
+        ) from error
+    except ijson.JSONError as error:
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(
+            f"{path} isn't whole JSON ({reason}): download the region descriptions again and unpack them"
+        ) from error
+
+
+def _join(phrases: Iterable[str]) -> str:
+    """Write phrases as the authors' files have them: in lower case, each ended by a full stop."""
+    sentences = [phrase.strip(" .\n\t").lower() for phrase in phrases]
+    return " ".join(f"{sentence}." for sentence in sentences if sentence)
