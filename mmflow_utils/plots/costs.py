@@ -49,15 +49,19 @@ def plot_costs(
         colours = [OURS if one == ours else OTHERS for one in costs.index]
         axis.barh(at, costs, color=colours, height=0.62)
         for y, cost in zip(at, costs, strict=True):
-            axis.text(cost * 1.08, y, f"{cost:.3g}", va="center", fontsize=8.5)
+            axis.text(cost * 1.08, y, _short(cost), va="center", fontsize=8.5)
         if marked and (bound := part["bound"].dropna()).size:
             y = names.index(ours)
             axis.plot([bound.iloc[0]] * 2, [y - 0.42, y + 0.42], color="#D55E00", linewidth=2.2)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(xlim=(0.5, 3 * frame[value].max()), ylim=(len(names) - 0.4, -0.6), xlabel=unit.capitalize())
+        axis.set(xlim=(0.5, 5 * frame[value].max()), ylim=(len(names) - 0.4, -0.6), xlabel=unit.capitalize())
         axis.set_yticks(range(len(names)), names if i == 0 else [""] * len(names))
         axis.grid(axis="y", visible=False)
         axis.grid(axis="x", visible=True)
     figure.subplots_adjust(left=1.35 / figure.get_figwidth())
     return figure
+
+
+def _short(cost: float) -> str:
+    return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"

@@ -134,7 +134,6 @@ def plot_norms(
     )
     axis.set(yscale="log", xlabel="Norm of the features that the projector receives", ylabel="Image patches")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.10g}"))
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    add_title(figure, title, subtitle, left=0.75, bottom=0.5)
-    figure.subplots_adjust(right=0.68)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.4, borderpad=0)
+    add_title(figure, title, subtitle, left=0.75, bottom=0.5, gap=0.4)
     return figure

@@ -1,0 +1,175 @@
+"""Write parameters.md from the schema and the notebooks, and map.md from the package's own files.
+
+python docs/make.py
+"""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+import mmflow_utils
+from mmflow_utils.params import ROOT, Params
+
+MADE = "<!-- Made by `python docs/make.py`: change the source, not this page. -->"
+
+PARAMETERS = f"""# Parameters
+
+{MADE}
+
+Every notebook takes the parameters of the first table. Their values come from its `parameters` cell, a file
+of `params/` (`-f`) and single overrides (`-p`). An unknown name, a wrong type or a value out of range stops
+the run with one sentence. Paths begin at the project's root.
+
+## Shared by all notebooks
+
+| name | type | default | allowed | meaning |
+|---|---|---|---|---|"""
+
+ALONE = """
+## Of one notebook alone
+
+Set with `-p`; a model's file in `params/` holds none of these.
+
+| notebook | name | type | default | meaning |
+|---|---|---|---|---|"""
+
+MAP = f"""# Map of the package
+
+{MADE}
+
+The modules of `mmflow_utils/` from the ground up. A module imports only modules above it in this list.
+
+| | module | what it is |
+|---|---|---|"""
+
+WHO = """
+## Who imports whom
+
+A row is a module, a column the module of that number. A cross: the row's module imports the column's.
+All crosses lie left of the diagonal: what a module does never depends on one further down.
+
+```text"""
+
+
+def parameters() -> str:
+    """Describe the parameters that all notebooks share, and those of each notebook alone."""
+    lines = [PARAMETERS]
+    for name, field in Params.model_json_schema()["properties"].items():
+        cells = (f"`{name}`", _kind(field), _code(field.get("default")), _allowed(field))
+        lines.append(_row(*cells, _text(field["description"])))
+    lines.append(ALONE)
+    for notebook in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        for name, kind, default, meaning in own_parameters(notebook):
+            lines.append(_row(notebook.stem, f"`{name}`", kind, _code(default), _text(meaning)))
+    return "\n".join([*lines, ""])
+
+
+def own_parameters(notebook: Path) -> Iterator[tuple[str, str, Any, str]]:
+    """Give name, type, default and comment of what a notebook declares beyond the schema."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    (source,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    for node in ast.parse(source).body:
+        if (name := node.target.id) not in Params.model_fields:
+            comment = source.splitlines()[node.end_lineno - 1][node.end_col_offset :]
+            kind = ast.unparse(node.annotation)
+            yield name, kind, ast.literal_eval(node.value), comment.strip().removeprefix("#").strip()
+
+
+def _choices(field: dict) -> list[dict]:
+    """A field that may be None is a choice of schemas: give what it may be."""
+    return field.get("anyOf", [field])
+
+
+def _kind(field: dict) -> str:
+    names = {
+        "string": "text",
+        "integer": "whole number",
+        "boolean": "true or false",
+        "array": "list",
+        "null": "null",
+    }
+    return " or ".join(names.get(choice["type"], choice["type"]) for choice in _choices(field))
+
+
+def _allowed(field: dict) -> str:
+    (field,) = (choice for choice in _choices(field) if choice["type"] != "null")
+    if choices := field.get("enum") or field.get("items", {}).get("enum"):
+        return ", ".join(choices)
+    if "minimum" in field:
+        most = field.get("maximum", field.get("exclusiveMaximum", 1) - 1)
+        return f"{field['minimum']:,} to {most:,}"
+    return f"matches `{field['pattern']}`" if "pattern" in field else ""
+
+
+def _code(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else value
+    text = text if isinstance(text, str) else json.dumps(value)
+    return "`" + text.replace("\n", "\\n") + "`"
+
+
+def _text(words: str) -> str:
+    """Keep `<image>` from being read as a tag."""
+    return words.replace("<", "\\<")
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def package_map() -> str:
+    """Describe each module by the first sentence of its docstring, and draw who imports whom."""
+    lines = [MAP]
+    for number, module in enumerate(mmflow_utils.MODULES, start=1):
+        first, *others = _files(module)
+        lines.append(_row(str(number), f"**{module}**", _idea(first)))
+        lines += [_row("", _name(file), _idea(file)) for file in others]
+    return "\n".join([*lines, WHO, *_drawing(), "```", ""])
+
+
+def _drawing() -> list[str]:
+    modules, wide = mmflow_utils.MODULES, max(map(len, mmflow_utils.MODULES))
+    numbers = " ".join(f"{n:2}" for n in range(1, len(modules)))
+    lines = [f"{'':{wide + 4}}{numbers}"]
+    for number, module in enumerate(modules, start=1):
+        used = {name for file in _files(module) for name in imports(file)}
+        marks = " ".join(f" {'x' if other in used else '·'}" for other in modules[: number - 1])
+        lines.append(f"{number:2} {module:{wide}} {marks}".rstrip())
+    return lines
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Name the modules of the package that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "mmflow_utils":
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("mmflow_utils."):
+            yield node.module.split(".")[1]
+
+
+def _files(module: str) -> list[Path]:
+    """A module's files: that which names it, then those of its folder."""
+    folder = ROOT / "mmflow_utils" / module
+    if not folder.is_dir():
+        return [folder.with_suffix(".py")]
+    return [folder / "__init__.py", *sorted(set(folder.rglob("*.py")) - {folder / "__init__.py"})]
+
+
+def _name(file: Path) -> str:
+    """Write a file as its path in the package, a folder's own file as the folder."""
+    path = file.relative_to(ROOT / "mmflow_utils").with_suffix("")
+    return str(path.parent if path.name == "__init__" else path)
+
+
+def _idea(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).split("\n\n")[0].replace("\n", " ")
+
+
+PAGES = {"parameters.md": parameters, "map.md": package_map}
+
+if __name__ == "__main__":
+    for name, write in PAGES.items():
+        (Path(__file__).parent / name).write_text(write(), encoding="utf-8")
