@@ -2,7 +2,9 @@
 
 import html
 import os
-from pathlib import Path
+import re
+import textwrap
+from pathlib import Path, PurePosixPath
 
 import pypandoc
 import ziamath
@@ -18,6 +20,7 @@ os.environ["PATH"] = f"{Path(pypandoc.get_pandoc_path()).parent}{os.pathsep}{os.
 nbsphinx_requirejs_path = ""  # no page has a script of its own, and the default address is another host
 html_math_renderer = "drawn"
 html_use_index = False
+suppress_warnings = ["misc.highlighting_failure"]  # a block in a language that nobody colours is plain text
 ziamath.config.svg2 = False  # whole paths: glyph definitions of two formulas can't clash on a page
 
 html_theme = "pydata_sphinx_theme"
@@ -26,7 +29,11 @@ html_static_path = ["_static"]
 html_css_files = ["report.css"]
 html_show_sourcelink = False
 html_copy_source = False
+# Summaries would be fetched, and a page that was opened from a file may fetch nothing.
+html_show_search_summary = False
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is; unset, the theme complains
 html_theme_options = {
+    "logo": {"text": "mmflow"},
     "navigation_with_keys": True,
     "show_toc_level": 2,
     "header_links_before_dropdown": 4,
@@ -38,7 +45,9 @@ html_theme_options = {
 
 def draw(latex: str, **how) -> str:
     """Draw a formula as SVG while the site is built: no script, no font, no other host is needed."""
-    formula = ziamath.Latex(latex, size=17, color="currentColor", **how)
+    # ziamath shows the backslash of an escaped underscore in text.
+    drawn = re.sub(r"\\text\{[^}]*\}", lambda text: text[0].replace(r"\_", "_"), latex)
+    formula = ziamath.Latex(drawn, size=17, color="currentColor", **how)
     says = html.escape(" ".join(latex.split()), quote=True)
     below = f"vertical-align: {formula.getyofst():.1f}px"
     return formula.svg().replace("<svg ", f'<svg role="img" aria-label="{says}" style="{below}" ', 1)
@@ -63,10 +72,36 @@ def describe_pictures(app, doctree):
         if not isinstance(node, nodes.image):
             said = node.astext() or said
         elif not node.get("alt"):
-            node["alt"] = f"Figure: {' '.join(said.split())[:200]}"
+            node["alt"] = textwrap.shorten(f"Figure: {said}", 200, placeholder=" …")
+
+
+def describe_thumbnails(app, pagename, templatename, context, doctree):
+    """Give the gallery's thumbnails an alt text: nbsphinx leaves it empty."""
+    context["body"] = re.sub(
+        r'<img alt="" (src="[^"]*"></div>\s*<div>(.*?)</div>)',
+        r'<img alt="Figure of \2" \1',
+        context.get("body", ""),
+    )
+
+
+def lead_to_pages(app, doctree):
+    """Let links of docs/ lead to pages of this site; what has no page here keeps its name only."""
+    notebooks = sorted(app.env.found_docs, key=lambda page: (not page.startswith("mini/"), page))
+    for node in list(doctree.findall(nodes.reference)):
+        target, _, part = node.get("refuri", "").partition("#")
+        if not app.env.docname.startswith("docs/") or not target or ":" in target:
+            continue
+        stem = PurePosixPath(target).stem
+        page = next((page for page in notebooks if PurePosixPath(page).name == stem), None)
+        if page and target.endswith((".md", ".ipynb")):
+            node["refuri"] = app.builder.get_relative_uri(app.env.docname, page) + (part and f"#{part}")
+        else:
+            node.replace_self(nodes.literal(text=node.astext().strip("`")))
 
 
 def setup(app):
     """Register what Sphinx and nbsphinx don't bring."""
     app.add_html_math_renderer("drawn", (draw_inline, None), (draw_display, None))
     app.connect("doctree-read", describe_pictures)
+    app.connect("doctree-read", lead_to_pages)
+    app.connect("html-page-context", describe_thumbnails)

@@ -1,0 +1,170 @@
+"""Turn an executed notebook into a page of the report: its own title, what made it, its main figure."""
+
+import ast
+import html
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from mmflow_utils.params import plain_assignments
+from mmflow_utils.store import read_manifest
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
+
+
+def write_page(executed: Path, page: Path) -> None:
+    """Write the page of a notebook that ran in outputs/<model>/, for nbsphinx to render.
+
+    Widgets are left out: progress bars say nothing once a run is over, and the explorer needs a kernel; what
+    the notebook draws for a reader without one, stays.
+    """
+    notebook = nbformat.read(executed, as_version=4)
+    model = executed.parent.name
+    notebook.metadata.pop("widgets", None)
+    for cell in code_cells(notebook):
+        cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    if figure := main_figure(notebook):
+        cell, number = figure
+        cell.metadata["nbsphinx-thumbnail"] = {"output-index": number}
+    first = notebook.cells[0]
+    _, _, introduction = first.source.partition("\n")
+    first.source = f"# {title_of(notebook, model)}"
+    run = nbformat.v4.new_raw_cell(describe_run(notebook, executed), metadata={"raw_mimetype": "text/html"})
+    notebook.cells[1:1] = [run, nbformat.v4.new_markdown_cell(introduction)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, page)
+
+
+def title_of(notebook: NotebookNode, model: str) -> str:
+    """Name the notebook and, once, its model."""
+    title = notebook.cells[0].source.split("\n")[0].removeprefix("# ")
+    return f"{title.removesuffix(f' — {model}')} — {model}"
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """List the cells that ran."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def cells_below(notebook: NotebookNode, heading: str) -> Iterator[NotebookNode]:
+    """Go through the code cells of the sections whose heading begins with `heading`."""
+    inside = False
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and inside:
+            yield cell
+        elif cell.cell_type == "markdown":
+            for line in cell.source.split("\n"):
+                inside = line.startswith(f"## {heading}") if line.startswith("## ") else inside
+
+
+def main_figure(notebook: NotebookNode) -> tuple[NotebookNode, int] | None:
+    """Find the first picture below a heading "Figure": its cell, and which of the cell's outputs it is."""
+    for cell in cells_below(notebook, "Figure"):
+        for number, output in enumerate(cell.outputs):
+            if PICTURES.keys() & output.get("data", {}).keys():
+                return cell, number
+    return None
+
+
+def findings(notebook: NotebookNode) -> list[str]:
+    """List the sentences that the cells of the section Findings have printed."""
+    printed = "".join(
+        output.text
+        for cell in cells_below(notebook, "Findings")
+        for output in cell.outputs
+        if output.output_type == "stream"
+    )
+    return [" ".join(sentence.split()) for sentence in f"\n{printed}".split("\n- ")[1:]]
+
+
+def describe_run(notebook: NotebookNode, executed: Path) -> str:
+    """Say in HTML which model a page is about, when and how it ran, and what made its results."""
+    changed = changed_parameters(notebook)
+    said = [f"Model <strong>{html.escape(executed.parent.name)}</strong>"]
+    if when := notebook.metadata.get("papermill", {}).get("end_time"):
+        said.append(f"ran on {datetime.fromisoformat(when):%d %B %Y at %H:%M} UTC")
+    names = ", ".join(changed)
+    said.append(
+        f"other than the notebook's defaults: {html.escape(names)}" if names else "default parameters"
+    )
+    rows = {"Parameters": changed} if changed else {}
+    rows |= {f"Results: {frame}": made for frame, made in manifests(notebook, executed.parent).items()}
+    tables = "".join(_table(title, values) for title, values in rows.items())
+    folded = f"<details><summary>What made this page</summary>{tables}</details>" if rows else ""
+    return f'<div class="mmflow-run"><p>{" · ".join(said)}</p>{folded}</div>'
+
+
+def changed_parameters(notebook: NotebookNode) -> dict[str, Any]:
+    """Collect the parameters that this run set otherwise than the notebook's own cell does."""
+    cells = {
+        tag: plain_assignments(cell.source) or {}
+        for cell in code_cells(notebook)
+        for tag in cell.metadata.get("tags", [])
+        if tag in ("parameters", "injected-parameters")
+    }
+    default = cells.get("parameters", {})
+    run = cells.get("injected-parameters", {})
+    return {name: value for name, value in run.items() if name not in default or default[name] != value}
+
+
+def manifests(notebook: NotebookNode, folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what made the results that the notebook's code names: results -> field -> value."""
+    named = {
+        node.value.removesuffix(".parquet")
+        for cell in code_cells(notebook)
+        for node in ast.walk(_parse(cell.source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    found = {}
+    for file in sorted(folder.glob("*.parquet")):
+        if file.stem in named:
+            try:
+                found[file.stem] = _shown(read_manifest(file))
+            except ValueError as error:
+                found[file.stem] = {"no manifest": str(error)}
+    return found
+
+
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # a cell with a magic line
+        return ast.Module([], [])
+
+
+def _shown(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Take from a manifest what a reader wants to know of a run."""
+    depends_on, made_by = manifest["depends_on"], manifest["made_by"]
+    packages = ", ".join(f"{name} {number}" for name, number in made_by.get("packages", {}).items())
+    return {
+        "weights (SHA-256, or commit on the hub)": depends_on.get("weights_sha256"),
+        "data (SHA-256)": depends_on.get("data_sha256"),
+        "git commit (+: changed since)": made_by.get("git_commit"),
+        "device, dtype": f"{made_by.get('device')}, {depends_on.get('dtype')}",
+        "versions": f"Python {made_by.get('python')}, {packages}",
+        "largest difference to the plain way": made_by.get("max_check_diff"),
+        "results (SHA-256)": manifest.get("sha256"),
+    }
+
+
+def _table(title: str, values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(_written(value))}</td></tr>"
+        for name, value in values.items()
+        if value is not None or title == "Parameters"
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.1e}" if _tiny(value) else json.dumps(value)
+
+
+def _tiny(value: Any) -> bool:
+    return isinstance(value, float) and 0 < abs(value) < 1e-3

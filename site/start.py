@@ -1,0 +1,136 @@
+"""Write the report's start page, a page for each model, and the pages of docs/."""
+
+import base64
+import re
+from pathlib import Path
+
+import nbformat
+import pypandoc
+from pages import PICTURES, findings, main_figure, title_of
+
+from mmflow_utils.params import ROOT
+
+FAILED = ".failed.ipynb"
+# What the start page shows: the paper's two experiments, and the drawing of the stages.
+SHOWN = ("02_", "03_", "14_")
+
+HOLDS = """\
+Each page is a notebook as it ran: question, method, figure, checks and findings. The findings are computed
+from the page's data, and hold for the model that its title names."""
+MINI = """\
+``mini`` is a small LLaVA that was trained on a drawn world: what is found about it is no finding about
+LLaVA-1.5."""
+
+
+def write_start_page(pages: Path, models: dict[str, list[Path]], docs: Path) -> None:
+    """Write pages/index.rst and what it leads to; `models` maps a model to its executed notebooks."""
+    first, *others = models
+    welcome = pypandoc.convert_text(welcome_of(ROOT / "README.md"), "rst", format="gfm")
+    parts = [heading("Cross-modal information flow", "="), welcome, HOLDS, MINI if "mini" in models else ""]
+    figures = [show_figure(pages, notebook) for notebook in models[first] if notebook.name.startswith(SHOWN)]
+    if any(figures):
+        parts += [heading(f"What was found about {first}"), *figures]
+    parts += [heading("The path to read"), "Begin with the tour, then in the order of the numbers."]
+    parts += [failures(models[first]), gallery(models[first], "nblinkgallery")]
+    if compared := [path for paths in models.values() for path in paths if path.stem.startswith("14_")]:
+        newest = max(compared, key=lambda path: path.stat().st_mtime)
+        said = "Where each stage begins and ends in every model, and which of the paper's claims hold"
+        parts += [heading("The models side by side"), f"{said}: :doc:`{address(newest)}`."]
+    for model in others:
+        parts += [heading(model), failures(models[model]), gallery(models[model], "nblinkgallery")]
+    for model, notebooks in models.items():
+        content = [heading(model, "="), failures(notebooks), gallery(notebooks, "nbgallery")]
+        write(pages / model / "index.rst", content)
+    contents = [f"{model}/index" for model in models]
+    if write_docs(pages, docs):
+        parts += [heading("For reference"), ":doc:`What else there is to know <docs/index>`."]
+        contents.append("docs/index")
+    write(pages / "index.rst", [*parts, listing("toctree", contents, ":hidden:")])
+
+
+def welcome_of(readme: Path) -> str:
+    """Take the README's words between its title and its first picture."""
+    text = readme.read_text(encoding="utf-8")
+    return text.partition("\n")[2].partition("\n![")[0].strip()
+
+
+def show_figure(pages: Path, notebook: Path) -> str:
+    """Show a notebook's main figure, linked to its page, above the finding that says most of it."""
+    content = nbformat.read(notebook, as_version=4)
+    found, said = main_figure(content), findings(content)
+    if not found or not said:
+        return ""
+    cell, number = found
+    kind, suffix = next((kind, end) for kind, end in PICTURES.items() if kind in cell.outputs[number].data)
+    picture, title = cell.outputs[number].data[kind], title_of(content, notebook.parent.name)
+    file = pages / "figures" / f"{notebook.parent.name}_{notebook.stem}{suffix}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(picture.encode() if suffix == ".svg" else base64.b64decode(picture))
+    more = f" (One of {len(said)} findings.)" if len(said) > 1 else ""
+    return (
+        f".. figure:: figures/{file.name}\n   :target: {notebook.parent.name}/{notebook.stem}.html\n"
+        f"   :alt: Main figure of {title}\n\n"
+        f"   :doc:`{address(notebook)}`: {plain(strongest(said))}{more}\n"
+    )
+
+
+def strongest(said: list[str]) -> str:
+    """Choose the finding whose effect is largest: findings begin with it, to one decimal; else the first."""
+
+    def effect(sentence: str) -> float:
+        number = re.search(r"-?\d+\.\d (?=%)", sentence)
+        return abs(float(number[0])) if number else 0.0
+
+    return max(said, key=effect)
+
+
+def write_docs(pages: Path, docs: Path) -> bool:
+    """Convert docs/*.md to pages; says whether there are any."""
+    names = sorted(file.stem for file in docs.glob("*.md"))
+    for name in names:
+        text = pypandoc.convert_file(docs / f"{name}.md", "rst", format="gfm")
+        write(pages / "docs" / f"{name}.rst", [text])
+    if names:
+        write(pages / "docs" / "index.rst", [heading("For reference", "="), listing("toctree", names)])
+    return bool(names)
+
+
+def failures(notebooks: list[Path]) -> str:
+    """Warn of the notebooks of a model whose last run failed."""
+    folder = notebooks[0].parent
+    failed = [file.name.removesuffix(FAILED) for file in sorted(folder.glob(f"*{FAILED}"))]
+    said = f"The last run failed for {', '.join(failed)}: the half-run copies lie in outputs/{folder.name}/."
+    return f".. warning:: {said}\n" if failed else ""
+
+
+def gallery(notebooks: list[Path], directive: str) -> str:
+    """List notebooks with their thumbnails."""
+    return listing(directive, [address(notebook) for notebook in notebooks])
+
+
+def address(notebook: Path) -> str:
+    """Name a notebook's page."""
+    return f"/{notebook.parent.name}/{notebook.stem}"
+
+
+def listing(directive: str, names: list[str], *options: str) -> str:
+    """Write a directive whose content is a list of pages."""
+    return "\n".join(
+        [f".. {directive}::", *(f"   {o}" for o in options), "", *(f"   {n}" for n in names), ""]
+    )
+
+
+def heading(text: str, under: str = "-") -> str:
+    """Write a heading."""
+    return f"{text}\n{under * len(text)}\n"
+
+
+def plain(text: str) -> str:
+    """Keep a notebook's words from being read as markup."""
+    return re.sub(r"([\\`*_|<>:])", r"\\\1", text.replace("->", "→"))
+
+
+def write(file: Path, parts: list[str]) -> None:
+    """Write a page from its parts."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n\n".join(part for part in parts if part), encoding="utf-8")

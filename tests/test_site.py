@@ -1,0 +1,379 @@
+"""The report in a real browser: nothing fails, nothing is fetched, everything can be read on a phone."""
+
+import base64
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pandas as pd
+import pytest
+
+from mmflow_utils.params import ROOT, Params
+from mmflow_utils.store import manifest, save_frame
+
+NOTEBOOKS = ("00_tour", "02_flow_to_last", "14_compare_models")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PHONE, DESK = {"width": 360, "height": 740}, {"width": 1400, "height": 900}
+ALARM = "<script>window.alarm = true</script>"
+DOC = """\
+# Linked
+
+[the tour](../notebooks/00_tour.ipynb), [`mini.yaml`](../params/mini.yaml), [below](#a-table),
+[other](other.md#far-down)
+
+## A table
+
+| name | what |
+|---|---|
+| `window` | layers |
+"""
+# Text whose contrast with what lies behind it is below 4.5, as WCAG 2.2 counts it.
+FAINT = """() => {
+  const dot = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = colour => {
+    dot.clearRect(0, 0, 1, 1); dot.fillStyle = colour; dot.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = dot.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const seen = node => node ? getComputedStyle(node).opacity * seen(node.parentElement) : 1;
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const behind = node => {
+    const layers = [];
+    for (; node; node = node.parentElement) layers.push(rgba(getComputedStyle(node).backgroundColor));
+    return layers.reduceRight((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const found = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const words = texts.currentNode.textContent.trim(), holder = texts.currentNode.parentElement;
+    if (!words || holder.closest("svg, script, style, noscript, dialog:not([open])")) continue;
+    if (!holder.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    const below = behind(holder), colour = rgba(getComputedStyle(holder).color);
+    const text = over([...colour.slice(0, 3), colour[3] * seen(holder)], below);
+    const [dark, bright] = [light(text), light(below)].sort((a, b) => a - b);
+    const ratio = (bright + 0.05) / (dark + 0.05);
+    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} for “${words.slice(0, 40)}”`);
+  }
+  return [...new Set(found)];
+}"""
+UNDESCRIBED = """() => [
+  ...[...document.images].filter(i => !i.alt.trim() || /\\.(png|svg|jpe?g)$/i.test(i.alt)).map(i => i.src),
+  ...[...document.querySelectorAll("svg[role=img]:not([aria-hidden=true])")]
+    .filter(s => !s.getAttribute("aria-label")).map(s => s.outerHTML.slice(0, 60)),
+]"""
+WIDER = """() => {
+  scrollTo(10000, 0);
+  const wide = Math.max(scrollX, document.scrollingElement.scrollWidth - innerWidth);
+  return wide > 0 ? [`${wide} px wider than the screen`] : [];
+}"""
+
+
+def put_executed(name: str, folder: Path, **injected) -> None:
+    """Put a committed notebook where its run would have, as papermill leaves it."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    if injected:
+        notebook.metadata["papermill"] = {"end_time": "2026-02-03T04:05:06.789+00:00"}
+        (at,) = (n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        source = "\n".join(f"{key} = {value!r}" for key, value in injected.items())
+        cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
+        notebook.cells.insert(at + 1, cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    outputs, docs = folder / "outputs", folder / "docs"
+    for name in NOTEBOOKS:
+        put_executed(name, outputs / "mini")
+    put_executed("02_flow_to_last", outputs / "planted", model="planted", window=2, prompt=ALARM)
+    made = manifest(Params(), fields=["dtype"], max_check_diff=2e-6)
+    save_frame(pd.DataFrame({"layer": [0]}), outputs / "mini" / "flow_to_last.parquet", made)
+    (outputs / "mini" / "03_image_to_question.failed.ipynb").write_text("{}")
+    docs.mkdir()
+    for file in (ROOT / "docs").glob("*.md"):
+        shutil.copy(file, docs)
+    (docs / "linked.md").write_text(DOC)
+    (docs / "other.md").write_text("# Other\n\n## Far down\n\nText.\n")
+    command = [sys.executable, ROOT / "site" / "build.py", "--outputs", outputs, "--docs", docs]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    return outputs / "site"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        pytest.skip(f"no browser on the path: install one of {', '.join(BROWSERS)}")
+    with sync.sync_playwright() as playwright:
+        # Without a sandbox, since root, as in a container, may not have one; the pages are our own.
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser):
+    with browser.new_page(viewport=DESK) as opened:
+        yield opened
+
+
+def pages_of(site: Path) -> list[Path]:
+    """List the site's pages; what lies in _static are the theme's templates."""
+    return sorted(file for file in site.rglob("*.html") if "_static" not in file.parts)
+
+
+def inspect(browser, files: list[Path]) -> dict[str, list[str]]:
+    """Visit pages with no network, in the light, in the dark and on a phone: check -> what is wrong."""
+    wrong = defaultdict(list)
+    context = browser.new_context(viewport=DESK, offline=True, reduced_motion="reduce")
+    page = context.new_page()
+    seen = {"console": [], "failed": [], "other hosts": []}
+    page.on("console", lambda m: m.type == "error" and seen["console"].append(m.text))
+    page.on("pageerror", lambda error: seen["console"].append(str(error)))
+    page.on("requestfailed", lambda request: seen["failed"].append(request.url))
+    page.on(
+        "request",
+        lambda r: urlsplit(r.url).scheme not in ("file", "data") and seen["other hosts"].append(r.url),
+    )
+    for file in files:
+        page.set_viewport_size(DESK)
+        page.goto(file.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(folded => folded.open = true)")
+        found = {name: list(values) for name, values in seen.items()}
+        found["described"] = page.evaluate(UNDESCRIBED)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            found[f"contrast, {scheme}"] = page.evaluate(FAINT)
+        page.set_viewport_size(PHONE)
+        found["phone"] = page.evaluate(WIDER)
+        for name, values in found.items():
+            wrong[name] += [f"{file.name}: {value}" for value in values]
+        for values in seen.values():
+            values.clear()
+    context.close()
+    return dict(wrong)
+
+
+CHECKS = ("console", "failed", "other hosts", "described", "contrast, light", "contrast, dark", "phone")
+
+
+@pytest.fixture(scope="module")
+def inspected(site, browser):
+    return inspect(browser, pages_of(site))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_page_passes(inspected, check):
+    assert inspected[check] == []
+
+
+def test_a_page_with_every_fault_fails_every_check(tmp_path, browser):
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        """<!doctype html><style>:root { color-scheme: light dark }
+        @media (prefers-color-scheme: dark) { body { background: #000 } p { color: #666 } }
+        @media (prefers-color-scheme: light) { body { background: #fff } p { color: #777 } }</style>
+        <p>faint</p><p style="color: #000; opacity: 0.4">seen through</p>
+        <img src="no.png" alt="no.png"><svg role="img"></svg><div style="width: 500px">wide</div>
+        <script src="http://other.example/x.js"></script><script>console.error("broken")</script>"""
+    )
+    wrong = inspect(browser, [bad])
+    assert [check for check in CHECKS if not wrong[check]] == []
+    assert [said.split()[1] for said in wrong["contrast, light"]] == ["4.48", "2.85"]
+    good = tmp_path / "good.html"
+    good.write_text("<!doctype html><p style='color: #767676; background: #fff'>4.54</p>")
+    assert not any(inspect(browser, [good]).values())
+
+
+class Addresses(HTMLParser):
+    """Collect a page's ids and where it leads."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids, self.targets = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.ids |= {given[name] for name in ("id", "name") if given.get(name)}
+        self.targets += [given[name] for name in ("href", "src") if given.get(name)]
+
+
+def broken_links(site: Path) -> list[str]:
+    site = site.resolve()
+    pages = {file: Addresses(file.read_text(encoding="utf-8")) for file in pages_of(site)}
+    broken = []
+    for file, page in pages.items():
+        for target in page.targets:
+            parts = urlsplit(target)
+            if parts.scheme:
+                continue
+            led_to = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            anchor = unquote(parts.fragment)
+            if not led_to.is_file() or (anchor and anchor not in pages[led_to].ids):
+                broken.append(f"{file.relative_to(site)} -> {target}")
+    return broken
+
+
+def test_every_link_of_the_site_leads_somewhere(site, tmp_path):
+    assert broken_links(site) == []
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="#here"></a><a href="a.html#gone"></a><a href="b.html"></a>'
+    )
+    assert broken_links(tmp_path) == ["a.html -> a.html#gone", "a.html -> b.html"]
+
+
+def broken_markdown_links(file: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        led_to = file.parent / path if path else file
+        if ":" in target or (led_to.exists() and (not anchor or anchor in anchors(led_to))):
+            continue
+        broken.append(f"{file.name} -> {target}")
+    return broken
+
+
+def anchors(file: Path) -> set[str]:
+    """List the anchors that GitHub gives to a file's headings."""
+    titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_every_relative_link_of_the_markdown_files_leads_somewhere(tmp_path):
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {file.name for file in files}
+    assert [link for file in files for link in broken_markdown_links(file)] == []
+    bad = tmp_path / "bad.md"
+    bad.write_text("# A `b`, c\n[ok](#a-b-c) [gone](#a-b) [no](no.md)\n```\n[code](code.md)\n```\n")
+    assert broken_markdown_links(bad) == ["bad.md -> #a-b", "bad.md -> no.md"]
+
+
+def main_figure(name: str) -> bytes:
+    """Take the first picture that follows a notebook's heading Figure."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    start = next(n for n, cell in enumerate(cells) if re.search(r"^## Figure", cell.source, flags=re.M))
+    outputs = [
+        output.data for cell in cells[start:] for output in cell.get("outputs", []) if "data" in output
+    ]
+    return base64.b64decode(next(data["image/png"] for data in outputs if "image/png" in data))
+
+
+def shown_picture(image) -> bytes:
+    return Path(unquote(urlsplit(image.evaluate("image => image.src")).path)).read_bytes()
+
+
+def test_the_start_page_shows_the_main_figures_and_leads_on(site, page):
+    page.goto((site / "index.html").as_uri())
+    assert "Where, in a vision-language model," in page.inner_text("article")
+    figures = page.locator("figure").all()
+    assert len(figures) == 2
+    for figure, name in zip(figures, ("02_flow_to_last", "14_compare_models"), strict=True):
+        assert shown_picture(figure.locator("img")) == main_figure(name)
+        assert figure.locator("a:has(img)").get_attribute("href") == f"mini/{name}.html"
+        said = figure.locator("figcaption").inner_text().replace("→", "->").split(" — mini: ")[1]
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        printed = [
+            " ".join(o.text.split()) for c in notebook.cells for o in c.get("outputs", []) if "text" in o
+        ]
+        assert any(said.split(" (One of ")[0] in text for text in printed)
+    for name in NOTEBOOKS:
+        thumbnail = page.locator(f".nbsphinx-gallery a[href='mini/{name}.html'] img")
+        assert shown_picture(thumbnail) == main_figure(name)
+    assert "03_image_to_question" in page.inner_text(".warning")
+    assert page.locator("section#planted a[href='planted/02_flow_to_last.html']").count() == 1
+    assert page.locator("section#the-models-side-by-side a[href='mini/14_compare_models.html']").count() == 1
+
+
+def test_each_page_has_its_own_title_and_says_what_made_it(site, page):
+    titles = set()
+    for file in sorted(site.glob("*/[0-9]*.html")):
+        page.goto(file.as_uri())
+        titles.add(page.title())
+        assert page.inner_text("h1").removesuffix("#").endswith(f" — {file.parent.name}")
+        assert page.title().startswith(page.inner_text("h1").removesuffix("#"))
+    assert len(titles) == len(NOTEBOOKS) + 1
+    page.goto((site / "mini" / "02_flow_to_last.html").as_uri())
+    assert page.inner_text(".mmflow-run p") == "Model mini · default parameters"
+    folded = page.locator(".mmflow-run details table")
+    assert not folded.is_visible()
+    page.click(".mmflow-run summary")
+    expected = (
+        "Results: flow_to_last",
+        "largest difference to the plain way 2.0e-06",
+        "auto, float32",
+        "torch 2",
+    )
+    text = " ".join(folded.inner_text().split())
+    assert [part for part in expected if part not in text] == []
+
+
+def test_what_a_run_set_is_shown_and_never_becomes_markup(site, page):
+    page.goto((site / "planted" / "02_flow_to_last.html").as_uri())
+    said = page.inner_text(".mmflow-run p")
+    assert said.startswith("Model planted · ran on 03 February 2026 at 04:05 UTC · other than the notebook's")
+    assert said.endswith("model, window, prompt")
+    page.click(".mmflow-run summary")
+    assert ALARM in page.inner_text(".mmflow-run details")
+    assert page.evaluate("window.alarm") is None
+
+
+def test_the_explorer_has_its_static_view(site, page):
+    page.goto((site / "mini" / "00_tour.html").as_uri())
+    view = page.locator("section#Explore .nboutput img")
+    assert view.evaluate("image => image.complete && image.naturalWidth > 300")
+    assert view.is_visible()
+    # No package that pip can pin brings the scripts that show a widget's state, so none is left here.
+    assert "vnd.jupyter.widget" not in page.content()
+
+
+def test_the_dark_can_be_switched_on(site, page):
+    page.emulate_media(color_scheme="light")
+    page.goto((site / "index.html").as_uri())
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.click(".theme-switch-button")
+    page.click(".theme-change-button[data-mode=dark]")
+    assert page.get_attribute("html", "data-theme") == "dark"
+    assert page.evaluate(ground) != light
+    page.goto((site / "mini" / "00_tour.html").as_uri())
+    assert page.get_attribute("html", "data-theme") == "dark"
+
+
+def test_the_search_finds_words_and_only_those(site, page):
+    page.goto((site / "search.html?").as_uri().replace("%3F", "?q=renormalises"))
+    page.wait_for_selector("#search-results li a")
+    found = {
+        link.get_attribute("href").split("?")[0].split("#")[0]
+        for link in page.locator("#search-results li a").all()
+    }
+    assert {"mini/00_tour.html", "mini/02_flow_to_last.html"} <= found
+    assert "mini/14_compare_models.html" not in found
+    page.goto((site / "search.html?").as_uri().replace("%3F", "?q=unheardof"))
+    page.get_by_text("did not match any documents").wait_for()
+
+
+def test_pages_of_docs_lead_to_pages_of_the_site(site):
+    linked = Addresses((site / "docs" / "linked.html").read_text(encoding="utf-8"))
+    assert {"../mini/00_tour.html", "other.html#far-down", "#a-table"} <= set(linked.targets)
+    assert not [target for target in linked.targets if "mini.yaml" in target]
+
+
+def test_without_a_run_there_is_no_report(tmp_path):
+    command = [sys.executable, ROOT / "site" / "build.py", "--outputs", tmp_path]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 1
+    assert "There is no executed notebook" in built.stderr
