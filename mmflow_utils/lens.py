@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.encode import Encoded, encode
 from mmflow_utils.findings import fixed
-from mmflow_utils.models import VLM
+from mmflow_utils.models import VLM, compute_device
 from mmflow_utils.reference import Run, rounding, run_reference
 from mmflow_utils.samples import Sample
 from mmflow_utils.stats import summarise
@@ -113,11 +113,11 @@ def lens_logits(
     """Turn the residual stream after each layer into logits (float32); see `logit_lens` for the protocols."""
     _check_protocols([protocol])
     # The norm and the head may lie on another device than the stream, and in half precision.
-    resid_post = resid_post.to(next(model.final_norm.parameters()))
+    resid_post = resid_post.to(compute_device(model.final_norm), model.final_norm.weight.dtype)
     read = model.final_norm(resid_post)
     if protocol == "paper":
         read = torch.cat([resid_post[:-1], read[-1:]])
-    return model.unembed(read.to(next(model.unembed.parameters()))).float().cpu()
+    return model.unembed(read.to(compute_device(model.unembed), model.unembed.weight.dtype)).float().cpu()
 
 
 def decision_layers(frame: pd.DataFrame) -> pd.DataFrame:

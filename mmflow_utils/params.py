@@ -64,8 +64,8 @@ class Params(BaseModel):
         QUESTION_PROMPT, description="the model's own template, with {question} and <image> or {caption}"
     )
     do_pad: bool = Field(True, description="pad pictures to a square, as LLaVA-1.5 was trained")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of weights and activations"
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = Field(
+        "float32", description="of weights and activations; int8 and nf4 quantize the decoder's weights"
     )
     device: Annotated[str, Text(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="auto, cpu, mps, cuda or cuda:N"

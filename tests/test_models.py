@@ -1,6 +1,7 @@
 """The adapter finds a family's parts, and what can't be loaded says so in one sentence, network or not."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,9 +15,14 @@ from tiny_families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mmflow_utils.encode import encode
-from mmflow_utils.models import find_checkpoint, load, load_model, text_inputs
+from mmflow_utils.models import find_checkpoint, load, load_model, precision, text_inputs
+from mmflow_utils.params import Params
+from mmflow_utils.store import manifest
+
+PICTURE_PATH = re.compile(r"vision|projector|connector|visual")
 
 
 def wanted(folder, **changes):
@@ -264,7 +270,7 @@ def test_a_name_that_the_hub_refuses_is_said_to_be_wrong(monkeypatch):
 
 
 def test_a_cached_copy_is_used_without_asking_the_hub(stored, tmp_path, monkeypatch):
-    commit = "a" * 40
+    commit = "1a2b" * 10
     repo = tmp_path / "models--owner--name"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
@@ -275,6 +281,8 @@ def test_a_cached_copy_is_used_without_asking_the_hub(stored, tmp_path, monkeypa
     look = load.snapshot_download
     monkeypatch.setattr(load, "snapshot_download", lambda *a, **k: look(*a, cache_dir=tmp_path, **k))
     assert find_checkpoint("owner/name") == cached
+    model, params = load_model(wanted("owner/name")), Params(checkpoint="owner/name")
+    assert manifest(params, model)["depends_on"]["weights_sha256"] == commit
     (cached / "model.safetensors").unlink()  # an interrupted download does not pass for a model
     monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="complete in the local Hugging Face cache"):
@@ -297,14 +305,6 @@ def test_a_repository_without_safetensors_says_how_to_get_them(tmp_path, monkeyp
     assert "\n" not in str(caught.value)
 
 
-def test_layers_may_be_placed_by_a_device_map(stored, tmp_path):
-    sample, plain = tiny_sample(tmp_path), load_model(wanted(stored))
-    mapped = load_model(wanted(stored, device_map="auto", device="auto"))
-    with torch.inference_mode():
-        logits = [model.hf(**encode(model, sample).inputs).logits.cpu() for model in (plain, mapped)]
-    assert torch.allclose(*logits, atol=1e-4)
-
-
 def test_a_device_that_is_not_there_is_named(stored):
     with pytest.raises(ValueError, match="cuda:99"):
         load_model(wanted(stored, device="cuda:99"))
@@ -324,3 +324,45 @@ def test_the_decoder_can_be_run_again_from_what_it_was_called_with(tmp_path):
     kwargs, hidden = text_inputs(model, encoded.inputs)
     assert torch.equal(model.text(**kwargs).last_hidden_state, hidden)
     assert not model.text._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize(("there", "said"), [(False, "pip install bitsandbytes"), (True, "a CUDA device")])
+def test_fewer_bits_are_refused_before_anything_is_downloaded(dtype, there, said, monkeypatch):
+    monkeypatch.setattr(precision, "find_spec", lambda _: there or None)
+    monkeypatch.setattr(load, "find_checkpoint", lambda *_: pytest.fail("looked for the weights"))
+    with pytest.raises(ValueError, match=f"dtype {dtype} needs .*{said}.*bfloat16") as caught:
+        load_model(wanted("nobody/no-such-model", dtype=dtype))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("int8", torch.float16), ("nf4", torch.bfloat16)])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "llama"])
+def test_bitsandbytes_is_asked_for_the_decoder_alone(family, dtype, computed, tmp_path, monkeypatch):
+    def read(folder, **options):
+        asked.update(options)
+        raise RuntimeError("as far as a machine without the package gets")
+
+    model, asked = tiny_vlm(family), {}
+    kind = load.AutoModelForCausalLM if family == "llama" else load.AutoModelForImageTextToText
+    monkeypatch.setattr(precision, "_check_quantization", lambda *_: None)
+    monkeypatch.setattr(kind, "from_pretrained", read)
+    with pytest.raises(ValueError, match="as far as"):
+        load_model(wanted(save(model, tmp_path / "m"), dtype=dtype, prompt=model.prompt))
+    config = asked["quantization_config"]
+    assert asked["dtype"] == computed and asked["device_map"] == {"": torch.device("cpu")}
+    assert (config.load_in_8bit, config.load_in_4bit) == (dtype == "int8", dtype == "nf4")
+    if dtype == "nf4":
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", computed)
+    matrices = {name for name, part in model.hf.named_modules() if isinstance(part, torch.nn.Linear)}
+    left = {name for name in matrices if should_convert_module(name, config.llm_int8_skip_modules)}
+    assert left == {name for name in matrices if "layers" in name and not PICTURE_PATH.search(name)}
+    assert len(left) == 7 * model.n_layers
+
+
+def test_other_precisions_ask_nothing_of_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(precision, "_check_quantization", lambda *_: pytest.fail("asked"))
+    params = wanted("m", dtype="bfloat16")
+    device = precision.find_device(params)
+    options = precision.weights_options(params, device, load.AutoModelForCausalLM, MllamaConfig())
+    assert options == {"dtype": torch.bfloat16, "device_map": {"": torch.device("cpu")}}

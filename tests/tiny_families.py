@@ -35,7 +35,6 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from mmflow_utils.models.load import pictures_only
@@ -75,8 +74,6 @@ def _idefics3(shape: Mapping[str, Any], tokenizer: Any) -> Built:
 
 
 def _smolvlm(shape: Mapping[str, Any], tokenizer: Any) -> Built:
-    # It writes the length of a video in words, and wants the package for it even where no video is shown.
-    processing_smolvlm.num2words = processing_smolvlm.num2words or str
     return _tiles_and_overview(
         shape,
         tokenizer,
@@ -113,7 +110,9 @@ def _gemma3(shape: Mapping[str, Any], tokenizer: Any) -> Built:
     )
     config = Gemma3Config(
         text_config=text,
-        vision_config=SiglipVisionConfig(**VISION, image_size=side, patch_size=PATCH_SIZE),
+        vision_config=SiglipVisionConfig(
+            **VISION, image_size=side, patch_size=PATCH_SIZE, vision_use_head=False
+        ),
         mm_tokens_per_image=n_tokens,
         image_token_index=tokenizer.image_token_id,
         boi_token_index=tokenizer.boi_token_id,

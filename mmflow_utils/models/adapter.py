@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-__all__ = ["FAMILIES", "VLM", "picture_features", "text_inputs"]
+__all__ = ["FAMILIES", "VLM", "compute_device", "picture_features", "text_inputs"]
 
 FAMILIES = ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_5_vl", "smolvlm")
 """Families, by `model_type`, whose picture path is proven (tests/test_families.py); others are refused."""
@@ -172,6 +172,14 @@ class VLM:
         blocks = pixels.reshape(n_rows // merged, n_columns // merged, merged, merged, 3, -1, side, side)
         still = blocks[:, :, :, :, :, 0]  # a picture is a film in which nothing moves
         return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, n_rows * side, n_columns * side)
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Tell where a module computes: accelerate fetches weights that lie on disk or in CPU memory there."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    place = next((place for place in places if place is not None), None)
+    return next(module.parameters()).device if place is None else torch.device(place)
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from transformers import (
@@ -28,7 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmflow_utils.models.adapter import FAMILIES, VLM
+from mmflow_utils.models.adapter import FAMILIES, VLM, compute_device
+from mmflow_utils.models.precision import find_device, weights_options
 from mmflow_utils.params import ROOT
 
 __all__ = ["find_checkpoint", "load_model", "pictures_only"]
@@ -51,9 +51,9 @@ def load_model(params: Any) -> VLM:
     Raises:
         ValueError: no such folder and no such name on the hub; the hub can't be reached; a folder without
             configuration, weights, tokenizer or processor; a family or a decoder that is not served; a device
-            that isn't there.
+            that isn't there; 8 or 4 bits where they can't be had.
     """
-    device = _find_device(params.device)
+    device = find_device(params)
     folder = find_checkpoint(params.checkpoint, params.revision)
     config = _read_part(AutoConfig, folder, "a model configuration (config.json)")
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -63,17 +63,18 @@ def load_model(params: Any) -> VLM:
             f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
             "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
         )
-    hf = _read_weights(AutoModelForImageTextToText if sees else AutoModelForCausalLM, folder, params)
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    hf = _read_weights(kind, folder, weights_options(params, device, kind, config))
     processor = _read_processor(folder, config) if sees else None
     tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer")
     model = VLM(
         name=params.model,
-        hf=hf if params.device_map else hf.to(device),
+        hf=hf,
         processor=processor,
         tokenizer=tokenizer,
         prompt=params.prompt,
         do_pad=params.do_pad,
-        device=hf.device if params.device_map else device,
+        device=compute_device(hf.get_input_embeddings()),
         dtype=hf.dtype,
     )
     _check_decoder(model, folder)
@@ -94,7 +95,8 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         if problem := _incomplete(folder):
             raise ValueError(f"Expected a model in the folder {folder}, but it has no {problem}.")
         return folder
-    where = f"{checkpoint!r} is neither a folder ({folder}) nor"
+    commit = f" (revision {revision})" if revision else ""
+    where = f"{checkpoint!r}{commit} is neither a folder ({folder}) nor"
     try:
         cached = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
         if not _incomplete(cached):
@@ -112,7 +114,9 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         fetched = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_FILES))
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{where}, and the hub refuses it (is the name right?): {reason}") from None
+        raise ValueError(
+            f"{where}, and the hub refuses it (is the name right, and the revision?): {reason}"
+        ) from None
     except (HTTPError, OSError) as error:
         raise ValueError(
             f"{where}, and the hub can't be reached ({type(error).__name__}): {advice}"
@@ -149,17 +153,16 @@ def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:
         raise ValueError(f"Expected {what} in {folder}, but it can't be read: {reason}") from error
 
 
-def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
+def _read_weights(kind: type, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     with _no_bar():
         hf, info = _read_part(
             kind,
             folder,
             "model weights",
-            dtype=getattr(torch, params.dtype),
             attn_implementation="sdpa",
             use_safetensors=True,
-            device_map=params.device_map,
             output_loading_info=True,
+            **options,
         )
     # The library fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
@@ -170,6 +173,8 @@ def _read_weights(kind: type, folder: Path, params: Any) -> PreTrainedModel:
     # An answer is what the model itself finds likeliest: checkpoints bring penalties and temperatures along.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     hf.generation_config = GenerationConfig(**{name: getattr(hf.generation_config, name) for name in ids})
+    # The library forgets which commit a folder of its cache holds; the manifest wants to know.
+    hf.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
     return hf.eval().requires_grad_(False)
 
 
@@ -232,15 +237,3 @@ def pictures_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
     PicturesOnly.__name__ = kind.__name__  # it stands in the files that are stored
     return PicturesOnly
-
-
-def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"Expected a device that PyTorch can use here, got {name!r}: {reason}") from None
-    return device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmflow_utils.encode import Encoded
 from mmflow_utils.flows import Variant
-from mmflow_utils.models import VLM
+from mmflow_utils.models import VLM, compute_device
 from mmflow_utils.reference.engine import intervene, run_reference
 
 __all__ = ["attention_pattern", "check_model", "rounding"]
@@ -60,7 +60,7 @@ def _check_layers(model: VLM, encoded: Encoded) -> str:
 @torch.inference_mode()
 def _check_head(model: VLM, encoded: Encoded) -> str:
     run = run_reference(model, encoded, [])
-    top = run.resid_post[-1].to(model.unembed.weight.device, model.dtype)
+    top = run.resid_post[-1].to(compute_device(model.unembed), model.dtype)
     own = model.hf(**encoded.inputs, use_cache=False).logits[0, -1].float().cpu()
     ours = model.unembed(model.final_norm(top)).float().cpu()
     return _differ("the library's logits", own, ours, model) or _differ("base", own, run.base, model)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmflow_utils.encode import Encoded
-from mmflow_utils.models import VLM
+from mmflow_utils.models import VLM, compute_device
 from mmflow_utils.reference.engine import Keep
 from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, allowed, as_index, keys_only
 from mmflow_utils.sweep.plan import Branch
@@ -49,7 +49,9 @@ class Ride:
         if not self.branches:
             return {}
         norm = self.model.final_norm
-        rows = torch.cat([self._kept(self.model.unembed(norm(x.to(_device(norm))))) for x in self.finals])
+        rows = torch.cat(
+            [self._kept(self.model.unembed(norm(x.to(compute_device(norm))))) for x in self.finals]
+        )
         found, first = {}, 0
         for branch in (branch for some in self._slices(self.last) for branch in some):
             n_read = len(branch.reads(self.read))
@@ -95,7 +97,7 @@ class Ride:
         self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 n d"], kwargs: dict
     ) -> tuple[Float[Tensor, "1 m d"], dict]:
         """See what goes into a layer of the clean pass; cut the last layer down to the rows that are read."""
-        hidden = hidden.to(_device(layer))  # layers may be spread over devices: rows follow
+        hidden = hidden.to(compute_device(layer))  # layers may be spread over devices: rows follow
         if i == 0:
             self._remember(hidden[0, self.read])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
@@ -244,9 +246,3 @@ def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:
     if kwargs.get("position_ids") is not None:
         picked["position_ids"] = pick(kwargs["position_ids"], -1)
     return {k: v for k, v in kwargs.items() if k != "hidden_states"} | picked
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Tell where a module computes: accelerate fetches weights that lie on disk or in CPU memory there."""
-    hook = getattr(module, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or next(module.parameters()).device)
