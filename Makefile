@@ -2,6 +2,7 @@
 # make report MODEL=llava-1.5-7b   the same for another file of params/
 # make report FRESH=1              run again what ran already
 # make report SHARDS=4             share each notebook's samples among four runs at once
+# make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
 # make test                        lint, unit tests, and every committed notebook held against its outputs
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
@@ -35,8 +36,8 @@ ANEW = rm -rf outputs/$(1)/*.parquet outputs/$(1)/*.parts
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
 	@$(if $(FRESH),$(call ANEW,$(MODEL)))
-	@$(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete \
-	    --quiet host progress reason rules --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
+	@$(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
+	    --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
 	status=$$?; $(BIN)/python site/build.py && exit $$status
 
 test: $(READY)

@@ -1,0 +1,126 @@
+"""The batch on a real Slurm: real notebooks, each run a job with a GPU, and the numbers of a run without.
+
+`slurm.sh` brings a Slurm of one node up and down; where there can't be one, these are skipped and say why.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from mmflow_utils.params import ROOT
+
+SLURM = Path(__file__).with_name("slurm.sh")
+NO_SLURM = 77  # its exit code where there can't be a Slurm
+# Enough samples for two parts of sixteen, and little else.
+SMALL = {"model": "small", "tasks": "[ChooseAttr, QueryAttr]", "n_samples": "9", "n_boot": "100"}
+# notebook -> what is set otherwise in its parameters cell; 08 can't run so.
+NOTEBOOKS = {
+    "01_dataset_curation": ("n_per_group: int = 40", "n_per_group: int = 1"),
+    "02_flow_to_last": None,
+    "08_window_size": ("windows: list = None", "windows: list = [0]"),
+}
+JOBS = {  # Slurm's comment -> how the job ends
+    "rule_notebook_wildcards_01_dataset_curation": "COMPLETED",
+    "rule_shard_wildcards_02_flow_to_last_1_2": "COMPLETED",
+    "rule_shard_wildcards_02_flow_to_last_2_2": "COMPLETED",
+    "rule_notebook_wildcards_02_flow_to_last": "COMPLETED",
+    "rule_notebook_wildcards_08_window_size": "FAILED",
+}
+# No waiting where all is on one disk, no second try for what can't succeed.
+IN_HASTE = ["--slurm-init-seconds-before-status-checks=1", "--latency-wait=5", "--retries=0"]
+AND_LIST_JOBS = '"$@"; status=$?; scontrol --oneliner show jobs >jobs; exit $status'
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project with three notebooks and a model file for few samples of `mini`."""
+    for folder in ("mmflow_utils", "workflow"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for folder in ("notebooks", "params"):
+        (tmp_path / folder).mkdir()
+    for name, change in NOTEBOOKS.items():
+        text = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
+        assert change is None or text.count(change[0]) == 1
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(text.replace(*change) if change else text)
+    text = (ROOT / "params" / "mini.yaml").read_text()
+    for name, value in SMALL.items():
+        text, n = re.subn(rf"^{name}:.*$", f"{name}: {value}", text, flags=re.M)
+        assert n == 1
+    (tmp_path / "params" / "small.yaml").write_text(text)
+    return tmp_path
+
+
+def start(project, *command):
+    here = {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, cwd=project, env=os.environ | here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names_what_failed(project):
+    execute = (sys.executable, "-m", "mmflow_utils.execute", "02_flow_to_last", "small")
+    snakemake = (sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/slurm", *IN_HASTE)
+    batch = start(
+        project, SLURM, "bash", "-c", AND_LIST_JOBS, "-", *snakemake, "--config", "model=small", "shards=2"
+    )
+    alone = start(project, *execute, "-p", "outputs", "alone")
+    _, said = batch.communicate(timeout=1800)
+    if batch.returncode == NO_SLURM:
+        alone.kill()
+        alone.communicate()
+        pytest.skip(said.splitlines()[-1])
+    assert alone.communicate(timeout=600) and alone.returncode == 0
+
+    # Slurm ran them all, each with a GPU, and where one failed the others went on.
+    jobs = {}
+    for line in (project / "jobs").read_text().splitlines():
+        job = dict(re.findall(r"(\w+)=(\S*)", line))
+        assert job["TresPerJob"] == "gres:gpu:1", line
+        jobs[job["Comment"]] = job["JobState"]
+    assert jobs == JOBS, said
+
+    # To the last digit: what two shards measured and a third run joined is what one run measured.
+    joined, whole = (
+        pd.read_parquet(project / outputs / "small" / "flow_to_last.parquet")
+        for outputs in ("outputs", "alone")
+    )
+    assert whole.sample_id.nunique() > 16, "all samples were in one part: only one shard had work"
+    pd.testing.assert_frame_equal(joined, whole, check_exact=True)
+    assert not joined.equals(whole.assign(p_knockout=whole.p_knockout + 2**-50))
+
+    # The failure is named, with the job's log and its half-run copy.
+    assert batch.returncode == 1
+    assert "mmflow: 4 of 5 runs done for small" in said
+    assert said.count("mmflow: 08_window_size failed for small.") == 1
+    (log,) = re.findall(r"^mmflow: SLURM-job.* FAILED.* (/\S+\.log)$", said.replace("'", ""), re.M)
+    assert "windows" in Path(log).read_text()
+    here = project / "outputs" / "small"
+    assert {path.stem for path in here.glob("0*.ipynb")} == {
+        "01_dataset_curation", "02_flow_to_last", "08_window_size.failed"
+    }  # fmt: skip
+    errors = [
+        output.ename
+        for cell in nbformat.read(here / "08_window_size.failed.ipynb", as_version=4).cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    assert errors == ["ValueError"]
+
+
+def test_where_there_is_no_slurm_the_script_says_what_is_missing(tmp_path):
+    for tool in ("bash", "paste"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done = subprocess.run(
+        [tmp_path / "bash", SLURM, "true"], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == NO_SLURM
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("There is no Slurm to test with: munged slurmctld slurmd srun not found")
