@@ -204,6 +204,12 @@ def test_phrases_become_sentences_as_in_the_authors_files(tmp_path):
     assert found.caption == "red plaid blanket. a jar of honey. it's 3.5 m."
 
 
+def test_the_layout_of_visual_genomes_documentation_is_read_too(tmp_path):
+    path = tmp_path / "region_descriptions.json"
+    path.write_text('[{"image_id": 7, "regions": [{"region_id": 1, "x": 2.5, "phrase": "a cat."}]}]')
+    assert [s.caption for s in add_captions([sample()], path)] == ["a cat."]
+
+
 def test_a_caption_that_is_there_stays_and_a_picture_without_one_has_none(tmp_path):
     path = tmp_path / "region_descriptions.json"
     path.write_text(regions((7, ["a hat"]), (9, [])))

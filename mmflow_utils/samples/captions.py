@@ -54,7 +54,8 @@ def _read(path: Path, wanted: set[str]) -> Iterator[tuple[str, str]]:
         with path.open("rb") as file:
             for number, entry in enumerate(ijson.items(file, "item")):
                 try:
-                    image_id = str(entry["id"])
+                    # Visual Genome's documentation says image_id, its file says id.
+                    image_id = str(entry["id"] if "id" in entry else entry["image_id"])
                     if image_id in wanted:
                         yield image_id, _join(region["phrase"] for region in entry["regions"])
                 except (TypeError, KeyError, AttributeError) as error:
