@@ -53,7 +53,7 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    model: Annotated[str, Text(pattern=r"^[\w.-]+$")] = Field(
+    model: Annotated[str, Text(pattern=r"^\w[\w.-]*$")] = Field(
         "mini", description="the name of the model and of its folder in outputs/"
     )
     checkpoint: str = Field(
@@ -146,17 +146,28 @@ class Params(BaseModel):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a parameter file as papermill does, without judging the values."""
+    """Read a parameter file as papermill does, without judging the values.
+
+    Raises:
+        ValueError: A file that is missing, no YAML, or not of the form name: value; a name that stands twice,
+            of which YAML would take the last, or a reference, which can stand for more than memory holds.
+    """
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in (ROOT / "params").glob("*.yaml")))
         raise ValueError(f"There is no parameter file {path}; params/ holds {known}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        refers = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # !!bool x
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold lines of the form name: value, but holds {values!r:.60}.")
+    if refers or not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        held = "references (*)" if refers else f"{values!r:.60}"
+        raise ValueError(f"{path} should hold lines of the form name: value, but holds {held}.")
+    names = [name.value for name, _ in lines.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} gives {', '.join(twice)} more than once: keep one line for each parameter.")
     return values
 
 

@@ -45,7 +45,8 @@ def manifest(
     Args:
         params: The run's parameters.
         model: The loaded model, for the device it really ran on and the commit the hub served.
-        fields: The parameters that the result depends on; by default all that can change a number.
+        fields: The parameters that the result depends on; by default all that can change a number, and of
+            those that a notebook has of its own and that name a file, the file's content.
         measured: What else is worth keeping, such as `max_check_diff` of the self-check.
 
     Returns:
@@ -61,6 +62,10 @@ def manifest(
     if "{caption}" in params.prompt:
         data.append(captions_file(data[1]))
     depends_on["data_sha256"] = sha256(*data) if all(file.is_file() for file in data) else None
+    own = set(names) - set(Params.model_fields) if fields is None else ()
+    for name in sorted(name for name in own if isinstance(values[name], str)):
+        if params.path(name).is_file():
+            depends_on[f"{name}_sha256"] = sha256(params.path(name))
     return {
         "depends_on": depends_on,
         "made_by": {

@@ -148,3 +148,21 @@ def test_equal_frames_make_equal_files(tmp_path, frame, params):
 def test_storing_and_loading_needs_no_torch():
     code = "import mmflow_utils as mm, sys; mm.save_frame; mm.load_frame; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_that_one_notebook_alone_reads_counts_too(tmp_path, frame, params):
+    class Own(Params):
+        okvqa: str = str(tmp_path / "okvqa.json")
+        pattern: str = "{image_id}.png"
+
+    (tmp_path / "okvqa.json").write_text("one")
+    own = Own(**params.model_dump())
+    assert (
+        manifest(own, fields=["model"])["depends_on"].keys()
+        == manifest(params, fields=["model"])["depends_on"].keys()
+    )  # what all notebooks share must not depend on what one of them reads
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(own))
+    assert len(load_frame(path, manifest(own))) == 2
+    (tmp_path / "okvqa.json").write_text("another")
+    with pytest.raises(ValueError, match="okvqa_sha256 was"):
+        load_frame(path, manifest(own))

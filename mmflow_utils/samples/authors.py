@@ -111,7 +111,8 @@ def _read_rows(path: Path | str, images: Path | str) -> Iterator[tuple[Sample, l
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise ValueError(f"can't read {path} as CSV ({error}): fetch the authors' file again") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"can't read {path} as CSV ({said}): fetch the authors' file again") from error
     two = "object1 name" in frame
     subjects = ("object1", "object2") if two else ("central object",)
     needed = ["question_id", "img_id", "question", "answer", "image_w", "image_h", "captions"]
@@ -133,6 +134,8 @@ def _read_rows(path: Path | str, images: Path | str) -> Iterator[tuple[Sample, l
 
 def _authors_sample(row: dict[str, Any], subjects: tuple[str, ...], folder: Path, notes: list[str]) -> Sample:
     size = (int(number(row["image_w"])), int(number(row["image_h"])))
+    if min(size) < 1:
+        raise ValueError(f"image_w and image_h should be 1 pixel or more, got {size[0]} x {size[1]}")
     objects = []
     for subject in subjects:
         name, object_id = text(row, f"{subject} name"), text(row, f"{subject} id")

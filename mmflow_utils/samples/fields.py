@@ -47,9 +47,9 @@ def text(entry: dict[str, Any], key: str) -> str:
     """
     value = entry.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} should be a text, got {value!r}")
+        raise ValueError(f"{key} should be a text, got {value!r:.80}")
     if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{key} holds half a character: {value!r}")  # no tokenizer and no file takes it
+        raise ValueError(f"{key} holds half a character: {value!r:.80}")  # no tokenizer and no file takes it
     return value.strip()
 
 
@@ -64,7 +64,7 @@ def number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise ValueError(f"expected a number of pixels, got {value!r}")
+        raise ValueError(f"expected a number of pixels, got {value!r:.80}")
     return found
 
 
@@ -75,7 +75,7 @@ def clipped_box(sides: Any, width: int, height: int) -> Box:
     Box(x=0.0, y=0.0, w=20.0, h=9.0)
     """
     if not isinstance(sides, dict):
-        raise ValueError(f"expected a box with x, y, w and h, got {sides!r}")
+        raise ValueError(f"expected a box with x, y, w and h, got {sides!r:.80}")
     x, y, w, h = (number(sides.get(side)) for side in "xywh")
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
     if left >= right or top >= bottom:
@@ -99,6 +99,8 @@ def picture_file(folder: Path, image_id: str) -> Path:
         ValueError: An id that is no plain name, and so might lead out of the folder.
     """
     if not _SAFE_ID.fullmatch(image_id):
-        raise ValueError(f"image id {image_id!r} is no plain name and might lead out of the images folder")
+        raise ValueError(
+            f"image id {image_id!r:.80} is no plain name and might lead out of the images folder"
+        )
     files = [folder / f"{image_id}{ending}" for ending in (".jpg", ".jpeg", ".png")]
     return next((file for file in files if file.exists()), files[0])

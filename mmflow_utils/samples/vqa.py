@@ -111,7 +111,7 @@ def read_okvqa(
 
     def label(entry: dict[str, Any]) -> tuple[int, tuple[str, ...], str]:
         kind = text(entry, "question_type")
-        return _image_id(entry), _said(entry), str(kinds.get(kind, kind))
+        return _image_id(entry), _said(entry), text(kinds, kind) if kind in kinds else kind
 
     labels = _each(annotations, judged.get("annotations"), "annotations", label)
 
@@ -192,7 +192,7 @@ def _each(
 
 def _image_id(entry: dict[str, Any]) -> int:
     value = entry.get("image_id")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"image_id should be a whole number, got {value!r:.40}")
     return value
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from mmflow_utils.params import Params
 from mmflow_utils.stats import need_columns
-from mmflow_utils.store import load_frame
+from mmflow_utils.store import differences, load_frame, read_manifest
 
 WRITTEN_BY = {
     "flow_to_last": "02",
@@ -19,6 +20,8 @@ WRITTEN_BY = {
 """The results that are read, and the number of the notebook that writes each."""
 
 REMOVED = "No image in the last layers"  # the paper's way to save work, among its rivals in App. F
+# What the results of one model must have in common to be compared: the rest is each notebook's own.
+IN_COMMON = {*Params.model_fields, "weights_sha256", "data_sha256"}
 COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers", "window", "effect")
 
 
@@ -28,8 +31,11 @@ def read_results(outputs: str | Path) -> dict[str, pd.DataFrame]:
     What a model hasn't stored is not in the result.
 
     Raises:
-        ValueError: a file is damaged; names it.
+        ValueError: a file is damaged, or of a run with other parameters, weights or data than the model's
+            other files; names it.
     """
+    for folder in sorted(path for path in Path(outputs).glob("*") if path.is_dir()):
+        _hold_together([folder / f"{name}.parquet" for name in WRITTEN_BY])
     found = {}
     for name in WRITTEN_BY:
         paths = sorted(Path(outputs).glob(f"*/{name}.parquet"))
@@ -37,6 +43,20 @@ def read_results(outputs: str | Path) -> dict[str, pd.DataFrame]:
             frames = [load_frame(path).assign(model=path.parent.name) for path in paths]
             found[name] = pd.concat(frames, ignore_index=True)
     return found
+
+
+def _hold_together(paths: list[Path]) -> None:
+    """Refuse results that would be compared although they are of different runs."""
+    first: tuple[Path, dict] | None = None
+    for path in (path for path in paths if path.is_file()):
+        depends_on = read_manifest(path).get("depends_on", {})
+        shared = {"depends_on": {key: depends_on[key] for key in depends_on if key in IN_COMMON}}
+        first = first or (path, shared)
+        if differ := differences(first[1], shared):
+            raise ValueError(
+                f"{path} and {first[0].name} are of different runs ({'; '.join(differ)}): run the notebooks "
+                f"{WRITTEN_BY[first[0].stem]} and {WRITTEN_BY[path.stem]} again with the same parameters."
+            )
 
 
 def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "corrected") -> pd.DataFrame:
