@@ -9,6 +9,7 @@ ends with the last cell that computes in parts, and its copy goes to outputs/<mo
 
 import argparse
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ from mmflow_utils.params import ROOT, Params, plain_assignments, read_yaml, unkn
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
 
+NOTEBOOKS = ROOT / "notebooks"
+KEPT_S = 24 * 3600  # so long stays what a killed run had reached
 # Without this, every kernel start prints a notice about TCP.
 QUIET_KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
 
@@ -41,26 +44,24 @@ def run_notebook(
     """Execute a notebook with a model's parameters and return the executed copy.
 
     Args:
-        notebook: A path, or a name in notebooks/.
+        notebook: A path in notebooks/, or a name there.
         model: A path to a parameter file, or a name in params/.
         overrides: Parameters that win over the file's.
         timeout_s: Longest time that a single cell may take, in seconds.
         progress: Show a bar of cells.
 
     Raises:
-        ValueError: The parameters are wrong; nothing was run.
+        ValueError: The parameters are wrong, or the notebook is not of this project; nothing was run.
         RuntimeError: The notebook failed; names the cell, the error and the half-run copy.
     """
-    notebook, file = _find(notebook, "notebooks", ".ipynb"), _find(model, "params", ".yaml")
+    notebook, file = _find_ours(notebook), _find(model, "params", ".yaml")
     values = read_yaml(file) | (overrides or {})
     params = check_parameters(notebook, values)
     name, folder = notebook.stem, params.folder
     if params.shard:
         name, folder = f"{name}.{params.shard.replace('/', 'of')}", folder / "shards"
     finished, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
-    running = folder / f".{name}.running.ipynb"
-    folder.mkdir(parents=True, exist_ok=True)
-    running.unlink(missing_ok=True)
+    running = _running_copy(folder, name)
     failed.unlink(missing_ok=True)
 
     source = _cut_after_the_parts(notebook, running) if params.shard else notebook
@@ -81,9 +82,8 @@ def run_notebook(
 
 def refresh_outputs(notebook: str | Path) -> Path:
     """Execute a notebook as it stands and write it back with its outputs, free of this machine's traces."""
-    notebook = _find(notebook, "notebooks", ".ipynb")
-    running = ROOT / "outputs" / f".{notebook.stem}.running.ipynb"
-    running.parent.mkdir(exist_ok=True)
+    notebook = _find_ours(notebook)
+    running = _running_copy(ROOT / "outputs", notebook.stem)
     try:
         stopped = _execute(notebook, running, {}, timeout_s=None, progress=True)
         executed = nbformat.read(running, as_version=4)
@@ -192,6 +192,30 @@ def _find(name: str | Path, folder: str, suffix: str) -> Path:
     return path
 
 
+def _find_ours(name: str | Path) -> Path:
+    """Find a notebook of this project: one from elsewhere might do anything to the reader's machine."""
+    path = _find(name, "notebooks", ".ipynb").resolve()
+    if path.parent != NOTEBOOKS:
+        raise ValueError(f"{path} is not in {NOTEBOOKS}: read it first, and copy it there if you trust it.")
+    return path
+
+
+def _running_copy(folder: Path, name: str) -> Path:
+    """Name the file that papermill writes to: one for each process, so that two runs do no harm."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{name}.*.running.ipynb"):  # by runs that were killed
+        if time.time() - left.stat().st_mtime > KEPT_S:
+            left.unlink(missing_ok=True)
+    return folder / f".{name}.{platform.node()}-{os.getpid()}.running.ipynb"
+
+
+def _read_override(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # 2026-02-30 is a date to YAML, and none
+        raise ValueError(f"Parameter {name} = {value!r:.80} is not valid YAML: put it in quotes.") from None
+
+
 def _name_the_model(executed: NotebookNode, model: str) -> None:
     """Put the model into the title, so that pages of several models can be told apart."""
     for cell in executed.cells:
@@ -207,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mmflow_utils.execute", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("notebook", help="a path, or a name in notebooks/")
+    parser.add_argument("notebook", help="a path in notebooks/, or a name there")
     parser.add_argument("model", nargs="?", default="mini", help="a parameter file, or a name in params/")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override"
@@ -220,9 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given.in_place:
             path = refresh_outputs(given.notebook)
         else:
-            overrides = {name: yaml.safe_load(value) for name, value in given.p}
+            overrides = {name: _read_override(name, value) for name, value in given.p}
             path = run_notebook(given.notebook, given.model, overrides, timeout_s=given.timeout_s)
-    except (ValueError, RuntimeError, yaml.YAMLError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"mmflow: {error}", file=sys.stderr)
         return 1
     print(f"mmflow: {path.parent.name}/{path.name} is done, {time.monotonic() - start:.0f} s")

@@ -1,5 +1,12 @@
 """One notebook through papermill: parameters judged first, success judged by what really ran."""
 
+import errno
+import os
+import re
+import subprocess
+import sys
+import time
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -18,8 +25,9 @@ KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "languag
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, monkeypatch):
     """Write a notebook whose parameters cell is followed by the given cells, and a parameter file for it."""
+    monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
     (tmp_path / "tiny.yaml").write_text(f"model: tiny\noutputs: {tmp_path}/out\n")
 
     def write(*cells: str, title="# 02 · Flow: who speaks?\n\nText."):
@@ -94,6 +102,59 @@ def test_a_missing_notebook_or_model_is_one_sentence(write, capsys, arguments):
     said = capsys.readouterr().err
     assert said.startswith("mmflow: There is no")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "place", ["elsewhere/02_flow.ipynb", "notebooks/../02_flow.ipynb", "notebooks/link.ipynb"]
+)
+@pytest.mark.parametrize("more", [[], ["--in-place"]])
+def test_a_notebook_from_elsewhere_is_not_run(tmp_path, write, capsys, monkeypatch, place, more):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    path = write("1").rename(tmp_path / place)
+    if place.endswith("link.ipynb"):
+        path.rename(tmp_path / "elsewhere" / "real.ipynb")
+        path.symlink_to(tmp_path / "elsewhere" / "real.ipynb")
+    monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(execute.papermill, "execute_notebook", pytest.fail)
+    assert main([str(path), str(tmp_path / "tiny.yaml"), *more]) == 1
+    assert re.search(r"\.ipynb is not in .*notebooks: read it first, and copy it", capsys.readouterr().err)
+
+
+def test_two_runs_of_one_notebook_do_no_harm(tmp_path, write):
+    path = write("import time; time.sleep(1)", "print(window)")
+    (tmp_path / "out").mkdir()
+    code = "import sys; from pathlib import Path; from mmflow_utils import execute; "
+    code += "execute.NOTEBOOKS = Path(sys.argv[1]).parent; sys.exit(execute.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "tiny.yaml")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(run.communicate()[1].count("mmflow:"), run.returncode) for run in both] == [(0, 0), (0, 0)]
+    assert left_behind(tmp_path) == ["02_flow.ipynb"]
+
+
+def test_what_a_killed_run_left_goes_after_a_day(tmp_path, write):
+    folder = tmp_path / "out" / "tiny"
+    folder.mkdir(parents=True)
+    for name, age_s in ((".02_flow.a-1.running.ipynb", 90_000), (".02_flow.a-2.running.ipynb", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+    assert run(write("1")) == 0
+    assert left_behind(tmp_path) == [".02_flow.a-2.running.ipynb", "02_flow.ipynb"]
+
+
+@pytest.mark.parametrize("value", ["2026-02-30", "[1", "{a: b: c}", "!!python/name:os.system"])
+def test_an_override_that_is_no_yaml_is_named(write, capsys, value):
+    assert run(write("1"), "-p", "window", value) == 1
+    assert capsys.readouterr().err.startswith(f"mmflow: Parameter window = {value!r} is not valid YAML")
+
+
+def test_a_full_disk_is_one_sentence(write, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "02_flow.ipynb")
+
+    monkeypatch.setattr(execute.papermill, "execute_notebook", full)
+    assert run(write("1")) == 1
+    assert capsys.readouterr().err == "mmflow: [Errno 28] No space left on device: '02_flow.ipynb'\n"
 
 
 def test_a_notebook_whose_parameters_are_computed_is_refused(write, capsys):
