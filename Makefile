@@ -5,6 +5,7 @@
 # make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
 # make test                        lint, unit tests, and every committed notebook held against its outputs
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
+# make data                        download GQA, OKVQA, A-OKVQA (29 GB of archives); make data DATA=gqa for one of them
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
 # make lock                        write requirements.lock anew from the pins in pyproject.toml
 #
@@ -27,7 +28,7 @@ FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
 LAST := $(filter notebooks/14_%,$(NOTEBOOKS))
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: report test notebooks bench lock
+.PHONY: report test notebooks data bench lock
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: these measure anew.
@@ -53,6 +54,9 @@ notebooks: $(READY)
 	@$(call ANEW,mini)
 	@for notebook in $(FIRST) $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS)) $(LAST); do \
 	    $(BIN)/python -m mmflow_utils.execute --in-place $$notebook || exit 1; done
+
+data: $(READY)
+	@$(BIN)/python -m mmflow_utils.download $(DATA)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/sweep_speed.py

@@ -18,9 +18,9 @@ from types import ModuleType
 # From the ground up: a module imports only from modules to its left (tests/test_environment.py).
 # fmt: off
 MODULES = (
-    "params", "positions", "flows", "samples", "stats", "findings", "plots", "store", "stages", "parts",
-    "models", "encode", "patches", "sinks", "reference", "sweep", "pruning", "knockout", "lens", "modules",
-    "subwords", "curation", "miniature", "explorer", "execute",
+    "params", "positions", "flows", "samples", "stats", "findings", "plots", "store", "download", "stages",
+    "parts", "models", "encode", "patches", "sinks", "reference", "sweep", "pruning", "knockout", "lens",
+    "modules", "subwords", "curation", "miniature", "explorer", "execute",
 )
 # fmt: on
 

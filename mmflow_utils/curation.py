@@ -24,6 +24,7 @@ from mmflow_utils.samples import (
     captions_file,
     frame_to_samples,
     is_correct,
+    read_authors,
     read_gqa,
     samples_to_frame,
 )
@@ -147,11 +148,16 @@ def read_questions(
 ) -> tuple[list[Sample], pd.DataFrame]:
     """Read the parameters' GQA files; also a frame of what couldn't be read, with the reasons.
 
+    Where `questions` names a folder, it is that of the authors' CSV files: exactly their questions, with
+    their boxes and captions.
+
     For a text-only model, whose prompt has `{caption}` where others have `<image>`, dense captions come with
     the samples: from Visual Genome's `region_descriptions.json` beside the scene graphs (App. G).
     """
-    graphs = params.path("scene_graphs")
-    samples, left_out = read_gqa(params.path("questions"), graphs, params.path("images"), tasks=tasks)
+    questions, graphs, images = (params.path(name) for name in ("questions", "scene_graphs", "images"))
+    if questions.is_dir():
+        return read_authors(questions, images, tasks=tasks)
+    samples, left_out = read_gqa(questions, graphs, images, tasks=tasks)
     if "{caption}" in params.prompt:
         samples = add_captions(samples, captions_file(graphs))
     return samples, left_out

@@ -1,6 +1,6 @@
 """Samples: one question about one picture, and the readers that make them (paper §4, App. A)."""
 
-from mmflow_utils.samples.authors import read_authors_csv
+from mmflow_utils.samples.authors import compare_with_authors, read_authors, read_authors_csv
 from mmflow_utils.samples.captions import add_captions, captions_file
 from mmflow_utils.samples.gqa import read_gqa
 from mmflow_utils.samples.records import (
@@ -22,10 +22,12 @@ __all__ = [
     "TASKS",
     "add_captions",
     "captions_file",
+    "compare_with_authors",
     "frame_to_samples",
     "is_correct",
     "load_image",
     "read_aokvqa",
+    "read_authors",
     "read_authors_csv",
     "read_gqa",
     "read_okvqa",

@@ -23,6 +23,7 @@ LONGEST = 2**24  # characters of one entry; GQA's have some thousands
 NO_BAR_BELOW = 2**25  # bytes; a smaller file is read within a second
 
 _DECODE = json.JSONDecoder().raw_decode
+_NUMBER = "0123456789.eE+-"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -66,7 +67,8 @@ class _Text:
         """Let go what is done and read a chunk more; False at the end of the file."""
         chunk = self.file.read(CHUNK)
         self.bar.update(len(chunk))
-        self.text, self.at = self.text[self.at :] + self.decode(chunk, not chunk), 0
+        if more := self.decode(chunk, not chunk):
+            self.text, self.at = self.text[self.at :] + more, 0
         return bool(chunk)
 
     def next_mark(self) -> str:
@@ -86,15 +88,18 @@ class _Text:
         """Read a value whole."""
         self.next_mark()
         while True:
+            wrong = None
             try:
                 value, end = _DECODE(self.text, self.at)
-            except json.JSONDecodeError:  # wrong, or not all there yet
-                if len(self.text) - self.at > LONGEST or not self.read_on():
-                    raise
-            else:
-                if end < len(self.text) or not self.read_on():  # a number may go on
-                    self.at = end
-                    return value
+                whole = self.text[end : end + 1] not in _NUMBER  # a number may go on in the next chunk
+            except json.JSONDecodeError as error:  # wrong, or not all there yet
+                wrong, whole = error, False
+            if whole or len(self.text) - self.at > LONGEST or not self.read_on():
+                break
+        if wrong:
+            raise wrong
+        self.at = end
+        return value
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         """Read the entries of the object that begins here, to the end of the file."""
