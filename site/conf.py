@@ -70,7 +70,7 @@ def describe_pictures(app, doctree):
     said = ""
     for node in doctree.findall(lambda node: isinstance(node, nodes.paragraph | nodes.title | nodes.image)):
         if not isinstance(node, nodes.image):
-            said = node.astext() or said
+            said = node.astext().removeprefix("Figure: ") or said
         elif not node.get("alt"):
             node["alt"] = textwrap.shorten(f"Figure: {said}", 200, placeholder=" …")
 
@@ -86,17 +86,21 @@ def describe_thumbnails(app, pagename, templatename, context, doctree):
 
 def lead_to_pages(app, doctree):
     """Let links of docs/ lead to pages of this site; what has no page here keeps its name only."""
-    notebooks = sorted(app.env.found_docs, key=lambda page: (not page.startswith("mini/"), page))
+    if not app.env.docname.startswith("docs/"):
+        return
+    pages = sorted(app.env.found_docs, key=lambda page: (not page.startswith("mini/"), page))
     for node in list(doctree.findall(nodes.reference)):
         target, _, part = node.get("refuri", "").partition("#")
-        if not app.env.docname.startswith("docs/") or not target or ":" in target:
+        name = node.astext()
+        if name.startswith("``"):  # reStructuredText has no code in the name of a link, and pandoc tries
+            node.children = [nodes.literal(text=name.strip("`"))]
+        if not target or ":" in target:
             continue
-        stem = PurePosixPath(target).stem
-        page = next((page for page in notebooks if PurePosixPath(page).name == stem), None)
-        if page and target.endswith((".md", ".ipynb")):
+        stem = PurePosixPath(target).stem if target.endswith((".md", ".ipynb")) else None
+        if page := next((page for page in pages if PurePosixPath(page).name == stem), None):
             node["refuri"] = app.builder.get_relative_uri(app.env.docname, page) + (part and f"#{part}")
         else:
-            node.replace_self(nodes.literal(text=node.astext().strip("`")))
+            node.replace_self(node.children)
 
 
 def setup(app):

@@ -42,8 +42,8 @@ def write_start_page(pages: Path, models: dict[str, list[Path]], docs: Path) -> 
         content = [heading(model, "="), failures(notebooks), gallery(notebooks, "nbgallery")]
         write(pages / model / "index.rst", content)
     contents = [f"{model}/index" for model in models]
-    if write_docs(pages, docs):
-        parts += [heading("For reference"), ":doc:`What else there is to know <docs/index>`."]
+    if names := write_docs(pages, docs):
+        parts += [heading("For reference"), "\n".join(f"- :doc:`docs/{name}`" for name in names)]
         contents.append("docs/index")
     write(pages / "index.rst", [*parts, listing("toctree", contents, ":hidden:")])
 
@@ -62,15 +62,16 @@ def show_figure(pages: Path, notebook: Path) -> str:
         return ""
     cell, number = found
     kind, suffix = next((kind, end) for kind, end in PICTURES.items() if kind in cell.outputs[number].data)
-    picture, title = cell.outputs[number].data[kind], title_of(content, notebook.parent.name)
-    file = pages / "figures" / f"{notebook.parent.name}_{notebook.stem}{suffix}"
+    picture, model = cell.outputs[number].data[kind], notebook.parent.name
+    name = title_of(content, model).removesuffix(f" — {model}")
+    file = pages / "figures" / f"{model}_{notebook.stem}{suffix}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(picture.encode() if suffix == ".svg" else base64.b64decode(picture))
     more = f" (One of {len(said)} findings.)" if len(said) > 1 else ""
     return (
-        f".. figure:: figures/{file.name}\n   :target: {notebook.parent.name}/{notebook.stem}.html\n"
-        f"   :alt: Main figure of {title}\n\n"
-        f"   :doc:`{address(notebook)}`: {plain(strongest(said))}{more}\n"
+        f".. figure:: figures/{file.name}\n   :target: {model}/{notebook.stem}.html\n"
+        f"   :alt: Main figure of {name}, {model}\n\n"
+        f"   :doc:`{plain(name)} <{address(notebook)}>`: {plain(strongest(said))}{more}\n"
     )
 
 
@@ -84,15 +85,15 @@ def strongest(said: list[str]) -> str:
     return max(said, key=effect)
 
 
-def write_docs(pages: Path, docs: Path) -> bool:
-    """Convert docs/*.md to pages; says whether there are any."""
+def write_docs(pages: Path, docs: Path) -> list[str]:
+    """Convert docs/*.md to pages, and name them."""
     names = sorted(file.stem for file in docs.glob("*.md"))
     for name in names:
         text = pypandoc.convert_file(docs / f"{name}.md", "rst", format="gfm")
         write(pages / "docs" / f"{name}.rst", [text])
     if names:
         write(pages / "docs" / "index.rst", [heading("For reference", "="), listing("toctree", names)])
-    return bool(names)
+    return names
 
 
 def failures(notebooks: list[Path]) -> str:
