@@ -57,7 +57,8 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
 
     Raises:
         ValueError: a picture that can't be read; a prompt without question; a text that holds the picture's
-            placeholder; a tokenizer without character offsets, or that cuts the prompt unlike the processor.
+            placeholder, or is longer than the model's context; a tokenizer without character offsets, or that
+            cuts the prompt unlike the processor.
 
     Example:
         >>> spans = encode(model, sample).spans
@@ -73,6 +74,7 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     inputs = _append(inputs, extra)
     offsets += [(len(text), len(text))] * len(extra)
     ids = inputs["input_ids"][0].tolist()
+    _hold_in_context(model, sample, len(ids))
     spans = _find_text(sample, text, chars, offsets)
     if picture:
         spans = spans.with_(image=[n for n, token in enumerate(ids) if token == model.image_token_id])
@@ -236,6 +238,15 @@ def _append(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tenso
         more = torch.tensor([fill], dtype=tensor.dtype)
         grown[name] = torch.cat([tensor, more], dim=1) if tensor.shape == shape else tensor
     return grown
+
+
+def _hold_in_context(model: VLM, sample: Sample, n_tokens: int) -> None:
+    most = getattr(model.text.config, "max_position_embeddings", None)
+    if most and n_tokens > most:  # the model would run, on positions that it never saw in training
+        raise ValueError(
+            f"Sample {sample.sample_id}: its prompt has {n_tokens} tokens, but {model.name} takes {most}: "
+            "shorten the question, or leave it out."
+        )
 
 
 def _find_text(

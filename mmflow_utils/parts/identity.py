@@ -27,7 +27,9 @@ NOT_OF_A_ROW = frozenset(
 def describe_measure(
     measure: Callable, manifest: Mapping[str, Any], samples: Iterable[Sample]
 ) -> dict[str, Any]:
-    """Give what `depends_on` must also hold: digests of the samples' ids, of `measure` and of our code.
+    """Give what `depends_on` must also hold: digests of the samples, of `measure` and of our code.
+
+    Of a sample is seen all that it holds and its picture, not where the picture lies.
 
     Of `measure` is seen: its code and that of functions beside it (in the same notebook), and the plain
     values that they name or hold: numbers, texts, flows, arrays, and lists of these. An object counts by its
@@ -35,11 +37,16 @@ def describe_measure(
     """
     home = getattr(getattr(measure, "func", measure), "__module__", None)
     return {
-        "samples": _digest([sample.sample_id for sample in samples]),
+        "samples": _digest([_see(sample) for sample in samples]),
         "measure": _digest(_look(measure, home, [])),
         "code": _code(),
         "packages": manifest.get("made_by", {}).get("packages"),
     }
+
+
+def _see(sample: Sample) -> list[Any]:
+    fields = [value for name, value in vars(sample).items() if name != "image"]
+    return [*fields, sha256(sample.image) if sample.image.is_file() else None]
 
 
 @cache

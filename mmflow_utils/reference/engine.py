@@ -41,9 +41,22 @@ class Run:
     resid_post: Float[Tensor, "n_layers_plus_1 *n_read d"] | None = None
 
     @classmethod
-    def from_parts(cls, base: Tensor, variants: Sequence[Tensor], resid_post: Sequence[Tensor], *, one: bool):
+    def from_parts(
+        cls,
+        encoded: Encoded,
+        base: Tensor,
+        variants: Sequence[Tensor],
+        resid_post: Sequence[Tensor],
+        *,
+        one: bool,
+    ):
         """Stack what was found at the positions read; where just `one` was asked for, drop their axis."""
         changed = torch.stack(list(variants)) if variants else base.new_empty(0, *base.shape)
+        if base.isnan().any() or changed.isnan().any():
+            raise ValueError(
+                f"Sample {encoded.sample.sample_id}: the model's logits hold NaN, no numbers: set dtype to "
+                "float32 or bfloat16, or fetch the weights again."
+            )
         states = torch.stack(list(resid_post))
         return cls(base[0], changed[:, 0], states[:, 0]) if one else cls(base, changed, states)
 
@@ -81,7 +94,7 @@ def run_reference(
 
     Raises:
         ValueError: a variant names a layer or position that isn't there; `read` isn't in the prompt, or out
-            of order.
+            of order; NaN among the logits.
     """
     read, one = check_request(model, encoded, variants, read)
     with _collect_stream(model, read) as stream:
@@ -97,7 +110,7 @@ def run_reference(
             rows.append(kept(model.text(**kwargs).last_hidden_state))
         if progress:
             progress()
-    return Run.from_parts(base, rows, stream, one=one)
+    return Run.from_parts(encoded, base, rows, stream, one=one)
 
 
 @contextmanager

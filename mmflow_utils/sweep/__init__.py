@@ -58,7 +58,7 @@ def run_sweep(
 
     Raises:
         ValueError: a variant that names a layer or a position that isn't there; such a `read`, or one out of
-            order; a chunk below 1.
+            order; a chunk below 1; NaN among the logits.
 
     Example:
         >>> run_sweep(model, encoded, planned).variants.shape
@@ -93,7 +93,7 @@ def run_sweep(
         fits()
     base = clean[0].base
     found = [rows.get(n, base) for n in range(len(variants))]
-    return Run.from_parts(base, found, clean[0].resid_post, one=one)
+    return Run.from_parts(encoded, base, found, clean[0].resid_post, one=one)
 
 
 def engine(method: str) -> Callable[..., Run]:
