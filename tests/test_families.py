@@ -4,6 +4,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from math import ceil
 
 import numpy as np
 import pytest
@@ -21,21 +22,29 @@ from mmflow_utils.samples import Box, SceneObject
 from mmflow_utils.sweep import run_sweep
 
 NEW = tuple(FAMILIES)
-LANDSCAPE, PORTRAIT, SQUARE, TINY, HUGE = (60, 28), (28, 60), (40, 40), (7, 5), (700, 500)
-SIZES = (LANDSCAPE, PORTRAIT, SQUARE, TINY, HUGE)
+LANDSCAPE, PORTRAIT, SQUARE, TINY, LARGE = (60, 28), (28, 60), (40, 40), (7, 5), (700, 500)
+HUGE = (3000, 2000)
+SIZES = (LANDSCAPE, PORTRAIT, SQUARE, TINY, LARGE, HUGE)
+ALL = ("llava", "llava_next", *NEW)
 
 # By hand, from each family's own rule: rows and columns of tiles, or of image tokens, that the picture is
 # stretched over. Idefics3 makes the long side two tiles of two tokens; InternVL takes the nearest shape of at
-# most four tiles; Qwen rounds each side to whole tokens and keeps the area from 30 x 30 to 60 x 60 pixels.
+# most four tiles; Qwen rounds each side to whole tokens and keeps the area from 30 x 30 to 60 x 60 pixels;
+# LLaVA-NeXT takes the canvas that leaves the picture most of its pixels, the least wasteful of several.
+TWO_BY_TWO = dict.fromkeys((SQUARE, LARGE, HUGE), (2, 2))
+LONG = {LANDSCAPE: (1, 2), PORTRAIT: (2, 1)}
 TILES = {
-    "idefics3": {LANDSCAPE: (1, 2), PORTRAIT: (2, 1), SQUARE: (2, 2), TINY: (2, 2), HUGE: (2, 2)},
-    "internvl": {LANDSCAPE: (1, 2), PORTRAIT: (2, 1), SQUARE: (2, 2), TINY: (1, 1), HUGE: (2, 2)},
+    "idefics3": TWO_BY_TWO | LONG | {TINY: (2, 2)},
+    "smolvlm": TWO_BY_TWO | LONG | {TINY: (2, 2)},
+    "internvl": TWO_BY_TWO | LONG | {TINY: (1, 1)},
+    "llava_next": TWO_BY_TWO | LONG | {TINY: (1, 2)},
 }
-TILES["smolvlm"] = TILES["idefics3"]
 GRID = {
     "gemma3": dict.fromkeys(SIZES, (4, 4)),
-    "qwen2_5_vl": {LANDSCAPE: (2, 5), PORTRAIT: (5, 2), SQUARE: (3, 3), TINY: (3, 3), HUGE: (4, 5)},
-}
+    "qwen2_5_vl": {
+        LANDSCAPE: (2, 5), PORTRAIT: (5, 2), SQUARE: (3, 3), TINY: (3, 3), LARGE: (4, 5), HUGE: (4, 6),
+    },
+}  # fmt: skip
 
 
 def cells(left, top, width, height, rows, columns):
@@ -50,11 +59,28 @@ def expected_cells(family, size):
         (width, height), side = size, max(size)
         left, top = (side - width) // 2, (side - height) // 2
         return cells(-left / width, -top / height, side / width, side / height, 4, 4)
+    if family == "llava_next":
+        return cells(0, 0, 1, 1, 4, 4) + canvas_cells(*size, *TILES[family][size])
     if family in GRID:
         return cells(0, 0, 1, 1, *GRID[family][size])
     tiles = cells(0, 0, 1, 1, *TILES[family][size])
     overview = [] if len(tiles) == 1 else [(0, 0, 1, 1)]  # the whole picture comes last
     return [cell for tile in tiles + overview for cell in cells(*tile, 2, 2)]
+
+
+def canvas_cells(width, height, tile_rows, tile_columns):
+    """Give the cells of LLaVA-NeXT's canvas: the picture in its middle, whole rows of padding cut off."""
+    rows, columns = 4 * tile_rows, 4 * tile_columns  # of patches
+    scale = min(columns * PATCH_SIZE / width, rows * PATCH_SIZE / height)
+    shown = [min(ceil(width * scale), columns * PATCH_SIZE), min(ceil(height * scale), rows * PATCH_SIZE)]
+    left, top = (columns * PATCH_SIZE - shown[0]) // 2, (rows * PATCH_SIZE - shown[1]) // 2
+    cut = [
+        max(0, (columns - int(width * rows / height)) // 2),
+        max(0, (rows - int(height * columns / width)) // 2),
+    ]
+    w, h = PATCH_SIZE / shown[0], PATCH_SIZE / shown[1]
+    kept = product(range(cut[1], rows - cut[1]), range(cut[0], columns - cut[0]))
+    return [(c * w - left / shown[0], r * h - top / shown[1], w, h) for r, c in kept]
 
 
 def shares(family, size, box):
@@ -79,7 +105,7 @@ def painted(folder, size, box, name):
     """Make a sample whose picture is white in the box and black outside."""
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     pixels[int(box.y) : int(box.y + box.h), int(box.x) : int(box.x + box.w)] = 255
-    sample = tiny_sample(folder, size=size, sample_id=name, objects=(SceneObject(name="cup", box=box),))
+    sample = tiny_sample(folder, sample_id=name, objects=(SceneObject(name="cup", box=box),))
     Image.fromarray(pixels).save(sample.image)
     return sample
 
@@ -115,24 +141,25 @@ def test_each_name_stands_for_its_words(family, tmp_path):
     assert encoded.spans["last"] == (encoded.inputs["input_ids"].shape[1] - 1,)
 
 
-@pytest.mark.parametrize("family", ["llava", *NEW])
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("size", SIZES)
 def test_image_tokens_are_where_the_picture_enters_and_as_many_as_it_has_cells(family, size, tmp_path):
     model = as_trained(family)
-    encoded = encode(model, tiny_sample(tmp_path, size=size))
+    encoded = encode(model, painted(tmp_path, size, box_at(size, 0.2, 0.2, 0.5, 0.5), "q"))
     entered = text_inputs(model, encoded.inputs)[0]["inputs_embeds"][0]
     words = model.text.get_input_embeddings()(encoded.inputs["input_ids"])[0]
     differ = (entered != words).any(-1).nonzero().flatten().tolist()
-    assert differ == list(encoded.spans["image"])
-    assert len(differ) == len(expected_cells(family, size))
-    assert "image_newline" not in encoded.spans
+    assert differ == sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
+    assert len(encoded.spans["image"]) == len(expected_cells(family, size))
+    assert ("image_newline" in encoded.spans) == (family == "llava_next")
 
 
-@pytest.mark.parametrize("family", ["llava", *NEW])
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("size", SIZES)
 def test_boxes_reach_the_image_tokens_whose_cell_they_overlap(family, size, tmp_path):
     model = as_trained(family)
-    for where in [(0.1, 0.15, 0.2, 0.3), (0.55, 0.3, 0.4, 0.2), (0.3, 0.72, 0.1, 0.25)]:
+    places = [(0.1, 0.15, 0.2, 0.3), (0.55, 0.3, 0.4, 0.2), (0.3, 0.72, 0.1, 0.25)]
+    for where in places[:1] if size == HUGE else places:  # which takes its time
         box = box_at(size, *where)
         spans = encode(model, painted(tmp_path, size, box, "q")).spans
         share, related = shares(family, size, box), np.isin(spans["image"], spans["image_related"])
@@ -140,21 +167,28 @@ def test_boxes_reach_the_image_tokens_whose_cell_they_overlap(family, size, tmp_
         assert related.any() and (related == (share > 1e-9))[clear].all()
 
 
-@pytest.mark.parametrize("family", ["llava", *NEW])
-@pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, SQUARE, HUGE])
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("size", SIZES)
 def test_the_patches_means_are_the_boxs_share_of_them(family, size, tmp_path):
     """Not the drawing's way: the picture as the model gets it, with the processor's own filter and norm."""
     model, box = as_trained(family), box_at(size, 0.2, 0.1, 0.45, 0.6)
+    if size == TINY:  # the filter would spread a pixel over a token's width
+        model = deepcopy(model)
+        model.processor.image_processor.resample = Image.Resampling.NEAREST
     boxes = (box, box_at(size, 0, 0, 1, 1), replace(box, w=0.0))
     pictures = [painted(tmp_path, size, one, f"q{n}") for n, one in enumerate(boxes)]
-    boxed, white, black = (model.tiles(encode(model, picture).inputs)[:, 0] for picture in pictures)
+    inputs = [encode(model, picture).inputs for picture in pictures]
+    boxed, white, black = (model.tiles(one)[:, 0] for one in inputs)
     shade = ((boxed - black) / (white - black)).nan_to_num(0)  # padding is of one colour in both
-    side = PATCH_SIZE if family == "llava" else TOKEN_SIZE
-    means = shade.unfold(1, side, side).unfold(2, side, side).mean((-1, -2))
-    np.testing.assert_allclose(means.flatten(), shares(family, size, box), atol=0.1)
+    side = TOKEN_SIZE if family in NEW else PATCH_SIZE
+    means = shade.unfold(1, side, side).unfold(2, side, side).mean((-1, -2)).flatten(1)
+    means = model.in_token_order(means[:, :, None], inputs[0])[:, 0]
+    means = means[~means.isnan()]  # newlines
+    atol = 0.2 if size == TINY else 0.1
+    np.testing.assert_allclose(means, shares(family, size, box), atol=atol)
     with pytest.raises(AssertionError):  # and a box moved by a token's width is told apart
         moved = replace(box, x=box.x + size[0] / 4)
-        np.testing.assert_allclose(means.flatten(), shares(family, size, moved), atol=0.1)
+        np.testing.assert_allclose(means, shares(family, size, moved), atol=atol)
 
 
 def blinkered(model):
@@ -167,8 +201,8 @@ def blinkered(model):
     return model
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", *NEW])
-@pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, SQUARE, HUGE])
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, SQUARE, LARGE])
 def test_tower_and_projector_carry_the_boxs_pixels_to_the_related_tokens_and_no_others(
     family, size, tmp_path
 ):
@@ -199,12 +233,12 @@ def test_any_boxes_can_be_looked_up_later_and_padding_is_a_parameter(family, tmp
 
 
 @pytest.mark.parametrize("family", NEW)
-@pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, HUGE])
+@pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, TINY, LARGE])
 def test_each_image_token_is_located_in_the_stored_picture(family, size, tmp_path):
     model = as_trained(family)
     found = locate_image_patches(model, encode(model, tiny_sample(tmp_path, size=size)))
     cells = np.array(expected_cells(family, size)) * np.array(size * 2)
-    np.testing.assert_allclose(found[["x", "y", "w", "h"]], cells, atol=0.02 * max(size))
+    np.testing.assert_allclose(found[["x", "y", "w", "h"]], cells, atol=max(0.2, 0.02 * max(size)))
     n_tiles = len(cells) - 4 if model.has_tiles and len(cells) > 4 else 0
     assert found["view"].tolist() == [1] * n_tiles + [0] * (len(cells) - n_tiles)
 
