@@ -3,7 +3,7 @@
     python tests/test_figures.py      # store the pictures anew, then look at them
 
 Matplotlib is pinned and brings its own FreeType, so machines differ by shades only, and small unhinted
-pictures by few of them. They are compared tile by tile: over the whole picture, a word more or less would drown.
+pictures by few of them. They are compared tile by tile: over a whole picture, a word would drown.
 """
 
 from io import BytesIO

@@ -76,6 +76,7 @@ STYLE = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    "pdf.fonttype": 42,  # journals want whole fonts
     "font.size": 9.5,
     "text.parse_math": False,  # a "$" in a question is a dollar
     "axes.facecolor": "white",
