@@ -14,7 +14,7 @@ import pytest
 from mmflow_utils.params import ROOT
 
 EXECUTE = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 
 name, model, *more = sys.argv[1:]
 shard = more[2] if more[:2] == ["-p", "shard"] else ""
@@ -29,6 +29,7 @@ with log.open("a", buffering=1) as lines:
             time.sleep(0.01)
             assert time.monotonic() < until, f"{other} never began beside {run}"
     time.sleep(float(pathlib.Path("pause").read_text()))
+    pathlib.Path(f"gpu.{run}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     fails = run in pathlib.Path("fail").read_text().split()
     lines.write(f"{'fail' if fails else 'end'} {run}\\n")
 if not fails:
@@ -85,6 +86,25 @@ def test_without_shards_each_notebook_runs_once_and_one_gpu_serves_one_job(batch
         assert begin.removeprefix("begin ") == end.removeprefix("end ")
     assert batch("--config", "model=big", "gpu=1") == []
     assert not PROGRESS.search(batch.said.stderr)
+
+
+def test_runs_that_share_a_machine_each_see_a_gpu_of_their_own(batch, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = ("--forceall", "outputs/big/02_flow.ipynb", "--config", "model=big", "shards=2")
+    pair = ("02_flow.1of2", "02_flow.2of2")
+
+    def gpus():
+        return {(tmp_path / f"gpu.{run}").read_text() for run in pair}
+
+    batch(*config, "gpu=1", "--resources", "gpu=2", meet=" ".join(pair))
+    assert batch.said.returncode == 0
+    assert gpus() == {"0", "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    batch(*config, "gpu=1", "--resources", "gpu=2", meet=" ".join(pair))
+    assert gpus() == {"5", "7"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    batch(*config)
+    assert gpus() == {"all"}  # nobody said that there are GPUs to share
 
 
 def test_after_each_run_the_batch_says_how_far_it_is_and_about_how_long_it_will_take(batch, tmp_path):
