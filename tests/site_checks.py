@@ -72,14 +72,14 @@ def inspect(browser, files: list[Path]) -> dict[str, list[str]]:
         page.set_viewport_size(DESK)
         page.goto(file.as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(folded => folded.open = true)")
-        found = {name: list(values) for name, values in seen.items()}
-        found["described"] = page.evaluate(UNDESCRIBED)
+        found = {"described": page.evaluate(UNDESCRIBED)}
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
+            page.evaluate("new Promise(requestAnimationFrame)")  # the theme follows in a script
             found[f"contrast, {scheme}"] = page.evaluate(FAINT)
         page.set_viewport_size(PHONE)
         found["phone"] = page.evaluate(WIDER)
-        for name, values in found.items():
+        for name, values in (found | seen).items():
             wrong[name] += [f"{file.name}: {value}" for value in values]
         for values in seen.values():
             values.clear()
