@@ -58,10 +58,8 @@ def manifest(
     files = sorted(params.path("checkpoint").glob("*.safetensors"))
     commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
     depends_on["weights_sha256"] = sha256(*files) if files else commit
-    data = [params.path(name) for name in ("questions", "scene_graphs")]
-    if "{caption}" in params.prompt:
-        data.append(captions_file(data[1]))
-    depends_on["data_sha256"] = sha256(*data) if all(file.is_file() for file in data) else None
+    data = _data_files(params)
+    depends_on["data_sha256"] = sha256(*data) if data and all(file.is_file() for file in data) else None
     own = set(names) - set(Params.model_fields) if fields is None else ()
     for name in sorted(name for name in own if isinstance(values[name], str)):
         if params.path(name).is_file():
@@ -76,6 +74,14 @@ def manifest(
             **measured,
         },
     }
+
+
+def _data_files(params: Params) -> list[Path]:
+    """List what samples are read from: GQA's files or, in a folder of questions, the authors' CSV files."""
+    questions, graphs = params.path("questions"), params.path("scene_graphs")
+    if questions.is_dir():
+        return sorted(questions.glob("*.csv"))
+    return [questions, graphs, *([captions_file(graphs)] if "{caption}" in params.prompt else [])]
 
 
 def save_frame(frame: pd.DataFrame, path: str | Path, manifest: Mapping[str, Any]) -> Path:

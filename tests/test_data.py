@@ -29,6 +29,7 @@ from mmflow_utils.samples.authors import compare_with_authors, read_authors, rea
 from mmflow_utils.samples.entries import read_entries
 from mmflow_utils.samples.fields import read_json
 from mmflow_utils.samples.gqa import read_gqa
+from mmflow_utils.store import manifest
 
 AUTHORS = Path(
     os.environ.get(
@@ -304,6 +305,16 @@ def test_the_authors_questions_become_the_samples_of_a_run(tmp_path):
         assert spans["image_related"] and spans["options"]
     record = ask_questions(model, samples[:2], progress=False)
     assert record.prediction.notna().all()
+
+
+def test_samples_of_other_csv_files_are_of_another_run(tmp_path):
+    params = Params(checkpoint="no-weights", questions=str(tmp_path), scene_graphs="none.json")
+    assert manifest(params)["depends_on"]["data_sha256"] is None
+    seen = []
+    for name, content in (("a.csv", "one"), ("a.csv", "other"), ("b.csv", "more"), ("notes.txt", "no data")):
+        (tmp_path / name).write_text(content)
+        seen.append(manifest(params)["depends_on"]["data_sha256"])
+    assert len(set(seen)) == 3 and None not in seen and seen[2] == seen[3]
 
 
 def test_a_folder_without_csv_files_says_where_they_come_from(tmp_path):
