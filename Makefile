@@ -5,7 +5,7 @@
 # make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
 # make test                        lint, unit tests, and every committed notebook held against its outputs
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
-# make data                        download GQA, OKVQA, A-OKVQA (29 GB of archives); make data DATA=gqa for one of them
+# make data                        download GQA, Visual Genome's captions, OKVQA, A-OKVQA (29 GB); DATA=gqa for one of them
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
 # make lock                        write requirements.lock anew from the pins in pyproject.toml
 #

@@ -59,6 +59,7 @@ class Archive:
         return self.url.rsplit("/", 1)[-1]
 
 
+_VISUAL_GENOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/data/dataset"
 _GQA = "https://downloads.cs.stanford.edu/nlp/data/gqa"
 _COCO_SHA256 = {  # tensorflow/datasets, tensorflow_datasets/url_checksums/coco.txt
     "val2014": "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
@@ -83,6 +84,14 @@ DATA: dict[str, tuple[Archive, ...]] = {
         ),
         Archive(url=f"{_GQA}/sceneGraphs.zip", members="val_sceneGraphs.json", to="gqa", size="43 MB"),
         Archive(url=f"{_GQA}/images.zip", members="*.jpg", to="gqa/images", size="20.3 GB", n_files=148_854),
+    ),
+    "captions": (
+        Archive(
+            url=f"{_VISUAL_GENOME}/region_descriptions.json.zip",
+            members="region_descriptions.json",
+            to="gqa",
+            size="127 MB",
+        ),
     ),
     "okvqa": (
         _okvqa("OpenEnded_mscoco_val2014_questions.json"),
