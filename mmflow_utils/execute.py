@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets.config import Config
 
 from mmflow_utils.params import ROOT, Params, plain_assignments, read_yaml, unknown_parameters
+from mmflow_utils.plots.files import VECTORS, take_vectors, vector_arguments
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
 
@@ -38,6 +40,7 @@ def run_notebook(
     model: str | Path = "mini",
     overrides: dict[str, Any] | None = None,
     *,
+    figures: str | None = None,
     timeout_s: int | None = None,
     progress: bool = True,
 ) -> Path:
@@ -47,6 +50,7 @@ def run_notebook(
         notebook: A path in notebooks/, or a name there.
         model: A path to a parameter file, or a name in params/.
         overrides: Parameters that win over the file's.
+        figures: `svg` or `pdf` stores each figure as such a file too, in outputs/<model>/figures/.
         timeout_s: Longest time that a single cell may take, in seconds.
         progress: Show a bar of cells.
 
@@ -65,7 +69,8 @@ def run_notebook(
     failed.unlink(missing_ok=True)
 
     source = _cut_after_the_parts(notebook, running) if params.shard else notebook
-    stopped = _execute(source, running, values, timeout_s=timeout_s, progress=progress)
+    kernel = vector_arguments(figures) if figures else []
+    stopped = _execute(source, running, values, timeout_s=timeout_s, progress=progress, kernel=kernel)
     problems = find_problems(nbformat.read(running, as_version=4)) if running.exists() else []
     if stopped or problems:
         if running.exists():
@@ -74,6 +79,8 @@ def run_notebook(
             f"{name} failed for {file.stem}: {stopped or problems[0]}\n  Half-run copy: {failed}"
         )
     executed = nbformat.read(running, as_version=4)
+    if figures:
+        take_vectors(executed, figures, folder / "figures", name)
     _name_the_model(executed, values.get("model", file.stem))
     nbformat.write(executed, running)
     os.replace(running, finished)
@@ -146,7 +153,13 @@ def find_problems(executed: NotebookNode) -> list[str]:
 
 
 def _execute(
-    source: Path, target: Path, values: dict[str, Any], *, timeout_s: int | None, progress: bool
+    source: Path,
+    target: Path,
+    values: dict[str, Any],
+    *,
+    timeout_s: int | None,
+    progress: bool,
+    kernel: Sequence[str] = (),
 ) -> str:
     """Run papermill from `source` to `target`; say what stopped it, or nothing."""
     try:
@@ -159,6 +172,7 @@ def _execute(
             progress_bar={"desc": source.stem.strip("."), "leave": False} if progress else False,
             execution_timeout=timeout_s,
             config=QUIET_KERNEL,
+            extra_arguments=list(kernel),
         )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}"
@@ -236,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override"
     )
+    parser.add_argument("--figures", choices=VECTORS, help="store each figure as such a file, too")
     parser.add_argument("--timeout-s", type=int, help="longest time for one cell, in seconds")
     parser.add_argument("--in-place", action="store_true", help="refresh the outputs in notebooks/ instead")
     given = parser.parse_args(arguments)
@@ -245,7 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
             path = refresh_outputs(given.notebook)
         else:
             overrides = {name: _read_override(name, value) for name, value in given.p}
-            path = run_notebook(given.notebook, given.model, overrides, timeout_s=given.timeout_s)
+            path = run_notebook(
+                given.notebook, given.model, overrides, figures=given.figures, timeout_s=given.timeout_s
+            )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"mmflow: {error}", file=sys.stderr)
         return 1
