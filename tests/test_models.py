@@ -20,6 +20,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from mmflow_utils.encode import encode
 from mmflow_utils.models import find_checkpoint, load, load_model, precision, text_inputs
 from mmflow_utils.params import Params
+from mmflow_utils.reference import check_model
 from mmflow_utils.store import manifest
 
 PICTURE_PATH = re.compile(r"vision|projector|connector|visual")
@@ -366,3 +367,15 @@ def test_other_precisions_ask_nothing_of_bitsandbytes(monkeypatch):
     device = precision.find_device(params)
     options = precision.weights_options(params, device, load.AutoModelForCausalLM, MllamaConfig())
     assert options == {"dtype": torch.bfloat16, "device_map": {"": torch.device("cpu")}}
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_layer_that_adds_something_else_is_seen(family, tmp_path):
+    model = tiny_vlm(family)
+    encoded = encode(model, tiny_sample(tmp_path))
+    assert check_model(model, encoded)["passed"].all()
+    hook = model.layers[2].register_forward_hook(lambda _, __, output: output + 0.01)
+    failed = check_model(model, encoded).query("not passed")
+    hook.remove()
+    assert failed["check"].tolist() == ["attention and MLP are all that a layer adds"]
+    assert "layer 2 still changes the stream by 1.0e-02" in failed["detail"].iloc[0]

@@ -306,7 +306,7 @@ def test_no_hook_outlives_an_error(intervention, tmp_path):
 def test_the_checks_pass_on_a_sound_model(family, tmp_path):
     frame = check_model(*ready(tmp_path, family, n_kv_heads=2))
     assert frame["passed"].all(), frame.to_string()
-    assert len(frame) == 5
+    assert len(frame) == 6
 
 
 def test_the_checks_see_a_mask_that_does_nothing(tmp_path, monkeypatch):

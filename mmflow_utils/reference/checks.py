@@ -35,6 +35,7 @@ def check_model(model: VLM, encoded: Encoded) -> pd.DataFrame:
     """
     checks = {
         "every layer has its parts": _check_layers,
+        "attention and MLP are all that a layer adds": _check_sum,
         "head of normed residual stream gives the logits": _check_head,
         "empty knockout changes nothing": _check_empty,
         "blocked attention is 0, the rest renormalises": _check_mask,
@@ -55,6 +56,18 @@ def _check_layers(model: VLM, encoded: Encoded) -> str:
         model.attention(layer), model.mlp(layer), model.value_proj(layer), model.output_proj(layer)
     said = model.text.config.num_hidden_layers
     return "" if model.n_layers == said else f"found {model.n_layers} layers, the configuration says {said}"
+
+
+def _check_sum(model: VLM, encoded: Encoded) -> str:
+    """Silence attention and MLP of one layer at every position: what enters it must leave it (Eq. 1)."""
+    layer, everywhere = model.n_layers // 2, tuple(range(encoded.spans.n_tokens))
+    with ExitStack() as stack:
+        for part in ("attention_output", "mlp_output"):
+            silent = Variant(layers=range(layer, layer + 1), target=everywhere, intervention=part)
+            stack.enter_context(intervene(model, silent, encoded.spans.n_tokens))
+        stream = run_reference(model, encoded, []).resid_post
+    worst = (stream[layer + 1] - stream[layer]).abs().max().item()
+    return f"without either, layer {layer} still changes the stream by {worst:.1e}" if worst else ""
 
 
 @torch.inference_mode()
