@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from mmflow_utils.encode import Encoded, encode
 from mmflow_utils.models import VLM
 from mmflow_utils.params import Params
+from mmflow_utils.reference.engine import need_numbers
 from mmflow_utils.samples import (
     Sample,
     add_captions,
@@ -42,8 +43,10 @@ COLUMNS = (*ABOUT_SAMPLE, "prediction", "correct", "reason")
 @torch.inference_mode()
 def answer(model: VLM, encoded: Encoded, *, max_new_tokens: int = 8) -> str:
     """Let the model answer greedily, and strip what it says (§4)."""
-    ids = model.hf.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = ids[0, encoded.inputs["input_ids"].shape[1] :]
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    made = model.hf.generate(**encoded.inputs, **options, output_logits=True, return_dict_in_generate=True)
+    need_numbers(encoded, *made.logits)
+    new = made.sequences[0, encoded.inputs["input_ids"].shape[1] :]
     return model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

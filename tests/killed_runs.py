@@ -1,20 +1,26 @@
 """A process whose children compute in parts, to be killed or to run side by side (see test_parts).
 
-It imports once and forks: a child begins at once, and a SIGKILL hits it in the middle of its work.
+It imports once and forks: a child begins at once, and a SIGKILL hits it in the middle of its work. Or it
+starts a notebook that computes the same, through papermill, alone or as a step of Snakemake.
 """
 
 import json
 import os
 import random
+import shlex
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pyarrow as pa
 
-from mmflow_utils.parts import compute_in_parts
+from mmflow_utils.parts import compute_in_parts, identity
 from mmflow_utils.samples import Sample
 
 MADE_FROM = {"depends_on": {"model": "tiny", "window": 3}, "made_by": {"device": "cpu"}}
@@ -54,34 +60,96 @@ def slow_measure(log):
     return measure_slowly
 
 
-def start(folder, *, shard=None):
+def compute(folder, *, shard=None, made_from=MADE_FROM, rows=lambda frame: frame):
+    """Compute slowly in parts, and leave the result in the folder."""
+    identity._code = lambda: "as it is"  # whoever edits the package meanwhile would make it another run
+    slowly = slow_measure(str(folder / "measured.log"))
+    options = {"part_size": 8, "shard": shard, "progress": False}
+    return compute_in_parts(
+        lambda some: rows(slowly(some)), SAMPLES, folder / "flow.parquet", made_from, **options
+    )
+
+
+def of_window(window, frame):
+    """Make rows that follow from the window too."""
+    return frame.assign(p=frame["p"] / window)
+
+
+def start(folder, **options):
     """Fork a child that computes in parts."""
     if child := os.fork():
         return child
     try:
-        slowly = slow_measure(str(folder / "measured.log"))
-        path = folder / "flow.parquet"
-        compute_in_parts(slowly, SAMPLES, path, MADE_FROM, part_size=8, shard=shard, progress=False)
+        compute(folder, **options)
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr)
         os._exit(1)
 
 
-def kill_often(folder, n_kills):
-    """Kill a run at random moments and resume it, then let it come to its end."""
+def start_window(folder, window):
+    """Fork a child that computes with a window of its own, and ends well if it gets just that frame."""
+    if child := os.fork():
+        return child
+    made_from = {"depends_on": {"model": "tiny", "window": window}, "made_by": {}}
+    frame = compute(folder, made_from=made_from, rows=partial(of_window, window))
+    os._exit(not frame.equals(of_window(window, measure(SAMPLES))))
+
+
+def start_notebook(folder, kind):
+    """Start papermill, or Snakemake that starts it, in a session of its own."""
+    cells = ["import killed_runs", "killed_runs.compute_in_kernel()"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, folder / "flow.ipynb")
+    papermill = ["-m", "papermill", "flow.ipynb", "running.ipynb", "-k", "python3", "--no-progress-bar"]
+    command = [sys.executable, *papermill]
+    if kind == "snakemake":
+        shell = f"{shlex.join(command)} && mv running.ipynb done.ipynb"
+        (folder / "Snakefile").write_text(f"rule:\n    output: 'done.ipynb'\n    shell: {shell!r}\n")
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", "--rerun-incomplete", "--nolock"]
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    with open(folder / "said.log", "ab") as said:
+        return subprocess.Popen(
+            command, cwd=folder, env=os.environ | path, stdout=said, stderr=said, start_new_session=True
+        ).pid
+
+
+def compute_in_kernel():
+    """Compute in the working folder, and say first who does."""
+    Path("kernel").write_text(str(os.getpid()))
+    return compute(Path.cwd())
+
+
+def kill(folder, kind, child, moment):
+    """Kill a child with SIGKILL: the whole of it, or only the kernel that works for it."""
+    if kind == "fork":
+        os.kill(child, signal.SIGKILL)
+    elif kind != "kernel":
+        os.killpg(child, signal.SIGKILL)
+        time.sleep(moment.uniform(0, 0.1))  # the kernel lives on until it misses its parent
+    if kind != "fork":
+        with suppress(ProcessLookupError):
+            os.kill(int((folder / "kernel").read_text()), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] != 0, "the run ended well"
+
+
+def kill_often(folder, kinds):
+    """Kill a run at random moments and resume it, each time in one of these ways; then let it end."""
     log, moment = folder / "measured.log", random.Random(0)
     log.touch()
-    for _ in range(n_kills):
-        goal = log.stat().st_size + 5 * moment.randrange(19)
-        child = start(folder)
+
+    def begin(kind):
+        return start(folder) if kind == "fork" else start_notebook(folder, kind)
+
+    for kind in kinds:
+        goal = log.stat().st_size + 5 * moment.randrange(1, 19)
+        child = begin(kind)
         while log.stat().st_size < goal:
             assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
             time.sleep(0.0005)
         time.sleep(moment.uniform(0, 0.02))
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    return [os.waitpid(start(folder), 0)[1]]
+        kill(folder, kind, child, moment)
+    return [os.waitpid(begin(kinds[-1]), 0)[1]]
 
 
 def run_together(folder, shards):
@@ -90,8 +158,14 @@ def run_together(folder, shards):
     return [os.waitpid(child, 0)[1] for child in children]
 
 
+def run_windows(folder, windows):
+    """Run children at once that would store different results under one name."""
+    children = [start_window(folder, window) for window in windows]
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
 if __name__ == "__main__":
     pa.set_cpu_count(1)
     job, folder, given = sys.argv[1:]
-    run = {"kill": kill_often, "together": run_together}[job]
+    run = {"kill": kill_often, "together": run_together, "windows": run_windows}[job]
     sys.exit(any(run(Path(folder), json.loads(given))))

@@ -1,12 +1,23 @@
 """Bad input that no single module's tests hold: odd pictures and text; what may not lead or reach out."""
 
-import numpy as np
-import pytest
-from PIL import Image
-from tiny import tiny_sample, tiny_vlm
+import re
 
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from tiny import PROMPT, tiny_sample, tiny_vlm
+
+from mmflow_utils.curation import ask_questions
 from mmflow_utils.encode import encode
-from mmflow_utils.samples import load_image
+from mmflow_utils.flows import FLOW_TO_LAST
+from mmflow_utils.knockout import knockout_sweep
+from mmflow_utils.lens import logit_lens
+from mmflow_utils.params import ROOT, Params
+from mmflow_utils.samples import SceneObject, load_image
+from mmflow_utils.stages import read_results
+from mmflow_utils.store import manifest, save_frame
 
 # Pictures
 
@@ -84,3 +95,130 @@ def test_a_picture_of_one_pixel_is_a_picture(tmp_path, family, size):
     encoded = encode(model, tiny_sample(tmp_path, image=file, objects=()))
     assert len(encoded.spans["image"]) >= 16
     assert model.hf(**encoded.inputs).logits.isfinite().all()
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../mini", "a/b", "/mini", "", "mini\n", ".hidden", "a\\b"])
+def test_a_models_name_stays_in_outputs(name):
+    with pytest.raises(ValueError, match="Parameter model = "):
+        Params(model=name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"window: 3\nwindow: 9\n", "gives window more than once: keep one line"),
+        (b"1: 2\n", "should hold lines of the form name: value"),
+        (b"seed: \xff\n", "is not valid YAML"),
+        (b"seed: 2026-02-30\n", "is not valid YAML"),
+        (b"seed: !!bool x\n", "is not valid YAML"),
+        (b"seed: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        (b"[" * 5000, "is not valid YAML"),
+        (b"seed: &a [1]\nwindow: *a\n", r"should .* but holds references \(\*\)"),
+    ],
+)
+def test_a_file_that_is_no_list_of_parameters_is_named(tmp_path, content, said):
+    (tmp_path / "p.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"p.yaml {said}") as caught:
+        Params.from_yaml(tmp_path / "p.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_references_that_multiply_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)]
+    (tmp_path / "p.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="p.yaml should hold lines"):
+        Params.from_yaml(tmp_path / "p.yaml")
+
+
+# Text
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Is the \U0001f408 to the left of the \U0001f469\u200d\U0001f467 cup or to the right?",
+        "\u05d4\u05d0\u05dd the cup \u05dc\u05d9\u05de\u05d9\u05df left or right \u202e\u05d0\u05d5?",
+        "Is the cafe\u0301 cup to the left \u2014 or to the right?",
+        "Is the cup\tleft\r\nor right?",
+    ],
+)
+def test_words_are_found_beside_emoji_and_text_from_right_to_left(tmp_path, family, question):
+    model = tiny_vlm(family)
+    encoded = encode(model, tiny_sample(tmp_path, question=question, objects=(SceneObject(name="cup"),)))
+    for name, word in (("option_true", "left"), ("option_false", "right"), ("objects", "cup")):
+        assert "".join(encoded.tokens[p] for p in encoded.spans[name]).strip() == word
+    assert encoded.prompt == PROMPT.replace("{question}", question)
+
+
+def test_a_question_longer_than_the_context_is_refused(tmp_path):
+    model, long = tiny_vlm(), "Is it left or right? " * 200
+    with pytest.raises(
+        ValueError, match=r"Sample q1: its prompt has \d+ tokens, but tiny-llava takes 512: short"
+    ):
+        encode(model, tiny_sample(tmp_path, question=long))
+    n_tokens = encode(model, sample := tiny_sample(tmp_path)).spans.n_tokens
+    encode(model, sample, answer_prefix=[5] * (512 - n_tokens))
+    with pytest.raises(ValueError, match="has 513 tokens"):
+        encode(model, sample, answer_prefix=[5] * (513 - n_tokens))
+
+
+# Models
+
+
+def test_a_window_wider_than_the_model_is_all_of_its_layers(tmp_path):
+    model, sample = tiny_vlm(n_layers=2), tiny_sample(tmp_path)
+    wide, whole = (
+        knockout_sweep(model, [sample], FLOW_TO_LAST, window=window, progress=False) for window in (9, 4)
+    )
+    assert set(wide.n_layers_blocked) == {2} and sorted(set(wide.layer)) == [0, 1]
+    assert np.allclose(wide.p_knockout, whole.p_knockout, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sweep", "reference"])
+def test_logits_that_are_no_numbers_stop_every_measurement(tmp_path, method):
+    model, sample = tiny_vlm(), tiny_sample(tmp_path)
+    with torch.no_grad():
+        model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    said = "Sample q1: the model's logits hold NaN, no numbers: set dtype to"
+    with pytest.raises(ValueError, match=said):
+        knockout_sweep(model, [sample], FLOW_TO_LAST, window=1, method=method, n_check=0, progress=False)
+    with pytest.raises(ValueError, match=said):
+        logit_lens(model, [sample], progress=False)
+    asked = ask_questions(model, [sample], progress=False).iloc[0]
+    assert pd.isna(asked.prediction) and not asked.correct and re.match(said, asked.reason)
+
+
+# Results of different runs
+
+
+def store(folder, name, params):
+    frame = pd.DataFrame({"sample_id": ["q"], "layer": [0]})
+    return save_frame(frame, folder / "m" / f"{name}.parquet", manifest(params))
+
+
+def test_results_of_different_runs_are_not_compared(tmp_path):
+    store(tmp_path, "flow_to_last", Params(window=3))
+    store(tmp_path, "logit_lens", Params(window=3, n_boot=50))
+    assert set(read_results(tmp_path)) == {"flow_to_last", "logit_lens"}
+    store(tmp_path, "image_to_question", Params(window=5))
+    said = (
+        r"m/image_to_question.parquet and flow_to_last.parquet are of different runs \(window was 3, now 5\)"
+    )
+    with pytest.raises(ValueError, match=f"{said}: run the notebooks 02 and 03 again"):
+        read_results(tmp_path)
+
+
+# The table in docs/
+
+
+def test_every_test_that_the_table_names_exists():
+    table = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", table)
+    assert len(named) > 30
+    for file, test in set(named):
+        code = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in code, f"{file}.py has no {test}"

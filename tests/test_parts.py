@@ -5,15 +5,17 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killed_runs import MADE_FROM, SAMPLES, make_sample, measure
+from killed_runs import MADE_FROM, SAMPLES, make_sample, measure, of_window
 
 from mmflow_utils import store
 from mmflow_utils.flows import Flow
@@ -95,14 +97,40 @@ def test_a_finished_run_is_loaded_until_it_is_deleted_or_damaged(compute, capsys
     assert len(compute.asked) == 10
 
 
-def test_killed_twenty_times_nothing_is_lost(tmp_path):
+PART_SIZE = 8  # of killed_runs
+
+
+def run_and_kill(folder, kinds):
+    """Kill and resume in a process of its own; say what it cost, and hold it against an undisturbed run."""
     script = Path(__file__).with_name("killed_runs.py")
-    subprocess.run([sys.executable, script, "kill", str(tmp_path), "20"], check=True, timeout=600)
-    assert equal(load_frame(tmp_path / "flow.parquet"), measure(SAMPLES))
-    assert not (tmp_path / "flow.parts").exists()
-    log = Counter((tmp_path / "measured.log").read_text().split())
+    subprocess.run([sys.executable, script, "kill", str(folder), json.dumps(kinds)], check=True, timeout=900)
+    assert equal(load_frame(folder / "flow.parquet"), measure(SAMPLES))
+    assert not (folder / "flow.parts").exists()
+    log = Counter((folder / "measured.log").read_text().split())
     assert set(log) == {sample.sample_id for sample in SAMPLES}
-    assert len(SAMPLES) < log.total() <= len(SAMPLES) + 20 * 8  # a kill costs at most the part in work
+    again = log.total() - len(SAMPLES)
+    print(f"{len(kinds)} kills ({', '.join(dict.fromkeys(kinds))}): {again} of {len(SAMPLES)} samples twice")
+    return again
+
+
+def test_killed_twenty_times_nothing_is_lost(tmp_path):
+    again = run_and_kill(tmp_path, ["fork"] * 20)
+    assert 0 < again <= 20 * PART_SIZE  # a kill costs at most the part in work
+
+
+def test_a_killed_kernel_papermill_or_snakemake_loses_nothing(tmp_path):
+    kinds = ["kernel"] * 3 + ["papermill"] * 3 + ["snakemake"] * 2
+    assert 0 < run_and_kill(tmp_path, kinds) <= len(kinds) * PART_SIZE
+    code = [cell for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells]
+    assert [cell.execution_count for cell in code] == [1, 2]
+
+
+def test_different_runs_at_once_under_one_name_each_get_their_own(tmp_path):
+    script = Path(__file__).with_name("killed_runs.py")
+    subprocess.run([sys.executable, script, "windows", str(tmp_path), "[5, 7, 5]"], check=True)
+    window = read_manifest(tmp_path / "flow.parquet")["depends_on"]["window"]
+    assert window in (5, 7)
+    assert equal(load_frame(tmp_path / "flow.parquet"), of_window(window, measure(SAMPLES)))
 
 
 @pytest.mark.parametrize("shards", [[None, None], ["1/3", "2/3", "3/3", None]])
@@ -197,6 +225,19 @@ def test_other_samples_and_other_sizes_are_another_run(stopped):
     # What is finished doesn't depend on how it was cut.
     stopped(part_size=2, samples=FEW[1:])
     assert stopped.asked == []
+
+
+def test_other_words_and_another_picture_are_another_run(stopped, tmp_path):
+    stopped()
+    reworded = [replace(FEW[0], question="Is it left?"), *FEW[1:]]
+    stopped(samples=reworded)
+    assert stopped.asked == ids(*range(10))
+    (tmp_path / "a").mkdir()
+    for folder, content in ((tmp_path, b"one"), (tmp_path / "a", b"one"), (tmp_path, b"two")):
+        (folder / "picture.jpg").write_bytes(content)
+        stopped(samples=[replace(FEW[0], image=folder / "picture.jpg"), *FEW[1:]])
+        moved = folder != tmp_path  # the same picture in another place is the same
+        assert stopped.asked == ([] if moved else ids(*range(10)))
 
 
 def test_a_sweep_that_was_changed_is_another_run(tmp_path):

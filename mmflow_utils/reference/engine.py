@@ -17,7 +17,7 @@ from mmflow_utils.encode import Encoded
 from mmflow_utils.flows import Variant
 from mmflow_utils.models import VLM, text_inputs
 
-__all__ = ["Keep", "Run", "check_request", "intervene", "run_reference"]
+__all__ = ["Keep", "Run", "check_request", "intervene", "need_numbers", "run_reference"]
 
 Keep = Callable[[Tensor], Tensor]  # what to keep of logits, row by row: [rows, vocab] -> [rows, k]
 
@@ -52,13 +52,18 @@ class Run:
     ):
         """Stack what was found at the positions read; where just `one` was asked for, drop their axis."""
         changed = torch.stack(list(variants)) if variants else base.new_empty(0, *base.shape)
-        if base.isnan().any() or changed.isnan().any():
-            raise ValueError(
-                f"Sample {encoded.sample.sample_id}: the model's logits hold NaN, no numbers: set dtype to "
-                "float32 or bfloat16, or fetch the weights again."
-            )
+        need_numbers(encoded, base, changed)
         states = torch.stack(list(resid_post))
         return cls(base[0], changed[:, 0], states[:, 0]) if one else cls(base, changed, states)
+
+
+def need_numbers(encoded: Encoded, *logits: Tensor) -> None:
+    """Refuse logits that hold NaN: what follows from them would look like a result."""
+    if any(values.isnan().any() for values in logits):
+        raise ValueError(
+            f"Sample {encoded.sample.sample_id}: the model's logits hold NaN, no numbers: set dtype to "
+            "float32 or bfloat16, or fetch the weights again."
+        )
 
 
 @torch.inference_mode()
