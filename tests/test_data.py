@@ -317,6 +317,23 @@ def test_samples_of_other_csv_files_are_of_another_run(tmp_path):
     assert len(set(seen)) == 3 and None not in seen and seen[2] == seen[3]
 
 
+@pytest.mark.parametrize(
+    ("answer", "options"),
+    [
+        ("behind", ("behind", "front")),
+        ("front", ("front", "behind")),
+        ("in front of", ("in front of", "behind")),
+        ("left", (None, None)),
+    ],
+)
+def test_relations_are_shortened_as_the_authors_do_unless_the_answer_is_longer(tmp_path, answer, options):
+    steps = [{"operation": "choose rel", "dependencies": [], "argument": "hut,behind|in front of,s (1)"}]
+    entry = question(0) | {"answer": answer, "semantic": steps}
+    (tmp_path / "questions.json").write_text(json.dumps({"01": entry}))
+    (sample,), _ = read_gqa(tmp_path / "questions.json", None, tmp_path)
+    assert (sample.option_true, sample.option_false) == options
+
+
 def test_a_folder_without_csv_files_says_where_they_come_from(tmp_path):
     with pytest.raises(ValueError, match="no CSV file in .*docs/data.md"):
         read_authors(tmp_path, tmp_path)
