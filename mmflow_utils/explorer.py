@@ -68,7 +68,7 @@ class _Examined:
 
 
 class Explorer(widgets.VBox):
-    """Widgets to choose a knockout, and its figure.
+    """Widgets to choose a knockout, and its figure; they open at the one that hurts the first sample most.
 
     When a sample or a window is chosen, all of its knockouts are computed in one sweep, so that a flow or a
     layer is shown at once. Shown are the picture with the image patches that are cut off, the change in the
@@ -113,6 +113,8 @@ class Explorer(widgets.VBox):
         controls = [self.task, self.sample, self.flow, self.layer, self.window]
         self._offer_samples()
         self._offer_flows()
+        strongest = self.frame.loc[self.frame["rel_change_pct"].idxmin()]
+        self.flow.value, self.layer.value = strongest["flow"], int(strongest["layer"])
         self._draw()
         self._changing = False
         for control in controls:

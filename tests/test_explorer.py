@@ -64,7 +64,12 @@ def test_the_words_are_those_of_the_lens(explorer, model, samples):
         )
 
 
+def test_it_opens_at_the_knockout_that_hurts_most(explorer):
+    assert explorer.chosen["rel_change_pct"] == explorer.frame["rel_change_pct"].min() < -0.1
+
+
 def test_each_choice_changes_the_figure_and_the_sentence(seen):
+    seen.flow.value, seen.layer.value = "Question -> Last", 0
     shown = [(seen.view.value, seen.said.value)]
     for control, value in ((seen.flow, "Image -> Last"), (seen.layer, 3), (seen.window, 2)):
         control.value = value
@@ -137,6 +142,7 @@ def test_a_choice_costs_a_forward_pass_only_where_something_new_must_be_known(ex
 
     try:
         assert explorer.frame is not None and len(explorer.words) == 5  # the first sample is known
+        explorer.flow.value, explorer.layer.value = "Image -> Question", 0
         assert [cost(explorer.layer, layer) for layer in (3, 1, 2)] == [0, 0, 0]
         assert [cost(explorer.flow, flow) for flow in ("Image -> Last", "Question -> Last")] == [0, 0]
         assert [cost(explorer.window, window) for window in (2, 3, 2, 1)] == [1, 1, 0, 0]

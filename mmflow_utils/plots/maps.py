@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from mmflow_utils.plots.style import FLOW_COLOURS, add_title, need, ordered, shown, styled
 
-# White at no change, so that what a cut does not touch recedes; a rise is rare and another hue.
+# White at no change, so that what a cut does not touch recedes, and only the grid is seen; a rise is rare and
+# another hue.
 CHANGE = LinearSegmentedColormap.from_list(
     "change", [(0, "#08306B"), (0.25, "#4F90C8"), (0.5, "#FFFFFF"), (1, "#D9822B")]
 )
@@ -34,7 +35,7 @@ def plot_map(
     width = min(10.0, 2.4 + 0.62 * cells.shape[1])
     figure, axis = plt.subplots(figsize=(width, 0.55 + 0.48 * len(cells)))
     top = max(100.0, float(cells.max(axis=None)))  # drops run to -100 %, rises know no bound
-    look = {"cmap": CHANGE, "norm": TwoSlopeNorm(0, -100, top), "edgecolor": "white"}
+    look = {"cmap": CHANGE, "norm": TwoSlopeNorm(0, -100, top), "edgecolor": "#E6E6E6", "linewidth": 0.8}
     axis.pcolormesh(cells.columns, range(len(cells)), cells, **look)
     for (row, name), column in ((r, c) for r in enumerate(cells.index) for c in cells.columns):
         change = cells.loc[name, column]
