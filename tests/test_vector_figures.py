@@ -1,51 +1,46 @@
 """A notebook's figures as vector files: drawn by a real kernel, taken out of the executed copy."""
 
 import nbformat
-import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mmflow_utils.execute import QUIET_KERNEL
-from mmflow_utils.params import ROOT
-from mmflow_utils.plots.files import VECTORS, take_vectors, vector_arguments
+from mmflow_utils import execute
+from mmflow_utils.plots.files import VECTORS
 
+DECLARED = 'model: str = "mini"\noutputs: str = "outputs"\nshard: str = None'
 DRAW = """import mmflow_utils as mm, pandas as pd
 mm.set_style()
 frame = pd.DataFrame({"flow": "Image -> Last", "layer": range(3), "rel_change_pct": [-1.0, -50.0, 2.0]})"""
+CELLS = (DRAW, "mm.plot_map(frame, title='One')", "print('no figure')", "mm.plot_map(frame, title='Two')")
 
 
-@pytest.fixture(scope="module", params=VECTORS)
-def run(request, tmp_path_factory):
-    """A notebook of two figures and no picture else, executed with a vector format."""
-    folder = tmp_path_factory.mktemp("run")
-    cells = [DRAW, "mm.plot_map(frame, title='One')", "print('no figure')", "mm.plot_map(frame, title='Two')"]
-    nbformat.write(new_notebook(cells=[new_code_cell(cell) for cell in cells]), folder / "a.ipynb")
-    papermill.execute_notebook(
-        folder / "a.ipynb",
-        folder / "b.ipynb",
-        kernel_name="python3",
-        cwd=ROOT,
-        progress_bar=False,
-        config=QUIET_KERNEL,
-        extra_arguments=vector_arguments(request.param),
-    )
-    return request.param, nbformat.read(folder / "b.ipynb", as_version=4), folder
-
-
-def test_each_figure_is_a_file_in_the_pages_order_and_the_page_keeps_its_png(run):
-    kind, executed, folder = run
-    stale = folder / "figures" / f"02_flow-9.{kind}"
-    stale.parent.mkdir()
+@pytest.mark.parametrize("kind", VECTORS)
+def test_each_figure_is_a_file_in_the_pages_order_and_the_page_keeps_its_png(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
+    (tmp_path / "tiny.yaml").write_text(f"model: tiny\noutputs: {tmp_path}/out\n")
+    parameters = new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = new_notebook(cells=[parameters, *map(new_code_cell, CELLS)], metadata=kernel)
+    nbformat.write(notebook, tmp_path / "02_flow.ipynb")
+    stale = tmp_path / "out" / "tiny" / "figures" / f"02_flow-9.{kind}"
+    stale.parent.mkdir(parents=True)
     stale.touch()
-    files = take_vectors(executed, kind, folder / "figures", "02_flow")
+
+    given = [str(tmp_path / "02_flow.ipynb"), str(tmp_path / "tiny.yaml")]
+    assert execute.main([*given, "--figures", kind]) == 0
+    files = sorted(stale.parent.iterdir())
     assert [file.name for file in files] == [f"02_flow-1.{kind}", f"02_flow-2.{kind}"]
-    assert sorted(files) == sorted(stale.parent.iterdir())
-    begins = {"svg": b"<?xml", "pdf": b"%PDF"}[kind]
-    assert all(file.read_bytes().startswith(begins) and file.stat().st_size > 3000 for file in files)
+    one, two = (file.read_bytes() for file in files)
+    assert one.startswith({"svg": b"<?xml", "pdf": b"%PDF"}[kind]) and two != one
     if kind == "svg":
-        # Text is drawn as paths; matplotlib names each in a comment.
-        assert b"<!-- One -->" in files[0].read_bytes() and b"<!-- Two -->" in files[1].read_bytes()
-        assert b"<image" not in files[0].read_bytes()
-    shown = [output.data for cell in executed.cells for output in cell.outputs if "data" in output]
+        # Text is drawn as paths, and matplotlib names it in a comment; nothing is a picture of pixels.
+        assert b"<!-- One -->" in one and b"<!-- Two -->" in two and b"<image" not in one
+    executed = nbformat.read(tmp_path / "out" / "tiny" / "02_flow.ipynb", as_version=4)
+    shown = [out.data for cell in executed.cells for out in cell.get("outputs", ()) if "data" in out]
     assert [set(data) for data in shown] == [{"image/png", "text/plain"}] * 2
-    assert take_vectors(executed, kind, folder / "figures", "02_flow") == []  # it holds no more
+
+
+def test_another_kind_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        execute.main(["02_flow_to_last", "--figures", "bmp"])
+    assert "choose from svg, pdf" in capsys.readouterr().err.replace("'", "")
