@@ -72,7 +72,8 @@ class Params(BaseModel):
     )
     device_map: str | None = Field(None, description="auto spreads the layers over several devices")
     questions: str = Field(
-        "assets/miniature/val_balanced_questions.json", description="GQA's file of questions"
+        "assets/miniature/val_balanced_questions.json",
+        description="GQA's file of questions, or a folder of the authors' CSV files",
     )
     scene_graphs: str = Field(
         "assets/miniature/val_sceneGraphs.json", description="GQA's file of scene graphs"

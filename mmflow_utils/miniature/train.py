@@ -69,13 +69,13 @@ class Recipe:
         (3750, "color", 3.0, 0),
         (5250, "color", 8.0, 500),
     )
-    read_steps: int = 3000
+    read_steps: int = 2500
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
     lr: float = 3e-3  # of Muon on the matrices of the layers
     lr_rest: float = 1e-3  # of AdamW on embeddings, projector, heads, norms and biases
-    joint_batch: int = 8  # scenes, in the stages with pictures
+    joint_batch: int = 8  # scenes, from `align` on
     joint_questions: int = 9  # that share a scene there, beside descriptions of all things
     joint_question_weight: float = 0.15  # of a question's words in their loss, beside 1 for an answer
     ema: float = 0.998
@@ -245,7 +245,7 @@ class Trainer:
         if described:
             asked = dict(n_questions=recipe.joint_questions, described=True)
             asked |= dict(word_weight=recipe.joint_question_weight)
-        scenes = [sample_scene(rng) for _ in range(recipe.batch if captions else recipe.joint_batch)]
+        scenes = [sample_scene(rng) for _ in range(recipe.joint_batch if described else recipe.batch)]
         batch = pack(
             self.processor.tokenizer,
             scenes,
