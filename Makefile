@@ -7,6 +7,7 @@
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
 # make data                        download GQA, Visual Genome's captions, OKVQA, A-OKVQA (29 GB); DATA=gqa for one of them
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
+# make docs                        write docs/parameters.md and docs/map.md anew from the code
 # make lock                        write requirements.lock anew from the pins in pyproject.toml
 #
 # Each command sets up .venv first. Inside a conda environment of environment.yml:
@@ -28,7 +29,7 @@ FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
 LAST := $(filter notebooks/14_%,$(NOTEBOOKS))
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: report test notebooks data bench lock
+.PHONY: report test notebooks data bench docs lock
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: these measure anew.
@@ -73,6 +74,9 @@ bench: $(READY)
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+docs: $(READY)
+	@$(BIN)/python docs/make.py
 
 lock:
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(PYTHON) -m venv $$folder && \

@@ -91,7 +91,7 @@ class Params(BaseModel):
     protocol: Literal["corrected", "paper"] = Field(
         "corrected", description="paper keeps what we hold for slips of the paper's code"
     )
-    n_boot: int = Field(1000, ge=10, le=1_000_000, description="bootstrap resamples for each interval")
+    n_boot: int = Field(1000, ge=100, le=1_000_000, description="bootstrap resamples for each interval")
     seed: int = Field(0, ge=0, lt=2**32, description="of the sampling and the bootstrap")
     outputs: str = Field("outputs", description="the folder that receives results")
     shard: Annotated[str, Text(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = Field(

@@ -202,7 +202,7 @@ def store(folder, name, params):
 
 def test_results_of_different_runs_are_not_compared(tmp_path):
     store(tmp_path, "flow_to_last", Params(window=3))
-    store(tmp_path, "logit_lens", Params(window=3, n_boot=50))
+    store(tmp_path, "logit_lens", Params(window=3, n_boot=500))
     assert set(read_results(tmp_path)) == {"flow_to_last", "logit_lens"}
     store(tmp_path, "image_to_question", Params(window=5))
     said = (

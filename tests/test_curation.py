@@ -180,7 +180,7 @@ def test_every_notebook_reads_the_same_samples(params, asked):
     assert load_samples(model(), params) == first
     assert load_samples(model(), params, TASKS[1]) == [s for s in first if s.task == TASKS[1]]
     # What can't change an answer doesn't lead to asking again.
-    assert load_samples(model(), params.model_copy(update=dict(window=1, n_boot=50))) == first
+    assert load_samples(model(), params.model_copy(update=dict(window=1, n_boot=100))) == first
     assert len(asked) == n_asked
     record = pd.read_parquet(params.folder / "samples" / f"{TASKS[0]}_asked.parquet")
     assert record.correct.sum() == 3
