@@ -243,7 +243,7 @@ def test_a_file_that_is_not_visual_genomes_says_so_in_one_sentence(tmp_path, con
 
 
 def test_a_text_only_model_gets_its_captions_with_the_questions_and_no_other_does():
-    here = Params.from_yaml(ROOT / "params" / "mini-text.yaml")
+    here = Params(prompt=TEXT_PROMPT)
     told, _ = read_questions(here, tasks=["QueryAttr"])
     seen, _ = read_questions(Params(), tasks=["QueryAttr"])
     assert [s.sample_id for s in told] == [s.sample_id for s in seen]
