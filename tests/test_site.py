@@ -76,7 +76,10 @@ def browser():
         pytest.skip(f"no browser on the path: install one of {', '.join(BROWSERS)}")
     with sync.sync_playwright() as playwright:
         # Without a sandbox, since root, as in a container, may not have one; the pages are our own.
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync.Error as error:
+            pytest.skip(f"{path} can't be started here: {error.message.splitlines()[0]}")
         yield opened
         opened.close()
 

@@ -69,7 +69,7 @@ class Recipe:
         (3750, "color", 3.0, 0),
         (5250, "color", 8.0, 500),
     )
-    read_steps: int = 2500
+    read_steps: int = 3800
     tower_batch: int = 64  # pictures
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene

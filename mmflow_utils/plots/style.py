@@ -50,7 +50,7 @@ def set_colour(name: str) -> str:
 
 
 def _colour_of(flow: flows.Flow) -> str:
-    if (flow.source, flow.target) == ("image", "question"):
+    if flow.source in ("image", "captions") and flow.target == "question":
         return "#009E73"  # it stands beside Image -> Last in one figure, so it can't have the image's colour
     # A flow into a part of the question is told apart by that part, any other by where it comes from.
     return set_colour(flow.source if flow.target in _WHOLE else flow.target)
