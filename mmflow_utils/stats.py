@@ -20,6 +20,8 @@ __all__ = ["holm", "paired_difference", "summarise"]
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
+# A spread below this share of the curve's largest is taken for rounding.
+NOISE = 1e-4
 
 
 def summarise(
@@ -271,7 +273,9 @@ def _simultaneous(
         if not len(rows):
             continue
         mean, spread = table["mean"].to_numpy()[rows], resampled[:, rows].std(0)
-        moved = spread > 1e-9 * np.abs(mean)  # where all images agree, nothing to scale by
+        # Where all images agree there is nothing to scale by; where the spread is the engine's rounding, the
+        # greatest deviation would be that of noise, and another on each machine.
+        moved = spread > np.maximum(1e-9 * np.abs(mean), NOISE * spread.max())
         deviation = np.abs(resampled[:, rows[moved]] - mean[moved]) / spread[moved]
         tail = ndtr(-np.quantile(deviation.max(1), level)) if moved.any() else 0.5
         half[rows] = spread * [-_t_quantile(counts[row], float(tail)) for row in rows]
