@@ -33,7 +33,7 @@ NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sani
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: these measure anew.
-ANEW = rm -rf outputs/$(1)/*.parquet outputs/$(1)/*.parts
+ANEW = rm -rf $(addprefix $(or $(MMFLOW_OUTPUTS),outputs)/$(1)/,*.parquet *.parts)
 
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
@@ -46,9 +46,9 @@ test: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest -q -rs -n 2
-	@$(call ANEW,mini)
-	$(NBVAL) $(FIRST)
-	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS))
+	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && set -x && \
+	$(NBVAL) $(FIRST) && \
+	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS)) && \
 	$(NBVAL) $(LAST)
 
 notebooks: $(READY)

@@ -12,6 +12,7 @@ ValueError: Unknown parameter windw = 9: did you mean window?
 """
 
 import ast
+import os
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,9 +22,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic import StringConstraints as Text
 
-__all__ = ["ROOT", "Params", "unknown_parameters"]
+__all__ = ["OUTPUTS", "ROOT", "Params", "unknown_parameters"]
 
 ROOT = Path(__file__).resolve().parents[1]
+# Where results go by default: outputs/, or what the environment says (a scratch disk; a test's own folder).
+OUTPUTS = ROOT / os.environ.get("MMFLOW_OUTPUTS", "outputs")
 
 Task = Literal["ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr"]
 TASKS: list[Task] = ["ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr"]
@@ -93,7 +96,10 @@ class Params(BaseModel):
     )
     n_boot: int = Field(1000, ge=100, le=1_000_000, description="bootstrap resamples for each interval")
     seed: int = Field(0, ge=0, lt=2**32, description="of the sampling and the bootstrap")
-    outputs: str = Field("outputs", description="the folder that receives results")
+    outputs: str = Field(
+        "outputs",
+        description="the folder that receives results; the default follows MMFLOW_OUTPUTS, if that is set",
+    )
     shard: Annotated[str, Text(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = Field(
         None, description="2/8 measures only the second of eight shares; a run without it joins them"
     )
@@ -138,7 +144,7 @@ class Params(BaseModel):
 
     def path(self, field: str) -> Path:
         """Give the absolute path that a path parameter means: `params.path("images")`."""
-        return ROOT / getattr(self, field)
+        return OUTPUTS if field == "outputs" and self.outputs == "outputs" else ROOT / getattr(self, field)
 
     @property
     def folder(self) -> Path:

@@ -14,7 +14,7 @@ from pages import write_page
 from sphinx.cmd.build import main as sphinx
 from start import FAILED, write_start_page
 
-from mmflow_utils.params import ROOT
+from mmflow_utils.params import OUTPUTS, ROOT
 
 
 def executed_notebooks(outputs: Path) -> dict[str, list[Path]]:
@@ -31,7 +31,7 @@ def executed_notebooks(outputs: Path) -> dict[str, list[Path]]:
 def main(arguments: list[str] | None = None) -> int:
     """Build the site; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python site/build.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="the folder with the models")
+    parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder with the models")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder with the other pages")
     given = parser.parse_args(arguments)
     outputs = given.outputs.resolve()

@@ -18,15 +18,16 @@ HOLDS = """\
 Each page is a notebook as it ran: question, method, figure, checks and findings. The findings are computed
 from the page's data, and hold for the model that its title names."""
 MINI = """\
-``mini`` is a small LLaVA that was trained on a drawn world: what is found about it is no finding about
-LLaVA-1.5."""
+``mini`` and ``mini-next`` are a small LLaVA and a small LLaVA-NeXT, trained on a drawn world: what is found
+about them is no finding about the paper's models."""
 
 
 def write_start_page(pages: Path, models: dict[str, list[Path]], docs: Path) -> None:
     """Write pages/index.rst and what it leads to; `models` maps a model to its executed notebooks."""
     first, *others = models
     welcome = pypandoc.convert_text(welcome_of(ROOT / "README.md"), "rst", format="gfm")
-    parts = [heading("Cross-modal information flow", "="), welcome, HOLDS, MINI if "mini" in models else ""]
+    caution = MINI if any(model.startswith("mini") for model in models) else ""
+    parts = [heading("Cross-modal information flow", "="), welcome, HOLDS, caution]
     figures = [show_figure(pages, notebook) for notebook in models[first] if notebook.name.startswith(SHOWN)]
     if any(figures):
         parts += [heading(f"What was found about {first}"), *figures]

@@ -13,11 +13,29 @@ import torch
 from gqa_operations import MEMBERS, evaluate
 from PIL import Image
 
-from mmflow_utils.miniature import draw_scene, sample_scene, write_factual, write_split
+from mmflow_utils.miniature import (
+    build_processor,
+    build_tokenizer,
+    draw_scene,
+    sample_scene,
+    write_factual,
+    write_split,
+)
+from mmflow_utils.miniature.build import IMAGE_SIZE, MEAN, STD
+from mmflow_utils.miniature.next import build_next_processor
 from mmflow_utils.miniature.questions import GENERATORS, TASK_GENERATORS, ask, describe, factual, gqa_record
 from mmflow_utils.miniature.score import held_out
 from mmflow_utils.miniature.tower import HEADS, patch_truth
-from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, COLORS, SIZE, scene_graph
+from mmflow_utils.miniature.views import look_at, windows_of
+from mmflow_utils.miniature.world import (
+    ATTRIBUTES,
+    CATEGORIES,
+    COLORS,
+    FRAMES,
+    SIZE,
+    beside,
+    scene_graph,
+)
 from mmflow_utils.params import ROOT
 from mmflow_utils.samples import TASKS, read_gqa
 
@@ -28,6 +46,13 @@ ASSETS = ROOT / "assets/miniature"
 def scenes(n=120, seed=7):
     rng = np.random.default_rng(seed)
     return tuple(sample_scene(rng, scene_id=f"{i:04d}") for i in range(n))
+
+
+@cache
+def framed(n=16, seed=9):
+    """Scenes in each of the frames, in turns."""
+    rng = np.random.default_rng(seed)
+    return tuple(sample_scene(rng, frames=(frame,)) for _ in range(n) for frame in FRAMES)
 
 
 @cache
@@ -58,11 +83,13 @@ def edges(box):
 
 
 def test_things_are_painted_inside_their_boxes_and_fill_them():
-    for scene in scenes()[:60]:
+    for scene in (*scenes()[:60], *framed()):
+        width, height = scene.frame
         for thing in scene.things:
             where = painted(scene, (thing,))
+            assert where.shape == (height, width)
             left, top, right, bottom = edges(thing.box)
-            assert 0 <= left < right <= SIZE and 0 <= top < bottom <= SIZE
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
             outside = where.copy()
             outside[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2] = False
             assert not outside.any(), thing  # but for the two pixels of a thick line
@@ -72,7 +99,7 @@ def test_things_are_painted_inside_their_boxes_and_fill_them():
 
 
 def test_things_neither_overlap_nor_touch():
-    for scene in scenes():
+    for scene in (*scenes(), *framed()):
         assert 2 <= len(scene.things) <= 4
         assert len({t.category for t in scene.things}) == len(scene.things)
         for one, other in combinations(scene.things, 2):
@@ -83,8 +110,9 @@ def test_things_neither_overlap_nor_touch():
 
 
 def test_the_scene_graph_is_true_to_the_picture():
-    for scene in scenes()[:60]:
+    for scene in (*scenes()[:60], *framed()):
         picture, graph = np.asarray(draw_scene(scene)), scene_graph(scene)
+        assert picture.shape == (graph["height"], graph["width"], 3)
         middles = {}
         for thing in scene.things:
             told = graph["objects"][thing.object_id]
@@ -136,6 +164,86 @@ def test_a_patch_is_taught_what_stands_there():
         shares[False] += share[taught.numpy() == 0].tolist()
         shares[True] += share[taught.numpy() > 0].tolist()
     assert max(shares[False]) < 0.7 and np.mean(shares[False]) < 0.1 and np.mean(shares[True]) > 0.4
+
+
+def test_frames_are_equally_likely_and_alike_in_area_and_number_of_things():
+    rng = np.random.default_rng(0)
+    drawn = [sample_scene(rng, frames=FRAMES) for _ in range(1000)]
+    counts = Counter(scene.frame for scene in drawn)
+    assert set(counts) == set(FRAMES) and min(counts.values()) > 150
+    assert {w * h for w, h in FRAMES} <= set(range(49_000, 52_000))
+    for frame in FRAMES:
+        here = [scene for scene in drawn if scene.frame == frame]
+        assert np.mean([len(scene.things) for scene in here]) == pytest.approx(3, abs=0.25)
+        sides = Counter(thing.side for scene in here for thing in scene.things)
+        assert min(sides["left"], sides["right"]) > 0.3 * sides.total()
+
+
+def test_things_of_any_frame_can_be_beside_one_another():
+    for frame in FRAMES:
+        pairs = [p for s in framed() if s.frame == frame for p in combinations(s.things, 2)]
+        assert np.mean([beside(*pair) for pair in pairs]) > 0.4, frame
+
+
+# ---- what a model with tiles is shown -----------------------------------------------------------------
+
+
+@cache
+def tiles():
+    """LLaVA-NeXT's image processor, as mini-next has it."""
+    return build_next_processor(build_processor(build_tokenizer(seed=0)).tokenizer).image_processor
+
+
+def places_shown(frame):
+    """Send a picture whose colours are its coordinates through the processor: x, y, and whether there."""
+    width, height = frame
+    picture = np.full((height, width, 3), 255, np.uint8)
+    picture[:, :, 0] = np.round(255 * (np.arange(width) + 0.5) / width)
+    picture[:, :, 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
+    pixels = tiles()(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0].numpy()
+    shown = pixels * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))
+    return shown[:, 0] * width, shown[:, 1] * height, shown[:, 2] > 0.999
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_windows_are_where_the_processor_looks(frame):
+    xs, ys, there = places_shown(frame)
+    windows = windows_of(frame, tiles().image_grid_pinpoints, IMAGE_SIZE)
+    assert len(windows) == len(xs) > 2
+    middles = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
+
+    def farthest(windows):
+        """From where the colours say, of all pixels but those that blend with the edge: in pixels."""
+        off = []
+        for (left, top, width, height), x, y, shown in zip(windows, xs, ys, there, strict=True):
+            a, b = left + middles * width, top + middles * height
+            inside = np.ix_((b > 3) & (b < frame[1] - 3), (a > 3) & (a < frame[0] - 3))
+            assert shown[inside].all()
+            off += [np.abs(x - a)[inside].max(), np.abs(y - b[:, None])[inside].max()]
+        return max(off)
+
+    assert farthest(windows) < 2  # colours have 256 steps
+    if len(windows) > 3:
+        with pytest.raises(AssertionError):  # control: tiles in another order
+            assert farthest([windows[0], *windows[:0:-1]]) < 2
+
+
+def test_a_patch_of_a_tile_is_taught_what_stands_there():
+    some = list(framed(6))
+    views = look_at(some, tiles())
+    truth = patch_truth(views.scenes, 8, views.windows)
+    found = 0
+    for i, (scene, (left, top, width, height)) in enumerate(zip(views.scenes, views.windows, strict=True)):
+        taught = truth["category"][i].reshape(8, 8)
+        for thing in scene.things:
+            x, y = (thing.x - left) / width, (thing.y - top) / height
+            if min(x, y) > 0 and max(x, y) < 1:
+                here = int(y * 8), int(x * 8)
+                assert taught[here] == 1 + CATEGORIES.index(thing.category)
+                centre = truth["centre"][i].reshape(8, 8, 2)[here]
+                assert torch.allclose(centre, torch.tensor([x, y], dtype=torch.float32))
+                found += 1
+    assert found == 2 * sum(len(scene.things) for scene in some)  # once as a whole, once in a tile
 
 
 # ---- the questions -------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from mmflow_utils.miniature import (
     save_miniature,
     task_accuracy,
 )
-from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
+from mmflow_utils.miniature.next import build_next_processor, give_tiles
+from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
 from mmflow_utils.miniature.projector import (
     KINDS,
     say_louder,
@@ -31,6 +32,8 @@ from mmflow_utils.miniature.projector import (
     warm_projector,
 )
 from mmflow_utils.miniature.score import held_out
+from mmflow_utils.miniature.views import look_at
+from mmflow_utils.miniature.world import FRAMES
 from mmflow_utils.params import QUESTION_PROMPT, ROOT
 from mmflow_utils.samples import TASKS
 
@@ -44,6 +47,12 @@ def scenes(n=16):
 @cache
 def processor():
     return build_processor(build_tokenizer(seed=0))
+
+
+@cache
+def next_model():
+    """A random LLaVA-NeXT of those weights, with grouped heads, and its newline as loud as a word."""
+    return give_tiles(model(), processor().tokenizer).requires_grad_(False).eval()
 
 
 @cache
@@ -73,63 +82,72 @@ def test_some_answers_have_several_subwords(word):
     assert len(processor().tokenizer(" Red", add_special_tokens=False).input_ids) == 1
 
 
-def packed(captions=False, n=3):
-    some = list(scenes()[:n])
-    n_image_tokens = model().config.image_seq_length
+def shown(kind):
+    """A model, its processor, and scenes that it is asked about."""
+    if kind != "llava_next":
+        return model(), processor(), list(scenes()[:3])
+    rng = np.random.default_rng(0)
+    framed = [sample_scene(rng, frames=(frame,)) for frame in FRAMES]
+    return next_model(), build_next_processor(processor().tokenizer), framed
+
+
+@torch.no_grad()
+def packed(kind):
+    net, sees, some = shown(kind)
+    pictures = None if kind == "captions" else picture_tokens(net, sees, some, half=False)
+    n_image_tokens = pictures and [len(tokens) for tokens in pictures]
     rng = np.random.default_rng(4)
-    batch = pack(
-        processor().tokenizer, some, rng, n_questions=8, captions=captions, n_image_tokens=n_image_tokens
-    )
-    pictures = [draw_scene(scene) for scene in some]
-    pixels = None if captions else processor().image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return batch, pixels, pictures
+    batch = pack(sees.tokenizer, some, rng, n_questions=8, n_image_tokens=n_image_tokens)
+    return batch, pictures
 
 
-def logits_of(batch, pixels):
-    model().set_attn_implementation({"text_config": ATTENTION})
-    return packed_logits(model(), batch, pixels, half=False)
+def logits_of(kind, batch, pictures):
+    net = shown(kind)[0]
+    net.set_attn_implementation({"text_config": ATTENTION})
+    return packed_logits(net, batch, pictures, half=False)
 
 
 @torch.inference_mode()
-def largest_difference(batch, pixels, pictures):
+def largest_difference(kind, batch, pictures):
     """Between the packed logits and those of one plain forward for each question."""
-    together = logits_of(batch, pixels)
-    model().set_attn_implementation({"text_config": "sdpa"})
+    together = logits_of(kind, batch, pictures)
+    net, sees, some = shown(kind)
+    net.set_attn_implementation({"text_config": "sdpa"})
     worst = 0.0
     for i, drafts in enumerate(batch.drafts):
-        shown = batch.ids[i, batch.segment[i] == 0]
+        prefix = batch.ids[i, batch.segment[i] == 0]
         for k, draft in enumerate(drafts, start=1):
             here = batch.segment[i] == k
-            if pixels is None:
-                inputs = {"input_ids": torch.cat([shown, batch.ids[i, here]])[None]}
+            if pictures is None:
+                inputs = {"input_ids": torch.cat([prefix, batch.ids[i, here]])[None]}
             else:
                 text = f"{PROMPT.format(question=draft.text)} {draft.answer.capitalize()}</s>"
-                inputs = processor()(text=text, images=pictures[i], return_tensors="pt")
-                assert inputs["input_ids"][0].tolist() == [*shown.tolist(), *batch.ids[i, here].tolist()]
-            alone = model()(**inputs).logits[0, len(shown) :]
+                inputs = sees(text=text, images=draw_scene(some[i]), return_tensors="pt")
+                assert inputs["input_ids"][0].tolist() == [*prefix.tolist(), *batch.ids[i, here].tolist()]
+            alone = net(**inputs).logits[0, len(prefix) :]
             worst = max(worst, float((alone - together[i, here]).abs().max()))
     return worst
 
 
-@pytest.mark.parametrize("captions", [False, True])
-def test_a_packed_forward_equals_one_for_each_question(captions):
-    batch, pixels, pictures = packed(captions)
-    assert largest_difference(batch, pixels, pictures) < 1e-4
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "captions"])
+def test_a_packed_forward_equals_one_for_each_question(kind):
+    batch, pictures = packed(kind)
+    assert largest_difference(kind, batch, pictures) < 1e-4
     # Controls: were the positions to run on, or the questions to see one another, it would show.
     running = torch.arange(batch.ids.shape[1]).expand_as(batch.position)
-    assert largest_difference(replace(batch, position=running), pixels, pictures) > 0.01
-    inside = logits_of(replace(batch, segment=batch.segment.clamp(max=0)), pixels)
-    assert (inside - logits_of(batch, pixels))[batch.segment > 1].abs().max() > 0.01
+    assert largest_difference(kind, replace(batch, position=running), pictures) > 0.01
+    inside = logits_of(kind, replace(batch, segment=batch.segment.clamp(max=0)), pictures)
+    assert (inside - logits_of(kind, batch, pictures))[batch.segment > 1].abs().max() > 0.01
 
 
 def test_the_loss_counts_answers_most_and_no_token_across_questions():
-    batch, *_ = packed()
+    batch, _ = packed("llava")
     weight = batch.weight
     assert (weight[batch.answer == 1] == 1).all() and batch.answer.any(1).all()
     assert (weight[batch.segment == 0] == 0).all() and (weight[batch.segment == -1] == 0).all()
     starts = batch.segment[:, 1:] != batch.segment[:, :-1]
     assert (weight[:, 1:][starts] == 0).all()
-    captions, *_ = packed(captions=True)
+    captions, _ = packed("captions")
     assert (captions.weight[captions.segment == 0] > 0).all()  # a caption's words are learnt too
     for i, drafts in enumerate(batch.drafts):
         said = processor().tokenizer.decode(batch.ids[i, (batch.segment[i] == 1) & (batch.answer[i] == 1)])
@@ -154,7 +172,7 @@ SHORT = Recipe(
 def few_held_out():
     """Let the projector begin from eight pictures, not 256."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmflow_utils.miniature.train.held_out", lambda n, seed: held_out(min(n, 8), seed))
+        patch.setattr("mmflow_utils.miniature.train.held_out", lambda n, *drawn: held_out(min(n, 8), *drawn))
         yield
 
 
@@ -203,7 +221,7 @@ def whole(tmp_path_factory):
 
 def test_the_projector_begins_with_what_the_heads_read(tmp_path):
     made = trainer(tmp_path)
-    pixels = made._pixels(list(scenes()[:16]))
+    pixels = look_at(list(scenes()[:16]), processor().image_processor).pixels
     warm_projector(made.model, made.heads, pixels, seed=0)
     tower, projector = made.model.model.vision_tower, made.model.model.multi_modal_projector.linear_1
     with torch.no_grad():
@@ -218,12 +236,11 @@ def test_the_projector_begins_with_what_the_heads_read(tmp_path):
 
 
 def test_a_fact_is_said_louder_and_nothing_is_lost(tmp_path):
-    made, some = trainer(tmp_path), list(scenes()[:48])
-    pixels = made._pixels(some)
+    made, views = trainer(tmp_path), look_at(list(scenes()[:48]), processor().image_processor)
     with torch.no_grad():
-        before, truth = shown_features(made.model, some, pixels)
-        say_louder(made.model, some, pixels, "color", share=1.0, seed=0)
-        after, _ = shown_features(made.model, some, pixels)
+        before, truth = shown_features(made.model, views)
+        say_louder(made.model, views, "color", share=1.0, seed=0)
+        after, _ = shown_features(made.model, views)
     grown = {
         kind: share_of_variance(after, truth[kind]) / share_of_variance(before, truth[kind]) for kind in KINDS
     }
@@ -280,7 +297,7 @@ def test_a_saved_miniature_loads_as_any_model(tmp_path, whole):
 
 def test_accuracy_counts_whole_answers(monkeypatch):
     # Predicting each token that comes next is all right; one wrong answer token is one wrong question.
-    def oracle(_, batch, pixels, *, half):
+    def oracle(_, batch, pictures, *, half):
         right = torch.nn.functional.one_hot(batch.ids.roll(-1, 1), 440).float()
         first = [int(torch.nonzero(row)[0]) for row in batch.answer]
         for i, place in enumerate(first):

@@ -1,5 +1,8 @@
 """The one schema of parameters, as YAML, papermill and a notebook opened by hand meet it."""
 
+import os
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -95,6 +98,19 @@ def test_paths_start_at_the_project_not_at_the_working_directory(tmp_path, monke
     assert Params().path("images") == ROOT / "assets" / "miniature" / "images"
     assert Params(outputs=str(tmp_path)).folder == tmp_path / "mini"
     assert Path(ROOT, "pyproject.toml").is_file()
+
+
+def test_the_environment_may_name_where_results_go_by_default(tmp_path):
+    ask = "from mmflow_utils.params import Params as P; print(P().folder); print(P(outputs='here').folder)"
+    said = {}
+    for name, variables in {"unset": {}, "set": {"MMFLOW_OUTPUTS": str(tmp_path)}}.items():
+        env = {k: v for k, v in os.environ.items() if k != "MMFLOW_OUTPUTS"} | variables
+        command = [sys.executable, "-c", ask]
+        said[name] = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=True
+        ).stdout.split()
+    assert said["unset"] == [str(ROOT / "outputs" / "mini"), str(ROOT / "here" / "mini")]
+    assert said["set"] == [str(tmp_path / "mini"), str(ROOT / "here" / "mini")]  # what is named wins
 
 
 # What IPython's `In` holds when the validating cell runs: a notebook, then papermill's cell, then this cell.

@@ -96,7 +96,7 @@ def test_reading_asks_for_descriptions_and_the_text_stage_does_not(trained, monk
 
 def test_another_scenes_caption_is_told_of_the_same_questions():
     scenes = [sample_scene(np.random.default_rng(n), n_things=2) for n in (1, 2)]
-    options = dict(n_questions=6, captions=True, n_image_tokens=64)
+    options = dict(n_questions=6, n_image_tokens=None)
     own, other = (
         pack(processor().tokenizer, scenes, np.random.default_rng(3), told=told, **options)
         for told in (None, scenes[::-1])
@@ -115,7 +115,7 @@ def test_accuracy_is_also_taken_with_another_scenes_caption(trained, monkeypatch
     seen = []
     monkeypatch.setattr(
         "mmflow_utils.miniature.score.packed_logits",
-        lambda model, batch, pixels, *, half: (
+        lambda model, batch, pictures, *, half: (
             seen.append(batch) or torch.nn.functional.one_hot(batch.ids.roll(-1, 1), 440).float()
         ),
     )
@@ -157,7 +157,7 @@ def test_the_library_finds_the_same_tokenizer_for_it(stored):
 
 def test_the_prompt_of_a_sample_is_the_one_it_was_trained_on(stored):
     scene, rng = sample_scene(np.random.default_rng(0)), np.random.default_rng(3)
-    batch = pack(processor().tokenizer, [scene], rng, n_questions=6, captions=True, n_image_tokens=64)
+    batch = pack(processor().tokenizer, [scene], rng, n_questions=6, n_image_tokens=None)
     draft, prefix = batch.drafts[0][0], batch.segment[0] == 0
     told = processor().tokenizer.decode(batch.ids[0, prefix]).split("USER: ")[1]
     sample = Sample(

@@ -10,14 +10,14 @@ Example:
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, ask, gqa_record
-from mmflow_utils.miniature.world import SIZE, Scene, caption, sample_scene, scene_graph
+from mmflow_utils.miniature.world import SQUARE, Frame, Scene, caption, sample_scene, scene_graph
 
 __all__ = ["split_scenes", "write_json", "write_split"]
 
@@ -25,11 +25,11 @@ STREAM = 2000  # of the random generators: apart from those of training and of i
 N_BRIDGES = 5  # questions of a scene from outside the six tasks
 
 
-def write_split(folder: Path, *, n_scenes: int, seed: int) -> None:
+def write_split(folder: Path, *, n_scenes: int, seed: int, frames: Sequence[Frame] = (SQUARE,)) -> None:
     """Draw `n_scenes` and write them, their questions and captions; the same seed gives the same files."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     questions, graphs, regions = {}, {}, []
-    for scene, rng in split_scenes(n_scenes, seed):
+    for scene, rng in split_scenes(n_scenes, seed, frames):
         draw_scene(scene).save(folder / "images" / f"{scene.scene_id}.png", optimize=True)
         graphs[scene.scene_id] = scene_graph(scene)
         regions.append(_regions(scene, rng))
@@ -40,11 +40,13 @@ def write_split(folder: Path, *, n_scenes: int, seed: int) -> None:
     write_json(folder / "region_descriptions.json", regions)
 
 
-def split_scenes(n_scenes: int, seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+def split_scenes(
+    n_scenes: int, seed: int, frames: Sequence[Frame] = (SQUARE,)
+) -> Iterator[tuple[Scene, np.random.Generator]]:
     """Draw the scenes of a split, each with the generator that goes on to draw what is asked about it."""
     for i in range(n_scenes):
         rng = np.random.default_rng([seed, STREAM, i])
-        yield sample_scene(rng, scene_id=f"{i + 1:05d}"), rng
+        yield sample_scene(rng, scene_id=f"{i + 1:05d}", frames=frames), rng
 
 
 def _ask_all(scene: Scene, rng: np.random.Generator) -> list[dict]:
@@ -62,7 +64,7 @@ def _regions(scene: Scene, rng: np.random.Generator) -> dict:
     entry = {"id": scene.scene_id, "regions": []}
     for k, phrase in enumerate(phrases):
         about = next((category for category in boxes if f" {category} made" in phrase), None)
-        x, y, w, h = boxes.get(about, (0, 0, SIZE, SIZE))
+        x, y, w, h = boxes.get(about, (0, 0, *scene.frame))
         region = dict(region_id=f"{scene.scene_id}{k:02d}", image_id=scene.scene_id, phrase=phrase)
         entry["regions"].append(region | dict(x=x, y=y, width=w, height=h))
     return entry

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mmflow_utils.miniature.world import COLORS, SIZE, Scene, Thing
+from mmflow_utils.miniature.world import COLORS, Scene, Thing
 
 __all__ = ["draw_scene"]
 
@@ -30,8 +30,8 @@ EYES = {"cat": (-0.25, 0.25), "fish": (-0.3,), "bird": (0.3,)}  # across the bod
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Paint a scene as an RGB picture of 224 x 224 pixels."""
-    picture = Image.new("RGB", (SIZE, SIZE), WALLS[scene.place])
+    """Paint a scene as an RGB picture, as large as its frame says."""
+    picture = Image.new("RGB", scene.frame, WALLS[scene.place])
     _draw_ground(picture, scene)
     for thing in scene.things:
         _draw_marks(ImageDraw.Draw(picture), thing)
@@ -43,13 +43,14 @@ def draw_scene(scene: Scene) -> Image.Image:
 def _draw_ground(picture: Image.Image, scene: Scene) -> None:
     """Paint boards or grass below a horizon at a random height."""
     rng, pen = np.random.default_rng(scene.seed), ImageDraw.Draw(picture)
-    horizon = int(rng.uniform(0.5, 0.75) * SIZE)
-    pen.rectangle((0, horizon, SIZE, SIZE), fill=GROUNDS[scene.place])
+    width, height = scene.frame
+    horizon = int(rng.uniform(0.5, 0.75) * height)
+    pen.rectangle((0, horizon, width, height), fill=GROUNDS[scene.place])
     if scene.place == "indoors":
-        for y in range(horizon + 12, SIZE, 18):
-            pen.line((0, y, SIZE, y), fill=BOARD, width=2)
+        for y in range(horizon + 12, height, 18):
+            pen.line((0, y, width, y), fill=BOARD, width=2)
     else:
-        for x, y in zip(rng.uniform(0, SIZE, 60), rng.uniform(horizon, SIZE, 60), strict=True):
+        for x, y in zip(rng.uniform(0, width, 60), rng.uniform(horizon, height, 60), strict=True):
             pen.line((x, y, x + 1, y - 5), fill=GRASS, width=2)
 
 

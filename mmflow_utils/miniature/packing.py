@@ -6,7 +6,7 @@ Each question attends to the prefix and to itself, and its rotary positions go o
 the same numbers as one plain forward for each question, several times as fast.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, repeat
 
@@ -14,16 +14,25 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from mmflow_utils.miniature.build import PROMPT
-from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, Draft, ask, describe, factual
+from mmflow_utils.miniature.drawing import draw_scene
+from mmflow_utils.miniature.questions import (
+    BRIDGES,
+    GENERATORS,
+    TASK_GENERATORS,
+    Draft,
+    ask,
+    describe,
+    factual,
+)
 from mmflow_utils.miniature.questions.draft import pick
 from mmflow_utils.miniature.world import Scene, caption
 
-__all__ = ["ATTENTION", "Packed", "pack", "packed_logits"]
+__all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens"]
 
 ATTENTION = "eager_in_mask_dtype"
 # How much the prediction of a token counts in the loss. A real language model has learnt to predict every
@@ -49,9 +58,9 @@ def pack(
     rng: np.random.Generator,
     *,
     n_questions: int,
-    captions: bool,
-    n_image_tokens: int,
+    n_image_tokens: Sequence[int] | None,
     described: bool = False,
+    more: Sequence[str] = (),
     word_weight: float = WORD,
     told: list[Scene] | None = None,
 ) -> Packed:
@@ -62,17 +71,19 @@ def pack(
         scenes: A row of the batch each.
         rng: Draws questions and captions.
         n_questions: Questions that share a scene; a few less where the scene doesn't allow one.
-        captions: Lay out a caption in place of the picture.
-        n_image_tokens: Tokens that a picture takes.
+        n_image_tokens: Tokens that each picture takes; None lays out captions in their place.
         described: Ask for descriptions too, of each thing and of their row.
+        more: Types of questions (`GENERATORS`) that are asked once more for each time they stand here.
         word_weight: How much the prediction of a caption's or a question's words counts in the loss, beside 1
             for an answer.
         told: The scenes that the captions tell of, by default those that are asked about.
     """
     head, _ = PROMPT.split("<image>")
+    captions = n_image_tokens is None
+    n_taken = [0] * len(scenes) if captions else n_image_tokens
     rows, drafts = [], []
-    for scene, other in zip(scenes, told or scenes, strict=True):
-        asked = _draft_questions(scene, rng, n_questions) + (describe(scene) if described else [])
+    for scene, other, n_tokens in zip(scenes, told or scenes, n_taken, strict=True):
+        asked = _draft_questions(scene, rng, n_questions, more) + (describe(scene) if described else [])
         before = head + (caption(other, rng) if captions else "<image>")
         tails = [_tail(draft) for draft in asked]
         texts = [before + tail.format(question=d.text) for tail, d in zip(tails, asked, strict=True)]
@@ -85,14 +96,14 @@ def pack(
         answers = [f" {draft.answer.capitalize()}" for draft in asked]
         answers = tokenizer(answers, add_special_tokens=False).input_ids
         if not captions:
-            prefix += [prefix[-1]] * (n_image_tokens - 1)
+            prefix += [prefix[-1]] * (n_tokens - 1)
         parts = zip(questions, n_after, answers, strict=True)
         prefix_weight = word_weight if captions else 0.0
         rows.append(_row(prefix, parts, tokenizer.eos_token_id, prefix_weight, word_weight))
         drafts.append(asked)
-    n_tokens = max(map(len, rows))
+    longest = max(map(len, rows))
     padding = (tokenizer.pad_token_id, 0, -1, 0.0, 0)
-    rows = [row + [padding] * (n_tokens - len(row)) for row in rows]
+    rows = [row + [padding] * (longest - len(row)) for row in rows]
     names = ("ids", "position", "segment", "weight", "answer")
     columns = {
         name: torch.tensor([[token[i] for token in row] for row in rows]) for i, name in enumerate(names)
@@ -100,12 +111,15 @@ def pack(
     return Packed(**columns, drafts=drafts)
 
 
-def _draft_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Draft]:
+def _draft_questions(scene: Scene, rng: np.random.Generator, n: int, more: Sequence[str]) -> list[Draft]:
     """Draft up to `n` different questions: one of each task, one by a fact, the rest of the other groups."""
     drafts = [ask(pick(rng, group), scene, rng) for group in TASK_GENERATORS.values()]
     drafts.append(ask(factual, scene, rng))
     while len(drafts) < n:
         drafts.append(ask(pick(rng, BRIDGES), scene, rng))
+    drafts += [
+        ask(generator, scene, rng) for name in more for generator in GENERATORS if generator.__name__ == name
+    ]
     return list({draft.text: draft for draft in drafts if draft is not None}.values())
 
 
@@ -137,26 +151,45 @@ def _row(
     return tokens
 
 
+def picture_tokens(
+    model: nn.Module, processor: ProcessorMixin, scenes: list[Scene], *, half: bool = True
+) -> list[Float[Tensor, "_ d"]]:
+    """Draw scenes and give what stands at their image tokens: the projector's output, newlines included.
+
+    Args:
+        model: A LLaVA-1.5 or a LLaVA-NeXT.
+        processor: Its processor.
+        scenes: A picture each.
+        half: Compute in bfloat16, as in training, or in float32.
+    """
+    seen = processor.image_processor([draw_scene(scene) for scene in scenes], return_tensors="pt")
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        return list(model.get_image_features(**seen).pooler_output)
+
+
 def packed_logits(
-    model: nn.Module, batch: Packed, pixels: Float[Tensor, "scene 3 h w"] | None, *, half: bool = True
+    model: nn.Module,
+    batch: Packed,
+    pictures: list[Float[Tensor, "_ d"]] | None,
+    *,
+    half: bool = True,
 ) -> Float[Tensor, "scene token vocab"]:
     """Predict the next token at each place of a packed batch.
 
     Args:
-        model: A LLaVA-1.5 whose decoder attends as `ATTENTION`, which keeps to the mask's precision.
+        model: A LLaVA whose decoder attends as `ATTENTION`, which keeps to the mask's precision.
         batch: What `pack` laid out.
-        pixels: The scenes' pictures, or None where captions stand in for them.
+        pictures: `picture_tokens` of the scenes, or None where captions stand in for them.
         half: Compute in bfloat16, as in training, or in float32.
     """
     core = model.model
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         embeddings = core.language_model.embed_tokens(batch.ids)
-        if pixels is not None:
-            with torch.no_grad():
-                states = core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-            features = core.multi_modal_projector(states).to(embeddings.dtype)
+        if pictures is not None:
             image = batch.ids == model.config.image_token_id
-            embeddings = embeddings.masked_scatter(image.unsqueeze(-1), features)
+            embeddings = embeddings.masked_scatter(
+                image.unsqueeze(-1), torch.cat(pictures).to(embeddings.dtype)
+            )
         mask = torch.zeros(1, dtype=torch.bfloat16 if half else torch.float32)
         states = core.language_model(
             inputs_embeds=embeddings,

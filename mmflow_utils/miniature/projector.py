@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmflow_utils.miniature.tower import HEADS, patch_truth
-from mmflow_utils.miniature.world import Scene
+from mmflow_utils.miniature.views import Views
 
 __all__ = ["KINDS", "say_louder", "share_of_variance", "shown_features", "warm_projector"]
 
@@ -40,22 +40,14 @@ def warm_projector(
 
 
 @torch.no_grad()
-def say_louder(
-    model: nn.Module,
-    scenes: list[Scene],
-    pixels: Float[Tensor, "scene 3 h w"],
-    kind: str,
-    *,
-    share: float,
-    seed: int,
-) -> None:
+def say_louder(model: nn.Module, views: Views, kind: str, *, share: float, seed: int) -> None:
     """Say one kind of fact a second time, louder, in directions of its own.
 
     It is read off the projector's output by least squares, and added to it again along random directions,
     with `share` times the output's variance. Both steps are linear, so they go into the projector's last
     layer.
     """
-    features, truth = shown_features(model, scenes, pixels)
+    features, truth = shown_features(model, views)
     mean, total = features.mean(0), features.var(0).sum()
     classes = F.one_hot(truth[kind].unique(return_inverse=True)[1]).float()
     read_out = torch.linalg.lstsq(features - mean, classes - classes.mean(0)).solution
@@ -70,12 +62,10 @@ def say_louder(
     last.weight.add_(again.T @ last.weight)
 
 
-def shown_features(
-    model: nn.Module, scenes: list[Scene], pixels: Float[Tensor, "scene 3 h w"]
-) -> tuple[Float[Tensor, "patches d"], dict[str, Tensor]]:
+def shown_features(model: nn.Module, views: Views) -> tuple[Float[Tensor, "patches d"], dict[str, Tensor]]:
     """Give what the projector says of the patches that show a thing, and what is true of them."""
-    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    truth = patch_truth(scenes, round(states.shape[1] ** 0.5))
+    states = model.model.vision_tower(views.pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    truth = patch_truth(views.scenes, round(states.shape[1] ** 0.5), views.windows)
     shown = truth["category"] > 0
     return model.model.multi_modal_projector(states)[shown], {k: v[shown] for k, v in truth.items()}
 

@@ -49,15 +49,14 @@ def save_text_miniature(trainer: Trainer, folder: Path | str, *, n_scenes: int =
 
 
 def _measure(trainer: Trainer, n_scenes: int, *, captions: bool) -> dict:
-    asked = dict(n_scenes=n_scenes, seed=trainer.recipe.seed + 1, captions=captions)
+    recipe = trainer.recipe
+    asked = dict(n_scenes=n_scenes, seed=recipe.seed + 1, frames=recipe.frames, captions=captions)
     model = trainer.model.eval()
     accuracy = {
         name: accuracy_in_parts(model, trainer.processor, shuffled=name == "shuffled", **asked)
         for name in ("intact", "shuffled")
     }
-    return dict(
-        recipe=asdict(trainer.recipe), n_scenes=n_scenes, accuracy_pct=accuracy, curves=trainer.curves
-    )
+    return dict(recipe=asdict(recipe), n_scenes=n_scenes, accuracy_pct=accuracy, curves=trainer.curves)
 
 
 def _write(record: dict, folder: Path | str) -> dict:

@@ -1,13 +1,15 @@
 """How many held-out questions a miniature answers correctly, shown what they are about or something else."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmflow_utils.miniature.drawing import draw_scene
-from mmflow_utils.miniature.packing import pack, packed_logits
-from mmflow_utils.miniature.world import Scene, sample_scene
+from mmflow_utils.miniature.packing import pack, packed_logits, picture_tokens
+from mmflow_utils.miniature.world import SQUARE, Frame, Scene, sample_scene
 from mmflow_utils.samples.records import task_of
 
 __all__ = ["accuracy_in_parts", "held_out", "task_accuracy"]
@@ -16,10 +18,10 @@ N_QUESTIONS = 10  # about each scene
 PART = 50  # scenes that are scored together: more wouldn't fit in memory
 
 
-def held_out(n_scenes: int, seed: int) -> list[Scene]:
+def held_out(n_scenes: int, seed: int, frames: Sequence[Frame] = (SQUARE,)) -> list[Scene]:
     """Draw scenes that no training step draws: evaluation has a seed sequence of its own."""
     rng = np.random.default_rng([seed, 1000])
-    return [sample_scene(rng) for _ in range(n_scenes)]
+    return [sample_scene(rng, frames=frames) for _ in range(n_scenes)]
 
 
 @torch.no_grad()
@@ -29,6 +31,7 @@ def task_accuracy(
     *,
     n_scenes: int,
     seed: int,
+    frames: Sequence[Frame] = (SQUARE,),
     captions: bool = False,
     shuffled: bool = False,
     half: bool = True,
@@ -40,27 +43,18 @@ def task_accuracy(
         processor: Its processor.
         n_scenes: Scenes to ask about, ten questions each.
         seed: Of the scenes and the questions.
+        frames: Widths and heights that the pictures may have.
         captions: Show a caption in place of the picture.
         shuffled: Show each question another scene's picture or caption: what a blind model would reach.
         half: Compute in bfloat16, as in training, or in float32.
     """
-    scenes, rng = held_out(n_scenes, seed), np.random.default_rng([seed, 1001])
-    n_image_tokens = model.config.image_seq_length
+    scenes, rng = held_out(n_scenes, seed, frames), np.random.default_rng([seed, 1001])
     shown = scenes[1:] + scenes[:1] if shuffled else scenes
-    batch = pack(
-        processor.tokenizer,
-        scenes,
-        rng,
-        n_questions=N_QUESTIONS,
-        captions=captions,
-        n_image_tokens=n_image_tokens,
-        told=shown,
-    )
-    pixels = None
-    if not captions:
-        pictures = [draw_scene(scene) for scene in shown]
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    said = packed_logits(model, batch, pixels, half=half)[:, :-1].argmax(-1)
+    pictures = None if captions else picture_tokens(model, processor, shown, half=half)
+    n_image_tokens = None if captions else [len(tokens) for tokens in pictures]
+    options = dict(n_questions=N_QUESTIONS, n_image_tokens=n_image_tokens, told=shown)
+    batch = pack(processor.tokenizer, scenes, rng, **options)
+    said = packed_logits(model, batch, pictures, half=half)[:, :-1].argmax(-1)
     wrong = (said != batch.ids[:, 1:]) & (batch.answer[:, 1:] == 1)
     hits: dict[str, list[bool]] = {}
     for segment, missed, asked in zip(batch.segment[:, 1:], wrong, batch.drafts, strict=True):
@@ -71,9 +65,9 @@ def task_accuracy(
 
 
 def accuracy_in_parts(
-    model: nn.Module, processor: ProcessorMixin, *, n_scenes: int, seed: int, **shown: bool
+    model: nn.Module, processor: ProcessorMixin, *, n_scenes: int, seed: int, **shown: Any
 ) -> dict[str, float]:
-    """Average `task_accuracy`, in float32, over parts of 50 scenes; `shown`: captions, shuffled."""
+    """Average `task_accuracy`, in float32, over parts of 50 scenes; `shown`: frames, captions, shuffled."""
     parts = [
         task_accuracy(model, processor, n_scenes=PART, seed=seed + 10_000 * k, half=False, **shown)
         for k in range(n_scenes // PART)

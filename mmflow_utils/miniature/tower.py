@@ -1,16 +1,20 @@
 """What the picture encoder is taught: for each image patch, which thing it shows and what that is like."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, PLACES, SIZE, Scene, Thing
+from mmflow_utils.miniature.views import Window
+from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, PLACES, Scene
 
 __all__ = ["HEADS", "patch_truth", "tower_loss"]
 
 COLUMNS = 6  # of equal width, over where the middle of a thing can lie
+EDGE = 0.175  # of a square picture's width: no thing is small enough to come nearer to its sides
 # What is read off a patch, and of how many classes; category 0 is the background.
 HEADS = {"category": len(CATEGORIES) + 1, "place": len(PLACES)} | {k: len(v) for k, v in ATTRIBUTES.items()}
 HEADS["column"] = COLUMNS
@@ -18,35 +22,36 @@ HEADS["column"] = COLUMNS
 BACKGROUND, PLACE, CENTRE = 0.15, 0.2, 5
 
 
-def patch_truth(scenes: list[Scene], side: int) -> dict[str, Tensor]:
+def patch_truth(scenes: list[Scene], side: int, windows: Sequence[Window] | None = None) -> dict[str, Tensor]:
     """Tell what each of `side` x `side` image patches shows.
 
+    Args:
+        scenes: The scene that each view shows.
+        side: Patches in a row of a view, and rows.
+        windows: The part of the picture that each view shows; None for the whole.
+
     Returns:
-        For each of `HEADS` the class, [n_scenes, side²], and as `centre` the middle of the thing that the
-        patch shows, [n_scenes, side², 2], in widths of the picture. Where it shows none, only `category` (0)
-        and `place` mean anything.
+        For each of `HEADS` the class, [n_views, side²], and as `centre` the middle of the thing that the
+        patch shows, [n_views, side², 2], in widths and heights of the view. Where it shows none, only
+        `category` (0) and `place` mean anything.
     """
-    centres = (np.arange(side) + 0.5) * SIZE / side
+    windows = windows or [(0, 0, *scene.frame) for scene in scenes]
+    middles = (np.arange(side) + 0.5) / side  # of the patches, in widths of the view; so is all below
     truth = {name: np.zeros((len(scenes), side, side), dtype=np.int64) for name in HEADS}
     centre = np.zeros((len(scenes), side, side, 2), dtype=np.float32)
-    for i, scene in enumerate(scenes):
+    for i, (scene, (left, top, width, height)) in enumerate(zip(scenes, windows, strict=True)):
         truth["place"][i] = PLACES.index(scene.place)
         for thing in scene.things:
-            reach = 0.55 * thing.size + 0.25 * SIZE / side
-            here = np.ix_(np.abs(centres - thing.y) <= reach, np.abs(centres - thing.x) <= reach)
+            x, y = (thing.x - left) / width, (thing.y - top) / height
+            across, down = (0.55 * thing.size / length + 0.25 / side for length in (width, height))
+            here = np.ix_(np.abs(middles - y) <= down, np.abs(middles - x) <= across)
             truth["category"][i][here] = 1 + CATEGORIES.index(thing.category)
             for kind, values in ATTRIBUTES.items():
                 truth[kind][i][here] = values.index(thing.attribute(kind))
-            truth["column"][i][here] = _column(thing)
-            centre[i][here] = (thing.x / SIZE, thing.y / SIZE)
+            truth["column"][i][here] = min(max(int((x - EDGE) / (1 - 2 * EDGE) * COLUMNS), 0), COLUMNS - 1)
+            centre[i][here] = (x, y)
     tensors = {name: torch.from_numpy(classes).flatten(1) for name, classes in truth.items()}
     return tensors | {"centre": torch.from_numpy(centre).flatten(1, 2)}
-
-
-def _column(thing: Thing) -> int:
-    """Number the column of the picture in which a thing's middle lies, from 0 at the left."""
-    edge = 0.175 * SIZE  # no thing is small enough to come nearer
-    return min(max(int((thing.x - edge) / (SIZE - 2 * edge) * COLUMNS), 0), COLUMNS - 1)
 
 
 def tower_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Float[Tensor, ""]:

@@ -7,8 +7,8 @@
 3. `align`: tower and decoder frozen, the projector learns to speak the decoder's language.
 4. `joint`: projector and decoder together on pictures and questions; the tower stays frozen, as LLaVA's does.
 
-For the text-only miniature (App. G) the decoder goes on after `text` with `read`: what `joint` asks, about
-captions.
+A miniature that begins with another's weights (`next`) repeats `tower` and `joint`. For the text-only one
+(App. G) the decoder goes on after `text` with `read`: what `joint` asks, about captions.
 
 No attention edge is blocked and no flow rewarded: whatever routes the model uses, it found.
 
@@ -31,13 +31,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from mmflow_utils.miniature.drawing import draw_scene
 from mmflow_utils.miniature.optimize import Weights, copy_weights, descend, follow, make_optimizers, set_rate
-from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits
+from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
 from mmflow_utils.miniature.projector import say_louder, warm_projector
 from mmflow_utils.miniature.score import held_out, task_accuracy
 from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss
-from mmflow_utils.miniature.world import Scene, sample_scene
+from mmflow_utils.miniature.views import look_at
+from mmflow_utils.miniature.world import SQUARE, Frame, Scene, sample_scene
 
 __all__ = ["Recipe", "Trainer"]
 
@@ -49,6 +49,10 @@ class Recipe:
     """How long and how fast each stage learns; steps, not seconds, so that a run can be repeated."""
 
     seed: int = 0
+    begins_with: str | None = (
+        None  # folder of the miniature whose weights it takes up, from the project's root
+    )
+    frames: tuple[Frame, ...] = (SQUARE,)  # widths and heights of the pictures
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
@@ -69,8 +73,12 @@ class Recipe:
         (3750, "color", 3.0, 0),
         (5250, "color", 8.0, 500),
     )
+    # From these steps of the joint stage on, a question of this type is asked about each scene once more.
+    more: tuple[tuple[int, str], ...] = ()
     read_steps: int = 3800
     tower_batch: int = 64  # pictures
+    tower_held: int = 0  # steps in which only the heads learn: for a tower that was trained before
+    tower_lr: float = 3e-3  # as `lr`, in the tower
     batch: int = 16  # scenes
     n_questions: int = 10  # questions that share a scene
     lr: float = 3e-3  # of Muon on the matrices of the layers
@@ -81,6 +89,9 @@ class Recipe:
     ema: float = 0.998
     eval_every: int = 250  # steps
     eval_scenes: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frames", tuple(map(tuple, self.frames)))  # JSON has lists
 
 
 class Trainer:
@@ -94,6 +105,7 @@ class Trainer:
         self.model.set_attn_implementation({"text_config": ATTENTION})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.curves: list[dict] = []
+        self.more: list[str] = []  # types of questions that are asked once more at this step
         torch.manual_seed(recipe.seed)
         width = model.config.vision_config.hidden_size
         heads = {name: nn.Linear(width, n) for name, n in HEADS.items()}
@@ -103,8 +115,12 @@ class Trainer:
 
     def tower(self) -> None:
         """Stage 1: name what each image patch shows."""
-        parts = nn.ModuleList([self.model.model.vision_tower, self.heads])
-        self._fit("tower", parts, self.recipe.tower_steps, self._tower_loss, self._tower_accuracy)
+        tower, recipe = self.model.model.vision_tower, self.recipe
+        options = dict(
+            lr=recipe.tower_lr, before=lambda step: tower.requires_grad_(step >= recipe.tower_held)
+        )
+        parts = nn.ModuleList([tower, self.heads])
+        self._fit("tower", parts, recipe.tower_steps, self._tower_loss, self._tower_accuracy, **options)
 
     def text(self) -> None:
         """Stage 2: the decoder alone, captions in place of pictures."""
@@ -114,7 +130,8 @@ class Trainer:
     def align(self) -> None:
         """Stage 3: the projector alone, from what the tower's heads read."""
         seed = self.recipe.seed
-        warm_projector(self.model, self.heads, self._pixels(held_out(256, seed + 2)), seed)
+        views = look_at(self._held_out(256), self.processor.image_processor)
+        warm_projector(self.model, self.heads, views.pixels, seed)
         parts = nn.ModuleList([self.model.model.multi_modal_projector])
         self._fit("align", parts, self.recipe.align_steps, self._answer_loss, self._accuracy)
 
@@ -122,6 +139,8 @@ class Trainer:
         """Stage 4: projector and decoder on pictures."""
         core, recipe = self.model.model, self.recipe
         parts = nn.ModuleList([core.multi_modal_projector, core.language_model, self.model.lm_head])
+        if hasattr(core, "image_newline"):
+            parts.append(nn.ParameterList([core.image_newline]))
         schedule = dict(rates=recipe.joint_rates, before=self._speak_up)
         self._fit("joint", parts, recipe.joint_steps, self._answer_loss, self._accuracy, **schedule)
 
@@ -133,12 +152,13 @@ class Trainer:
     def _speak_up(self, step: int) -> None:
         """Do to the model what the recipe has for this step of the joint stage."""
         core, seed = self.model.model, self.recipe.seed
+        self.more = [name for first, name in self.recipe.more if first <= step]
         carriers = nn.ModuleList([core.multi_modal_projector, core.language_model.layers[0]])
         held = any(first <= step < first + hold for first, _, _, hold in self.recipe.louder)
         carriers.requires_grad_(not held)
         for _, kind, share, _ in (entry for entry in self.recipe.louder if entry[0] == step):
-            scenes = held_out(256, seed + 2)
-            say_louder(self.model, scenes, self._pixels(scenes), kind, share=share, seed=seed)
+            views = look_at(self._held_out(256), self.processor.image_processor)
+            say_louder(self.model, views, kind, share=share, seed=seed)
 
     # ---- the loop --------------------------------------------------------------------------------------
 
@@ -150,6 +170,7 @@ class Trainer:
         loss_of: Callable[[np.random.Generator], Tensor],
         evaluate: Callable[[], dict[str, float]],
         *,
+        lr: float | None = None,
         rates: Sequence[tuple[int, int, int]] = (),
         before: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -160,7 +181,7 @@ class Trainer:
         """
         self.model.requires_grad_(False)
         parts.requires_grad_(True)
-        optimizers = make_optimizers(parts, lr=self.recipe.lr, lr_rest=self.recipe.lr_rest)
+        optimizers = make_optimizers(parts, lr=lr or self.recipe.lr, lr_rest=self.recipe.lr_rest)
         average = copy_weights(parts)
         first = self._resume(stage, parts, average, optimizers)
         bar = tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps)
@@ -215,24 +236,26 @@ class Trainer:
 
     # ---- losses and accuracies -------------------------------------------------------------------------
 
-    def _pixels(self, scenes: list[Scene]) -> Float[Tensor, "scene 3 h w"]:
-        """Draw scenes and send them through the model's own image processor."""
-        pictures = [draw_scene(scene) for scene in scenes]
-        return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    def _draw(self, rng: np.random.Generator, n: int) -> list[Scene]:
+        return [sample_scene(rng, frames=self.recipe.frames) for _ in range(n)]
+
+    def _held_out(self, n: int) -> list[Scene]:
+        """Draw scenes on which the model is fitted by hand, apart from those of training and evaluation."""
+        return held_out(n, self.recipe.seed + 2, self.recipe.frames)
 
     def _tower_pass(self, scenes: list[Scene]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        tower = self.model.model.vision_tower
+        tower, views = self.model.model.vision_tower, look_at(scenes, self.processor.image_processor)
         with torch.autocast("cpu", torch.bfloat16):
-            states = tower(self._pixels(scenes), output_hidden_states=True).hidden_states[-2][:, 1:]
+            states = tower(views.pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
             logits = {name: head(states).float() for name, head in self.heads.items()}
-        return logits, patch_truth(scenes, round(states.shape[1] ** 0.5))
+        return logits, patch_truth(views.scenes, round(states.shape[1] ** 0.5), views.windows)
 
     def _tower_loss(self, rng: np.random.Generator) -> Float[Tensor, ""]:
-        return tower_loss(*self._tower_pass([sample_scene(rng) for _ in range(self.recipe.tower_batch)]))
+        return tower_loss(*self._tower_pass(self._draw(rng, self.recipe.tower_batch)))
 
     @torch.no_grad()
     def _tower_accuracy(self) -> dict[str, float]:
-        logits, truth = self._tower_pass(held_out(256, self.recipe.seed))
+        logits, truth = self._tower_pass(held_out(256, self.recipe.seed, self.recipe.frames))
         shown = truth["category"] > 0
         right = {name: (logits[name].argmax(-1) == truth[name])[shown] for name in HEADS}
         return {name: 100 * float(hits.float().mean()) for name, hits in right.items()}
@@ -244,17 +267,12 @@ class Trainer:
         asked = dict(n_questions=recipe.n_questions)
         if described:
             asked = dict(n_questions=recipe.joint_questions, described=True)
-            asked |= dict(word_weight=recipe.joint_question_weight)
-        scenes = [sample_scene(rng) for _ in range(recipe.joint_batch if described else recipe.batch)]
-        batch = pack(
-            self.processor.tokenizer,
-            scenes,
-            rng,
-            captions=captions,
-            n_image_tokens=self.model.config.image_seq_length,
-            **asked,
-        )
-        logits = packed_logits(self.model, batch, None if captions else self._pixels(scenes))
+            asked |= dict(word_weight=recipe.joint_question_weight, more=self.more)
+        scenes = self._draw(rng, recipe.joint_batch if described else recipe.batch)
+        pictures = None if captions else picture_tokens(self.model, self.processor, scenes)
+        asked["n_image_tokens"] = None if captions else [len(tokens) for tokens in pictures]
+        batch = pack(self.processor.tokenizer, scenes, rng, **asked)
+        logits = packed_logits(self.model, batch, pictures)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
         weight = batch.weight[:, 1:].flatten()
         return (loss * weight).sum() / weight.sum()
@@ -266,8 +284,9 @@ class Trainer:
         return self._answer_loss(rng, captions=True)
 
     def _accuracy(self, *, captions: bool = False) -> dict[str, float]:
-        n_scenes, seed = self.recipe.eval_scenes, self.recipe.seed
-        return task_accuracy(self.model, self.processor, n_scenes=n_scenes, seed=seed, captions=captions)
+        recipe = self.recipe
+        asked = dict(n_scenes=recipe.eval_scenes, seed=recipe.seed, frames=recipe.frames, captions=captions)
+        return task_accuracy(self.model, self.processor, **asked)
 
     def _caption_accuracy(self) -> dict[str, float]:
         return self._accuracy(captions=True)

@@ -10,13 +10,19 @@ Example:
     ['apple', 'boat', 'lamp', 'table']
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Scene", "Thing", "beside", "caption", "sample_scene", "scene_graph"]
+__all__ = ["FRAMES", "SQUARE", "Frame", "Scene", "Thing", "beside", "caption", "sample_scene", "scene_graph"]
 
-SIZE = 224  # pixels, width and height of every picture
+Frame = tuple[int, int]  # width and height of a picture, in pixels
+
+SIZE = 224  # pixels, width and height of a square picture
+SQUARE = (SIZE, SIZE)
+# Widths and heights of the pictures that a model with tiles is shown, all of about the same area.
+FRAMES = (SQUARE, (256, 192), (192, 256), (320, 160), (160, 320))
 MARGIN = 6  # pixels kept free between two things and at the edge
 REACH = 1.45  # how far a thing's marks reach from its middle, in halves of its body's side
 CATEGORIES = ("cup", "bag", "clock", "lamp", "table", "cat", "fish", "bird", "car", "boat", "cake", "apple")
@@ -52,6 +58,7 @@ class Thing:
     x: float
     y: float
     size: float
+    frame: Frame = SQUARE  # of the picture it is in
 
     def attribute(self, kind: str) -> str:
         """Give the value of "color", "shape" or "material"."""
@@ -62,15 +69,16 @@ class Thing:
         """Bounding box (x, y, w, h) in pixels, handles and legs included but for 2 pixels of a line."""
         reach = self.size * 0.5 * REACH
         left, top = max(0, self.x - reach), max(0, self.y - reach)
-        right, bottom = min(SIZE, self.x + reach), min(SIZE, self.y + reach)
+        right, bottom = min(self.frame[0], self.x + reach), min(self.frame[1], self.y + reach)
         return round(left), round(top), round(right - left), round(bottom - top)
 
     @property
     def side(self) -> str | None:
         """Half of the picture, "left" or "right"; None too near the middle to tell."""
-        if abs(self.x - SIZE / 2) < 0.08 * SIZE:
+        width = self.frame[0]
+        if abs(self.x - width / 2) < 0.08 * width:
             return None
-        return "left" if self.x < SIZE / 2 else "right"
+        return "left" if self.x < width / 2 else "right"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +89,24 @@ class Scene:
     place: str
     things: tuple[Thing, ...]
     seed: int  # of the speckles on the ground, which carry no fact
+    frame: Frame = SQUARE
 
 
-def sample_scene(rng: np.random.Generator, *, scene_id: str = "0", n_things: int | None = None) -> Scene:
-    """Draw a scene of 2 to 4 things of distinct categories that don't touch each other."""
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    scene_id: str = "0",
+    n_things: int | None = None,
+    frames: Sequence[Frame] = (SQUARE,),
+) -> Scene:
+    """Draw a scene of 2 to 4 things of distinct categories that don't touch each other.
+
+    Its frame is one of `frames`, each as likely as the others.
+    """
+    frame = frames[int(rng.integers(len(frames)))] if len(frames) > 1 else frames[0]
     n_things = n_things or int(rng.integers(2, 5))
     categories = rng.choice(CATEGORIES, n_things, replace=False)
-    while (spots := _try_spots(rng, n_things)) is None:
+    while (spots := _try_spots(rng, n_things, frame)) is None:
         pass
     things = tuple(
         Thing(
@@ -99,21 +118,26 @@ def sample_scene(rng: np.random.Generator, *, scene_id: str = "0", n_things: int
             x=x,
             y=y,
             size=size,
+            frame=frame,
         )
         for i, (category, (x, y, size)) in enumerate(zip(categories, spots, strict=True))
     )
     place = str(rng.choice(PLACES))
-    return Scene(scene_id=scene_id, place=place, things=things, seed=int(rng.integers(2**31)))
+    seed = int(rng.integers(2**31))
+    return Scene(scene_id=scene_id, place=place, things=things, seed=seed, frame=frame)
 
 
-def _try_spots(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]] | None:
-    """Try to place `n` bodies (x, y, size) without overlap; None if this try got stuck."""
+def _try_spots(rng: np.random.Generator, n: int, frame: Frame) -> list[tuple[float, float, float]] | None:
+    """Try to place `n` bodies (x, y, size) without overlap; None if this try got stuck.
+
+    A body is as large, beside the shorter side of the picture, in every frame.
+    """
     half = REACH / 2
     spots: list[tuple[float, float, float]] = []
     for _ in range(40):
-        size = float(rng.uniform(50, 64))
+        size = float(rng.uniform(50, 64)) * min(frame) / SIZE
         reach = size * half + MARGIN / 2
-        x, y = rng.uniform(reach, SIZE - reach, 2)
+        x, y = rng.uniform(reach, np.subtract(frame, reach))
         if all(max(abs(x - u), abs(y - v)) > reach + s * half + MARGIN / 2 for u, v, s in spots):
             spots.append((float(x), float(y), size))
         if len(spots) == n:
@@ -123,7 +147,7 @@ def _try_spots(rng: np.random.Generator, n: int) -> list[tuple[float, float, flo
 
 def beside(one: Thing, other: Thing) -> bool:
     """Tell whether one thing is plainly left or right of the other: centres 0.16 of the width apart."""
-    return one is not other and abs(one.x - other.x) >= 0.16 * SIZE
+    return one is not other and abs(one.x - other.x) >= 0.16 * one.frame[0]
 
 
 def scene_graph(scene: Scene) -> dict:
@@ -140,7 +164,8 @@ def scene_graph(scene: Scene) -> dict:
         objects[thing.object_id] = dict(
             name=thing.category, x=x, y=y, w=w, h=h, attributes=attributes, relations=relations
         )
-    return {"width": SIZE, "height": SIZE, "location": scene.place, "objects": objects}
+    width, height = scene.frame
+    return {"width": width, "height": height, "location": scene.place, "objects": objects}
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
