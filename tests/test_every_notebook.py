@@ -7,7 +7,7 @@ from mmflow_utils.execute import run_notebook
 from mmflow_utils.params import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-FEW = {"n_samples": 2, "n_boot": 100}
+FEW = {"tasks": ["ChooseAttr", "QueryAttr"], "n_samples": 2, "n_boot": 100}
 FEW_OF_ITS_OWN = {
     "01_dataset_curation": {"n_per_group": 2},
     "07_efficiency_study": {"n_asked": 1, "depth_step": 6, "n_new": 2, "n_rounds": 1},
@@ -17,7 +17,7 @@ FEW_OF_ITS_OWN = {
     "15_sweep_speed": {"bench_layers": [4], "bench_image_tokens": [64], "bench_rounds": 1},
     "90_train_miniature": {"n_questions": 2},
 }
-BEFORE = {"14_compare_models": ["02_flow_to_last", "05_logit_lens"]}  # what it reads
+BEFORE = {"14_compare_models": ["02_flow_to_last"]}  # what it reads
 
 
 @pytest.mark.parametrize("name", NAMES)
