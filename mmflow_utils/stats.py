@@ -20,8 +20,21 @@ __all__ = ["holm", "paired_difference", "summarise"]
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
-# A spread below this share of the curve's largest is taken for rounding.
-NOISE = 1e-4
+# The smallest effect that counts, in the measure's own unit: a tenth of a percentage point, or what is named
+# below. What varies by less is not told from the machine's rounding.
+SMALLEST = 0.1
+SMALLEST_OF = {"logprob_change": 1e-3, "logit_diff_change": 1e-3, "probability": 1e-3, "jaccard": 1e-3}
+# The values that a measure can take; no interval reaches beyond them.
+BOUNDS = {
+    "rel_change_pct": (-100.0, np.inf),
+    "effect": (-np.inf, 100.0),
+    "probability": (0.0, 1.0),
+    "jaccard": (0.0, 1.0),
+    "probability_pct": (0.0, 100.0),
+    "accuracy_pct": (0.0, 100.0),
+    "correct_pct": (0.0, 100.0),
+    "share_pct": (0.0, 100.0),
+}
 
 
 def summarise(
@@ -34,6 +47,7 @@ def summarise(
     seed: int = 0,
     level: float = 0.95,
     simultaneous_over: str | None = None,
+    smallest: float | None = None,
 ) -> pd.DataFrame:
     """Average `value` in every group, with a bootstrap interval over clusters.
 
@@ -51,6 +65,9 @@ def summarise(
         level: coverage of the interval, between 0 and 1.
         simultaneous_over: a column of `by`, such as "layer": the intervals then form a band that covers a
             whole curve at once, as a claim about its lowest point needs. By default each point has its own.
+        smallest: the smallest effect that counts (unit of `value`); by default a tenth of a percentage point,
+            or what `SMALLEST_OF` names. A band is at least that wide on either side, and points that vary by
+            much less don't widen it elsewhere.
 
     Returns:
         A frame with `by`, mean, ci_low, ci_high (unit of `value`), n (samples), n_clusters. The interval of
@@ -82,7 +99,10 @@ def summarise(
             tail = ndtr(_t_quantile(counts[row], (1 - level) / 2))
             low[row], high[row] = np.quantile(resampled[:, row], [tail, 1 - tail])
     if simultaneous_over is not None:
-        low, high = _simultaneous(table, counts, resampled, [c for c in by if c != simultaneous_over], level)
+        smallest = smallest_effect(value) if smallest is None else smallest
+        along = [column for column in by if column != simultaneous_over]
+        low, high = _simultaneous(table, counts, resampled, along, level, smallest)
+    low, high = np.clip([low, high], *BOUNDS.get(value, (-np.inf, np.inf)))
     table.insert(len(by) + 1, "ci_low", low)
     table.insert(len(by) + 2, "ci_high", high)
     table.attrs.update(value=value, level=level, band="simultaneous" if simultaneous_over else "pointwise")
@@ -104,11 +124,13 @@ def paired_difference(
     n_flips: int = 9999,
     seed: int = 0,
     level: float = 0.95,
+    smallest: float | None = None,
 ) -> pd.DataFrame:
     """Compare two conditions on the same samples: `a` minus `b`, tested by sign flips of whole clusters.
 
     The test asks whether the differences are balanced around 0: it flips the sign of all differences of an
-    image together, and p is the share of flips whose mean is at least as far from 0 as the one observed.
+    image together, and p is the share of flips whose mean is at least as far from 0 as the one observed,
+    less the smallest effect that counts. So a difference that is nothing but rounding has p = 1 everywhere.
 
     Args:
         frame: holds both conditions, told apart by `column`.
@@ -124,6 +146,7 @@ def paired_difference(
         n_flips: sign flips for p, which is never below 1 / (n_flips + 1).
         seed: of resamples and flips.
         level: coverage of the pointwise interval.
+        smallest: the smallest effect that counts (unit of `value`); by default as in `summarise`.
 
     Returns:
         summarise's frame for the difference, with contrast ("a minus b"), p and p_holm. `attrs["n_unpaired"]`
@@ -152,9 +175,10 @@ def paired_difference(
         )
     pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
     table = summarise(pairs, "difference", by, cluster=cluster, n_boot=n_boot, seed=seed, level=level)
-    _, sums, _ = _cluster_table(pairs, "difference", by, cluster)
+    _, sums, counts = _cluster_table(pairs, "difference", by, cluster)
+    slack = (smallest_effect(value) if smallest is None else smallest) * counts.sum(1)
     table.insert(0, "contrast", f"{a} minus {b}")
-    table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, n_flips, seed), np.nan)
+    table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, slack, n_flips, seed), np.nan)
     groups = table.groupby(list(family), dropna=False)["p"] if family else None
     table["p_holm"] = holm(table["p"]) if groups is None else groups.transform(holm)
     table.attrs.update(value=value, n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
@@ -187,6 +211,11 @@ def need_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
             near = get_close_matches(column, map(str, frame.columns), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(str, frame.columns))}"
             raise ValueError(f"the frame has no column {column!r}: {hint}")
+
+
+def smallest_effect(value: str) -> float:
+    """Give the smallest effect that counts in a measure, in its own unit."""
+    return SMALLEST_OF.get(value, SMALLEST)
 
 
 def curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.DataFrame]]:
@@ -264,30 +293,40 @@ def _t_quantile(sizes: Float[np.ndarray, " clusters"], tail: float) -> float:
 
 
 def _simultaneous(
-    table: pd.DataFrame, counts: np.ndarray, resampled: np.ndarray, by: list[str], level: float
+    table: pd.DataFrame,
+    counts: np.ndarray,
+    resampled: np.ndarray,
+    by: list[str],
+    level: float,
+    smallest: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bands whose greatest standardised deviation along a curve stays inside in `level` of the resamples."""
+    """Bands whose greatest standardised deviation along a curve stays inside in `level` of the resamples.
+
+    The sup-t band of Montiel Olea and Plagborg-Møller (2019), which holds for any widths that the deviations
+    are divided by. Here these are the bootstrap's standard errors with `smallest` / 2 added in quadrature, as
+    Tusher, Tibshirani and Chu (2001) steady their statistic: where all images agree, or nothing but the
+    machine's rounding varies, the quotient goes to 0 instead of to noise over noise, and the band is a
+    continuous function of the data.
+    """
     half = np.full(len(table), np.nan)
     for _, curve in curves(table.reset_index(drop=True), by):
         rows = curve.index.to_numpy()[curve["n_clusters"].to_numpy() > 1]
         if not len(rows):
             continue
-        mean, spread = table["mean"].to_numpy()[rows], resampled[:, rows].std(0)
-        # Where all images agree there is nothing to scale by; where the spread is the engine's rounding, the
-        # greatest deviation would be that of noise, and another on each machine.
-        moved = spread > np.maximum(1e-9 * np.abs(mean), NOISE * spread.max())
-        deviation = np.abs(resampled[:, rows[moved]] - mean[moved]) / spread[moved]
-        tail = ndtr(-np.quantile(deviation.max(1), level)) if moved.any() else 0.5
-        half[rows] = spread * [-_t_quantile(counts[row], float(tail)) for row in rows]
+        width = np.hypot(resampled[:, rows].std(0), smallest / 2)
+        deviation = np.abs(resampled[:, rows] - table["mean"].to_numpy()[rows]) / width
+        tail = float(ndtr(-np.quantile(deviation.max(1), level)))
+        half[rows] = np.maximum(width * [-_t_quantile(counts[row], tail) for row in rows], smallest)
     mean = table["mean"].to_numpy()
     return mean - half, mean + half
 
 
 def _sign_flip_p(
-    sums: Float[np.ndarray, "groups clusters"], n_flips: int, seed: int
+    sums: Float[np.ndarray, "groups clusters"], slack: Float[np.ndarray, " groups"], n_flips: int, seed: int
 ) -> Float[np.ndarray, " groups"]:
+    """Share of sign flips whose sum is as far from 0 as the one observed, less `slack`."""
     rng = np.random.default_rng(seed)
-    observed = np.abs(sums.sum(1)) * (1 - 1e-9)  # a tie counts, in spite of rounding
+    observed = np.abs(sums.sum(1)) * (1 - 1e-9) - slack  # a tie counts, in spite of rounding
     as_far, left = np.ones(len(sums)), n_flips
     while left:  # in pieces, so that thousands of images fit in memory
         signs = rng.integers(0, 2, size=(min(left, 1000), sums.shape[1])) * 2.0 - 1

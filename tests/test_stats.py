@@ -83,6 +83,38 @@ def test_a_simultaneous_band_covers_whole_curves_and_a_pointwise_one_does_not():
     assert whole_curves_inside(simultaneous_over="layer") >= 0.92
 
 
+@pytest.mark.parametrize("quiet", [0.0, 1e-7, 1e-4, 0.03, 0.3])
+def test_a_band_covers_whole_curves_whatever_varies_hardly_at_all(quiet):
+    """Of eight layers four vary by `quiet`: from nothing over rounding to a third of the others' spread."""
+    frame = clustered(4800, 24).rename(columns={"group": "layer"})
+    frame["curve"], frame["layer"] = frame["layer"] // 8, frame["layer"] % 8
+    frame["y"] *= np.where(frame["layer"] < 4, 10 * quiet, 10.0)
+    table = stats.summarise(frame, "y", ["curve", "layer"], n_boot=500, simultaneous_over="layer")
+    inside = (table["ci_low"] <= 0) & (table["ci_high"] >= 0)
+    whole = inside.groupby(table["curve"]).all().mean()
+    assert 0.93 <= whole <= 0.985
+    loud = table["layer"] >= 4  # and the quiet layers don't make the others' band wider than it must be
+    alone = stats.summarise(
+        frame[frame["layer"] >= 4], "y", ["curve", "layer"], n_boot=500, simultaneous_over="layer"
+    )
+    width, needed = (t["ci_high"] - t["ci_low"] for t in (table[loud], alone))
+    assert np.median(width / needed.to_numpy()) < (1.01 if quiet <= 1e-4 else 1.15)
+
+
+def test_a_band_moves_no_more_than_its_data_do():
+    """A layer's spread grows from nothing past what counts: the others' band follows without a jump."""
+    frame = sweep_frame(flows=("a",)).query("task == 'ChooseAttr'").drop(columns="task")
+    edges = []
+    for spread in np.geomspace(1e-6, 3, 120):
+        scaled = frame["rel_change_pct"].where(frame["layer"] != 5, spread * frame["rel_change_pct"])
+        table = stats.summarise(
+            frame.assign(rel_change_pct=scaled), by=["layer"], simultaneous_over="layer", n_boot=500
+        )
+        edges.append(table["ci_high"] - table["mean"])
+    steps = np.diff(np.array(edges)[:, :5], axis=0)
+    assert np.abs(steps).max() < 0.02 * np.array(edges)[:, :5].max()
+
+
 def test_means_are_plain_means_of_rows():
     frame = sweep_frame()
     table = stats.summarise(frame)
@@ -143,9 +175,13 @@ def test_a_single_image_gets_no_interval_and_a_constant_a_point():
     rows = pd.DataFrame({"task": "t", "image_id": "one", "y": [1.0, 3.0]})
     assert stats.summarise(rows, "y", ["task"])[["ci_low", "ci_high"]].isna().all(axis=None)
     same = pd.DataFrame({"task": "t", "layer": 0, "image_id": ["a", "b", "c"], "y": -100.0})
-    for options in ({}, {"simultaneous_over": "layer"}):
-        table = stats.summarise(same, "y", ["task", "layer"], **options)
-        assert np.allclose(table[["ci_low", "ci_high"]], -100)
+    by, ends = ["task", "layer"], ["ci_low", "ci_high"]
+    assert np.allclose(stats.summarise(same, "y", by)[ends], -100)
+    band = stats.summarise(same, "y", by, simultaneous_over="layer", smallest=0.5)
+    assert np.allclose(band[ends], [[-100.5, -99.5]])  # no band is narrower than what counts
+    lost = same.rename(columns={"y": "rel_change_pct"})
+    band = stats.summarise(lost, by=by, simultaneous_over="layer")
+    assert np.allclose(band[ends], [[-100, -99.9]])  # and none holds what can't be: less than nothing
 
 
 def test_a_group_that_spans_layers_counts_samples_not_rows():
@@ -191,7 +227,7 @@ def two_flows(n_groups: int, effect: float, n_images: int = 20) -> pd.DataFrame:
 
 
 def test_the_sign_flip_test_holds_its_level_and_finds_what_is_there():
-    options = {"n_boot": 100, "n_flips": 999}
+    options = {"n_boot": 100, "n_flips": 999, "smallest": 0.0}
     nothing = stats.paired_difference(two_flows(600, 0.0), "a", "b", **options)
     assert 0.025 <= (nothing["p"] < 0.05).mean() <= 0.08
     rows_as_images = two_flows(600, 0.0).assign(image_id=lambda f: f["sample_id"])
@@ -343,10 +379,10 @@ def test_what_would_be_printed_as_nothing_is_not_claimed_however_sure_it_is(scal
     ]
     frame = pd.DataFrame(rows)
     table = stats.paired_difference(frame, "A", "B")
-    assert (table.p_holm < 0.05).all()
+    assert (table.p_holm < 0.05).all() == claimed
     (difference,) = findings.describe_differences(table)
     assert ("differs in layers 0-1" in difference, "no layer differs" in difference) == (claimed, not claimed)
     band = stats.summarise(frame[frame.flow == "A"], simultaneous_over="layer")
-    assert (band.ci_high < 0).all()
+    assert (band.ci_high < 0).all() == claimed
     (drop,) = findings.describe_strongest(band)
     assert ("largest drop" in drop, "no drop that" in drop) == (claimed, not claimed)
