@@ -40,7 +40,7 @@ report: $(READY)
 	@$(if $(FRESH),$(call ANEW,$(MODEL)))
 	@$(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
 	    --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
-	status=$$?; $(BIN)/python site/build.py && exit $$status
+	status=$$?; $(BIN)/python docs/build.py && exit $$status
 
 test: $(READY)
 	$(BIN)/ruff check
@@ -54,10 +54,10 @@ test: $(READY)
 notebooks: $(READY)
 	@$(call ANEW,mini)
 	@for notebook in $(FIRST) $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS)) $(LAST); do \
-	    $(BIN)/python -m mmflow_utils.execute --in-place $$notebook || exit 1; done
+	    $(BIN)/python -m workflow.run_notebook --in-place $$notebook || exit 1; done
 
 data: $(READY)
-	@$(BIN)/python -m mmflow_utils.download $(DATA)
+	@$(BIN)/python -m workflow.download $(DATA)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/sweep_speed.py

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import Variant
-from mmflow_utils.models import VLM
-from mmflow_utils.reference.engine import intervene
-from mmflow_utils.sweep.ride import layer_kwargs_at
+from mmflow_utils.engine.packed_pass import layer_kwargs_at
+from mmflow_utils.engine.reference import intervene
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import Variant
 
 __all__ = ["RIVALS", "has_nnsight"]
 
@@ -20,19 +20,17 @@ Logits = Float[Tensor, " vocab"]
 BATCH = 8  # variants in one batched forward pass
 
 
-def everything(
-    model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Mapping
-) -> Iterator[Logits]:
+def everything(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Mapping) -> Iterator[Logits]:
     """The authors' way: the whole model anew for each variant, picture and all."""
     for variant in variants:
-        with intervene(model, variant, encoded.spans.n_tokens):
+        with intervene(model, variant, encoded.positions.n_tokens):
             yield model.hf(**encoded.inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
 
 
 def decoder(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Mapping) -> Iterator[Logits]:
     """Full forward passes of the decoder; the picture's features are computed once."""
     for variant in variants:
-        with intervene(model, variant, encoded.spans.n_tokens):
+        with intervene(model, variant, encoded.positions.n_tokens):
             yield model.unembed(model.text(**inputs).last_hidden_state[0, -1])
 
 
@@ -45,7 +43,7 @@ def batched(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: M
         handles = []
 
         def change(layer: int, args: tuple, kwargs: dict, some=some) -> tuple[tuple, dict]:
-            mask = torch.stack([_mask(v, encoded.spans.n_tokens, layer in v.layers) for v in some])
+            mask = torch.stack([_mask(v, encoded.positions.n_tokens, layer in v.layers) for v in some])
             return args, kwargs | {"attention_mask": mask[:, None].to(args[0].device)}
 
         try:
@@ -66,9 +64,7 @@ def suffix(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Ma
     """One clean pass with a cache; then, for each variant, its rows from its window's first layer on."""
     clean: list[tuple[Tensor, dict]] = []
     handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs: clean.append((args[0], kwargs)), with_kwargs=True
-        )
+        layer.register_forward_pre_hook(lambda _, args, kwargs: clean.append((args[0], kwargs)), with_kwargs=True)
         for layer in model.layers
     ]
     try:
@@ -76,7 +72,7 @@ def suffix(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Ma
     finally:
         for handle in handles:
             handle.remove()
-    n_tokens = encoded.spans.n_tokens
+    n_tokens = encoded.positions.n_tokens
     for variant in variants:
         low = variant.target[0]
         kwargs = layer_kwargs_at(clean[0][1], list(range(low, n_tokens)))
@@ -84,9 +80,7 @@ def suffix(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Ma
         for i in range(variant.layers.start, model.n_layers):
             mask = _mask(variant, n_tokens, i in variant.layers)[low:]
             prefix = _Prefix(cache.layers[i].keys[:, :, :low], cache.layers[i].values[:, :, :low])
-            hidden = model.layers[i](
-                hidden, **kwargs | {"attention_mask": mask[None, None], "past_key_values": prefix}
-            )
+            hidden = model.layers[i](hidden, **kwargs | {"attention_mask": mask[None, None], "past_key_values": prefix})
         yield model.unembed(model.final_norm(hidden[0, -1]))
 
 
@@ -95,7 +89,7 @@ def nnsight(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: M
     from nnsight import NNsight
 
     traced = NNsight(model.text)
-    n_tokens = encoded.spans.n_tokens
+    n_tokens = encoded.positions.n_tokens
     for variant in variants:
         mask = _mask(variant, n_tokens, True)[None, None]
         first, after = variant.layers.start, variant.layers.stop

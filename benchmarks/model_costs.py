@@ -31,16 +31,16 @@ from transformers import (
     ProcessorMixin,
 )
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import CAPTIONS_TO_LAST, variants
-from mmflow_utils.models import VLM
+from benchmarks.speed import SIX_FLOWS
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.plan import count_rows, plan_branches
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.engine.work import count_work
+from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.positions import Spans
-from mmflow_utils.pruning import count_work
-from mmflow_utils.samples import Sample
-from mmflow_utils.sweep import count_rows, run_sweep
-from mmflow_utils.sweep.plan import plan_branches
-from mmflow_utils.sweep.speed import SIX_FLOWS
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import CAPTIONS_TO_LAST, variants
+from mmflow_utils.prompts.positions import PositionSets
 
 RECORDED = ROOT / "benchmarks" / "recorded" / "model_costs.csv"
 PAGE = ROOT / "docs" / "models.md"
@@ -69,9 +69,7 @@ def build(name: str, shape: Shape, device: str = "meta", dtype: torch.dtype = to
         name=name,
         hf=hf,
         processor=Pictures(shape.images) if shape.images else None,
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel({"?": 0}, "?"))
-        ),  # never asked
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, "?"))),  # never asked
         prompt="",
         do_pad=False,
         device=torch.device(device),
@@ -109,18 +107,18 @@ def prompt(model: VLM, shape: Shape) -> Encoded:
     inputs = {name: t.to(model.dtype if t.is_floating_point() else t.dtype) for name, t in inputs.items()}
     if model.device.type != "meta":
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    return Encoded(sample, inputs, Spans(n_tokens=last + 1, sets=sets), "", ())
+    return Encoded(sample, inputs, PositionSets(n_tokens=last + 1, sets=sets), "", ())
 
 
 def plan(model: VLM, encoded: Encoded) -> list:
     """List all knockouts of a sample: six flows, or the two of App. G, around every layer."""
-    flows = SIX_FLOWS if "image" in encoded.spans else CAPTIONS_TO_LAST
-    return variants(encoded.spans, flows, window=WINDOW, n_layers=model.n_layers)
+    flows = SIX_FLOWS if "image" in encoded.positions else CAPTIONS_TO_LAST
+    return variants(encoded.positions, flows, window=WINDOW, n_layers=model.n_layers)
 
 
 def picture_flops(model: VLM, encoded: Encoded) -> int:
     """Count the picture's path: matrix products of tower and projector, the tower's attention as full."""
-    if "image" not in encoded.spans:
+    if "image" not in encoded.positions:
         return 0
     pixels, side = model.tiles(encoded.inputs), model.image_patch_size // model.n_merged
     per_tile = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
@@ -151,7 +149,7 @@ def count(name: str, shape: Shape) -> dict[str, Any]:
     """Count one model's costs; nothing is run."""
     model = build(name, shape)
     encoded = prompt(model, shape)
-    planned, config, n_tokens = plan(model, encoded), model.text.config, encoded.spans.n_tokens
+    planned, config, n_tokens = plan(model, encoded), model.text.config, encoded.positions.n_tokens
     rows = count_rows(planned, n_tokens=n_tokens, n_layers=model.n_layers)
     passes = 1 + rows["computed"] / rows["clean"]
     work = count_work(config, [n_tokens] * model.n_layers, itemsize=ITEM)
@@ -163,7 +161,7 @@ def count(name: str, shape: Shape) -> dict[str, Any]:
         "parameters_b": n_weights / 1e9,
         "weights_gb": n_weights * ITEM / 1e9,
         "n_layers": model.n_layers,
-        "image_tokens": len(encoded.spans.get("image")),
+        "image_tokens": len(encoded.positions.get("image")),
         "prompt_tokens": n_tokens,
         "cache_gb": work.cache_bytes / 1e9,
         "sweep_gb": sweep_memory(config, planned, n_tokens=n_tokens) / 1e9,
@@ -191,9 +189,7 @@ COLUMNS = {
 def as_table(frame: pd.DataFrame) -> str:
     """Write the counts as the table that docs/models.md shows."""
     digits = {"parameters_b": 2, "weights_gb": 1, "cache_gb": 2, "sweep_gb": 2, "passes": 2, "tflop": 0}
-    shown = frame.assign(
-        **{c: frame[c].map(f"{{:.{n}f}}".format) for c, n in (digits | {"seconds": 2}).items()}
-    )
+    shown = frame.assign(**{c: frame[c].map(f"{{:.{n}f}}".format) for c, n in (digits | {"seconds": 2}).items()})
     links = [f"[{row.model}](https://huggingface.co/{row.repository})" for row in frame.itertuples()]
     lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS)]
     lines += shown.assign(model=links)[list(COLUMNS)].astype(str).to_numpy().tolist()
@@ -221,7 +217,7 @@ def measure(name: str, shape: Shape, *, n_rounds: int = 5) -> dict[str, Any]:
             if n:  # the first round warms up
                 seconds[way].append(time.perf_counter() - start)
     found = {"model": name, "device": torch.cuda.get_device_name() if held is not None else "cpu"}
-    found |= {"n_tokens": encoded.spans.n_tokens, "n_knockouts": len(planned)}
+    found |= {"n_tokens": encoded.positions.n_tokens, "n_knockouts": len(planned)}
     found |= {way: median(taken) for way, taken in seconds.items()}
     if held is not None:
         found |= {"weights_gb": held / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}

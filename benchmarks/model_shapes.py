@@ -24,9 +24,7 @@ class Shape:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _decoder(
-    kind: str, width: int, mlp: int, layers: int, heads: int, key_heads: int, words: int, **more: Any
-):
+def _decoder(kind: str, width: int, mlp: int, layers: int, heads: int, key_heads: int, words: int, **more: Any):
     return dict(
         model_type=kind, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=key_heads, vocab_size=words, **more,
@@ -53,9 +51,7 @@ def _llava(text: dict[str, Any]) -> Shape:
 
 
 def _llava_next(text: dict[str, Any], image_token_id: int = 32000) -> Shape:
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 336}, crop_size=SQUARE, image_grid_pinpoints=GRID
-    )
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE, image_grid_pinpoints=GRID)
     shared = dict(vision_config=CLIP, image_token_id=image_token_id, image_grid_pinpoints=GRID)
     return Shape(dict(model_type="llava_next", text_config=text, **shared), images)
 

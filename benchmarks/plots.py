@@ -46,8 +46,8 @@ def plot_costs(
         axis.set_title(panel_text.format(name), loc="left")
         costs = part.set_index(way)[value]
         at = [names.index(one) for one in costs.index]
-        colours = [OURS if one == ours else OTHERS for one in costs.index]
-        axis.barh(at, costs, color=colours, height=0.62)
+        colors = [OURS if one == ours else OTHERS for one in costs.index]
+        axis.barh(at, costs, color=colors, height=0.62)
         for y, cost in zip(at, costs, strict=True):
             axis.text(cost * 1.08, y, _short(cost), va="center", fontsize=8.5)
         if marked and (bound := part["bound"].dropna()).size:

@@ -1,7 +1,7 @@
 """What removing image tokens saves in time, each part apart.
 
 times = measure_times(model, encoded, {"intact": None, "last half": Pruning(from_layer=20)})
-print(summarise_times(times))
+print(summarize_times(times))
 """
 
 import time
@@ -11,9 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.models import VLM, picture_features
-from mmflow_utils.pruning.remove import (
+from mmflow_utils.engine.pruning import (
     Pruning,
     continue_prompt,
     image_positions,
@@ -21,9 +19,11 @@ from mmflow_utils.pruning.remove import (
     prompt_embeds,
     read_prompt,
 )
-from mmflow_utils.pruning.work import equal_work, work_of
+from mmflow_utils.engine.work import equal_work, work_of
+from mmflow_utils.models.adapter import VLM, picture_features
+from mmflow_utils.prompts.encoding import Encoded
 
-__all__ = ["PARTS", "cost_curves", "measure_times", "plan_times", "summarise_times"]
+__all__ = ["PARTS", "cost_curves", "measure_times", "plan_times", "summarize_times"]
 
 PARTS = ("image encoder", "first token", "first token with image", "next tokens", "end to end")
 """What is timed."""
@@ -84,7 +84,7 @@ def measure_times(
     return times[times["round"] > 0].reset_index(drop=True)  # the first round warms up
 
 
-def summarise_times(times: pd.DataFrame, *, base: str = "intact") -> pd.DataFrame:
+def summarize_times(times: pd.DataFrame, *, base: str = "intact") -> pd.DataFrame:
     """Give medians and quartiles over rounds, in milliseconds and in percent of `base` in the same round.
 
     Returns:
@@ -138,9 +138,7 @@ def plan_times(model: VLM, encoded: Encoded, *, n_depths: int = 4) -> dict[str, 
     ways = {f"no image in the last {n}": Pruning(from_layer=model.n_layers - n) for n in counts}
     half = Pruning(from_layer=model.n_layers - model.n_layers // 2)
     fastv = equal_work(model, encoded, half, choice="attention")
-    return {"intact": None, **ways} | (
-        {"FastV, at the work of half": fastv} if fastv and fastv.n_kept else {}
-    )
+    return {"intact": None, **ways} | ({"FastV, at the work of half": fastv} if fastv and fastv.n_kept else {})
 
 
 def _counted(model: VLM, encoded: Encoded, pruning: Pruning | None, n_new: int) -> dict[str, Any]:

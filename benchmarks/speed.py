@@ -24,8 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import (
+from benchmarks.baselines import RIVALS, has_nnsight
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.plan import count_rows
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.models.adapter import VLM, text_inputs
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
     IMAGE_TO_QUESTION,
@@ -33,11 +38,7 @@ from mmflow_utils.flows import (
     Variant,
     variants,
 )
-from mmflow_utils.models import VLM, text_inputs
-from mmflow_utils.positions import Spans
-from mmflow_utils.samples import Sample
-from mmflow_utils.sweep import count_rows, run_sweep
-from mmflow_utils.sweep.rivals import RIVALS, has_nnsight
+from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = ["SIX_FLOWS", "measure_speed", "random_llava", "random_prompt"]
 
@@ -100,7 +101,7 @@ def random_prompt(model: VLM, *, n_image: int, seed: int = 0) -> Encoded:
     return Encoded(
         sample=sample,
         inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels},
-        spans=Spans(n_tokens=ids.shape[1], sets=sets, missing={}),
+        positions=PositionSets(n_tokens=ids.shape[1], sets=sets, missing={}),
         prompt="",
         tokens=(),
     )
@@ -139,7 +140,7 @@ def measure_speed(
     for layers, image in product(n_layers, n_image):
         model = random_llava(n_layers=layers, n_image=image, **shape)
         encoded = random_prompt(model, n_image=image)
-        planned = variants(encoded.spans, flows, window=window, n_layers=layers)
+        planned = variants(encoded.positions, flows, window=window, n_layers=layers)
         some = _spread(planned, n_some)
         inputs, _ = text_inputs(model, encoded.inputs)
         ways = {"clean pass": lambda: model.unembed(model.text(**inputs).last_hidden_state[0, -1])}  # noqa: B023
@@ -149,10 +150,10 @@ def measure_speed(
                 ways[name] = lambda way=RIVALS[name]: list(way(model, encoded, some, inputs))  # noqa: B023
         seconds = _in_turns(ways, n_rounds)
         scale = {name: len(planned) / len(some) for name in ways if name in RIVALS}
-        counts = count_rows(planned, n_tokens=encoded.spans.n_tokens, n_layers=layers)
+        counts = count_rows(planned, n_tokens=encoded.positions.n_tokens, n_layers=layers)
         shared = {
             "n_layers": layers,
-            "n_tokens": encoded.spans.n_tokens,
+            "n_tokens": encoded.positions.n_tokens,
             "n_flows": len(flows),
             "n_variants": len(planned),
         }

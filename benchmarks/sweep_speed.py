@@ -17,8 +17,8 @@ from pathlib import Path  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from mmflow_utils.sweep.rivals import RIVALS  # noqa: E402
-from mmflow_utils.sweep.speed import measure_speed  # noqa: E402
+from benchmarks.baselines import RIVALS
+from benchmarks.speed import measure_speed
 
 
 def _cpu() -> str:

@@ -20,9 +20,7 @@ from mmflow_utils.params import OUTPUTS, ROOT
 def executed_notebooks(outputs: Path) -> dict[str, list[Path]]:
     """Find what ran: model -> its notebooks in their order, `mini` first."""
     found: dict[str, list[Path]] = {}
-    for notebook in sorted(
-        outputs.glob("*/[0-9]*.ipynb"), key=lambda path: (path.parent.name != "mini", path)
-    ):
+    for notebook in sorted(outputs.glob("*/[0-9]*.ipynb"), key=lambda path: (path.parent.name != "mini", path)):
         if not notebook.name.endswith(FAILED):
             found.setdefault(notebook.parent.name, []).append(notebook)
     return found

@@ -20,7 +20,7 @@ os.environ["PATH"] = f"{Path(pypandoc.get_pandoc_path()).parent}{os.pathsep}{os.
 nbsphinx_requirejs_path = ""  # no page has a script of its own, and the default address is another host
 html_math_renderer = "drawn"
 html_use_index = False
-suppress_warnings = ["misc.highlighting_failure"]  # a block in a language that nobody colours is plain text
+suppress_warnings = ["misc.highlighting_failure"]  # a block in a language that nobody colors is plain text
 ziamath.config.svg2 = False  # whole paths: glyph definitions of two formulas can't clash on a page
 
 html_theme = "pydata_sphinx_theme"

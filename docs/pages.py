@@ -12,7 +12,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from mmflow_utils.params import plain_assignments
-from mmflow_utils.store import read_manifest
+from mmflow_utils.results.frames import read_manifest
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
@@ -90,9 +90,7 @@ def describe_run(notebook: NotebookNode, executed: Path) -> str:
     if when := notebook.metadata.get("papermill", {}).get("end_time"):
         said.append(f"ran on {datetime.fromisoformat(when):%d %B %Y at %H:%M} UTC")
     names = ", ".join(changed)
-    said.append(
-        f"other than the notebook's defaults: {html.escape(names)}" if names else "default parameters"
-    )
+    said.append(f"other than the notebook's defaults: {html.escape(names)}" if names else "default parameters")
     rows = {"Parameters": changed} if changed else {}
     rows |= {f"Results: {frame}": made for frame, made in manifests(notebook, executed.parent).items()}
     tables = "".join(_table(title, values) for title, values in rows.items())

@@ -117,9 +117,7 @@ def address(notebook: Path) -> str:
 
 def listing(directive: str, names: list[str], *options: str) -> str:
     """Write a directive whose content is a list of pages."""
-    return "\n".join(
-        [f".. {directive}::", *(f"   {o}" for o in options), "", *(f"   {n}" for n in names), ""]
-    )
+    return "\n".join([f".. {directive}::", *(f"   {o}" for o in options), "", *(f"   {n}" for n in names), ""])
 
 
 def heading(text: str, under: str = "-") -> str:

@@ -22,12 +22,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmflow_utils.miniature.questions import GENERATORS, ask, factual
-from mmflow_utils.miniature.world import caption, sample_scene
+from miniature.questions import GENERATORS, ask
+from miniature.questions.extras import factual
+from miniature.world import caption, sample_scene
+from mmflow_utils.params import QUESTION_PROMPT as PROMPT
 
 __all__ = ["PROMPT", "build_model", "build_processor", "build_tokenizer"]
 
-PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
 IMAGE_SIZE, PATCH_SIZE = 112, 14  # pixels: 8 x 8 image tokens
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 VOCAB_SIZE = 440
@@ -98,9 +99,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, n_layers: int = 12
-) -> LlavaForConditionalGeneration:
+def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, n_layers: int = 12) -> LlavaForConditionalGeneration:
     """Make a random LLaVA-1.5 of width 128: a CLIP tower of 6 layers, a Llama decoder of `n_layers`."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(

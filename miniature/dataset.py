@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmflow_utils.miniature.drawing import draw_scene
-from mmflow_utils.miniature.questions import BRIDGES, TASK_GENERATORS, ask, gqa_record
-from mmflow_utils.miniature.world import SQUARE, Frame, Scene, caption, sample_scene, scene_graph
+from miniature.drawing import draw_scene
+from miniature.questions import ask
+from miniature.questions.bridges import BRIDGES
+from miniature.questions.draft import gqa_record
+from miniature.questions.tasks import TASK_GENERATORS
+from miniature.world import SQUARE, Frame, Scene, caption, sample_scene, scene_graph
 
 __all__ = ["split_scenes", "write_json", "write_split"]
 

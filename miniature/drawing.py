@@ -1,6 +1,6 @@
 """How a scene is painted: the ground, and on it each thing's marks, body, material and eyes.
 
-A colour, a shape, a material and a category are each plain to see, so that a small model can learn to read
+A color, a shape, a material and a category are each plain to see, so that a small model can learn to read
 them: a cup is a cup by its handle, whatever the shape of its body.
 
 Example:
@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mmflow_utils.miniature.world import COLORS, Scene, Thing
+from miniature.world import COLORS, Scene, Thing
 
 __all__ = ["draw_scene"]
 
@@ -103,7 +103,7 @@ def _draw_marks(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
 
 
 def _draw_body(picture: Image.Image, thing: Thing) -> None:
-    """Paint the body in its colour and material, and its outline."""
+    """Paint the body in its color and material, and its outline."""
     r = thing.size / 2
     corner, side = (round(thing.x - r), round(thing.y - r)), round(2 * r)
     inside, frame = Image.new("L", (side, side), 0), Image.new("L", (side, side), 0)

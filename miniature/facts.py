@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mmflow_utils.miniature.dataset import split_scenes, write_json
-from mmflow_utils.miniature.questions import Draft, ask, factual
-from mmflow_utils.miniature.questions.draft import absent
-from mmflow_utils.miniature.world import Scene
+from miniature.dataset import split_scenes, write_json
+from miniature.questions import ask
+from miniature.questions.draft import Draft, absent
+from miniature.questions.extras import factual
+from miniature.world import Scene
 
 __all__ = ["IMAGE_PATTERN", "write_factual"]
 

@@ -27,17 +27,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from mmflow_utils.miniature.build import (
-    IMAGE_SIZE,
-    MEAN,
-    PATCH_SIZE,
-    STD,
-    build_model,
-    build_processor,
-    build_tokenizer,
-)
-from mmflow_utils.miniature.train import Recipe
-from mmflow_utils.miniature.world import FRAMES
+from miniature.build import IMAGE_SIZE, MEAN, PATCH_SIZE, STD, build_model, build_processor, build_tokenizer
+from miniature.train import Recipe
+from miniature.world import FRAMES
 from mmflow_utils.params import ROOT
 
 __all__ = ["NEXT_RECIPE", "begin", "build_next_processor", "give_tiles"]

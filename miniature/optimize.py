@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Weights", "copy_weights", "descend", "follow", "make_optimizers", "set_rate"]
+__all__ = ["Weights", "copy_weights", "optimizer_step", "update_average", "make_optimizers", "set_rate"]
 
 Weights = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> 
             group["lr"] = group["peak"] * share
 
 
-def descend(loss: Tensor, parts: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+def optimizer_step(loss: Tensor, parts: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Take one step of every optimizer, with the gradient clipped to norm 1."""
     loss.backward()
     nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
@@ -52,7 +52,7 @@ def copy_weights(parts: nn.Module) -> Weights:
     return {name: weight.detach().clone() for name, weight in parts.state_dict().items()}
 
 
-def follow(average: Weights, parts: nn.Module, decay: float) -> None:
+def update_average(average: Weights, parts: nn.Module, decay: float) -> None:
     """Move the running average of the weights a little towards where they are now."""
     for name, weight in parts.state_dict().items():
         if weight.is_floating_point():

@@ -18,19 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedT
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from mmflow_utils.miniature.build import PROMPT
-from mmflow_utils.miniature.drawing import draw_scene
-from mmflow_utils.miniature.questions import (
-    BRIDGES,
-    GENERATORS,
-    TASK_GENERATORS,
-    Draft,
-    ask,
-    describe,
-    factual,
-)
-from mmflow_utils.miniature.questions.draft import pick
-from mmflow_utils.miniature.world import Scene, caption
+from miniature.build import PROMPT
+from miniature.drawing import draw_scene
+from miniature.questions import GENERATORS, ask
+from miniature.questions.bridges import BRIDGES
+from miniature.questions.draft import Draft, pick
+from miniature.questions.extras import describe, factual
+from miniature.questions.tasks import TASK_GENERATORS
+from miniature.world import Scene, caption
 
 __all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens"]
 
@@ -90,9 +85,7 @@ def pack(
         prefix, *prompts = tokenizer([before, *texts]).input_ids
         questions = [prompt[len(prefix) :] for prompt in prompts]
         # What comes after the question; "\n" and "?" are a token each.
-        n_after = [
-            len(tokenizer(t.format(question="?"), add_special_tokens=False).input_ids) - 2 for t in tails
-        ]
+        n_after = [len(tokenizer(t.format(question="?"), add_special_tokens=False).input_ids) - 2 for t in tails]
         answers = [f" {draft.answer.capitalize()}" for draft in asked]
         answers = tokenizer(answers, add_special_tokens=False).input_ids
         if not captions:
@@ -105,9 +98,7 @@ def pack(
     padding = (tokenizer.pad_token_id, 0, -1, 0.0, 0)
     rows = [row + [padding] * (longest - len(row)) for row in rows]
     names = ("ids", "position", "segment", "weight", "answer")
-    columns = {
-        name: torch.tensor([[token[i] for token in row] for row in rows]) for i, name in enumerate(names)
-    }
+    columns = {name: torch.tensor([[token[i] for token in row] for row in rows]) for i, name in enumerate(names)}
     return Packed(**columns, drafts=drafts)
 
 
@@ -117,9 +108,7 @@ def _draft_questions(scene: Scene, rng: np.random.Generator, n: int, more: Seque
     drafts.append(ask(factual, scene, rng))
     while len(drafts) < n:
         drafts.append(ask(pick(rng, BRIDGES), scene, rng))
-    drafts += [
-        ask(generator, scene, rng) for name in more for generator in GENERATORS if generator.__name__ == name
-    ]
+    drafts += [ask(generator, scene, rng) for name in more for generator in GENERATORS if generator.__name__ == name]
     return list({draft.text: draft for draft in drafts if draft is not None}.values())
 
 
@@ -187,9 +176,7 @@ def packed_logits(
         embeddings = core.language_model.embed_tokens(batch.ids)
         if pictures is not None:
             image = batch.ids == model.config.image_token_id
-            embeddings = embeddings.masked_scatter(
-                image.unsqueeze(-1), torch.cat(pictures).to(embeddings.dtype)
-            )
+            embeddings = embeddings.masked_scatter(image.unsqueeze(-1), torch.cat(pictures).to(embeddings.dtype))
         mask = torch.zeros(1, dtype=torch.bfloat16 if half else torch.float32)
         states = core.language_model(
             inputs_embeds=embeddings,

@@ -1,15 +1,15 @@
 """A LLaVA-1.5 with weights set by hand: its routes are known, so it shows whether the instrument reads true.
 
-It answers which of two colours a thing has ("Is the cup red or blue?"), by two steps and no others:
+It answers which of two colors a thing has ("Is the cup red or blue?"), by two steps and no others:
 
-1. In layer `PICK_UP` each colour word of the question attends to the image patches of its colour, and notes
+1. In layer `PICK_UP` each color word of the question attends to the image patches of its color, and notes
    that it found some. Where there are none it attends to the first token and notes nothing.
-2. In layer `ANSWER` the last position attends to the colour words that found something, and copies which they
+2. In layer `ANSWER` the last position attends to the color words that found something, and copies which they
    are.
 
-All other layers pass the residual stream on. Where both colours are in the picture it can't tell them apart:
-those questions it gets right by luck. The vision tower hands each patch's mean colour to the projector, which
-measures how far it is from the region of each of the six colours.
+All other layers pass the residual stream on. Where both colors are in the picture it can't tell them apart:
+those questions it gets right by luck. The vision tower hands each patch's mean color to the projector, which
+measures how far it is from the region of each of the six colors.
 
     model, processor = build_planted()
 """
@@ -31,9 +31,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmflow_utils.miniature.build import PROMPT
-from mmflow_utils.miniature.questions import GENERATORS, ask
-from mmflow_utils.miniature.world import COLORS, SIZE, sample_scene
+from miniature.build import PROMPT
+from miniature.questions import GENERATORS, ask
+from miniature.world import COLORS, SIZE, sample_scene
 
 __all__ = ["ANSWER", "PICK_UP", "build_planted", "save_planted"]
 
@@ -47,10 +47,10 @@ SHARP = 60.0  # attention scores differ by half of this between what is meant an
 CONST, LARGE = 0, 64.0
 KEEP = D_MODEL**0.5 / LARGE
 FIRST, IMAGE, LAST, FOUND, DONE = 1, 2, 3, 4, 5
-NEAR, WORD, CHOSEN = range(8, 14), range(16, 22), range(24, 30)  # one dimension for each colour
+NEAR, WORD, CHOSEN = range(8, 14), range(16, 22), range(24, 30)  # one dimension for each color
 
-# A colour is where all of these hold; each is (r, g, b, least), on 0 to 255: r*R + g*G + b*B >= least.
-# Differences of channels rather than points: wood, metal and wool darken a colour.
+# A color is where all of these hold; each is (r, g, b, least), on 0 to 255: r*R + g*G + b*B >= least.
+# Differences of channels rather than points: wood, metal and wool darken a color.
 REGIONS = {
     "red": ((1, -1, 0, 85), (1, 0, -1, 85)),
     "green": ((-1, 1, 0, 62), (0, 1, -1, 62)),
@@ -59,7 +59,7 @@ REGIONS = {
     "purple": ((1, -1, 0, 40), (0, -1, 1, 70)),
     "white": ((-1, 0, 1, -12), (1, 0, -1, -12), (1, 0, 0, 186)),
 }
-SOFT = 12.0  # colour levels from just inside a region to clearly outside
+SOFT = 12.0  # color levels from just inside a region to clearly outside
 
 
 def build_planted() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -148,7 +148,7 @@ def _questions(n_scenes: int = 200) -> list[str]:
 
 
 def _plant_eye(model: LlavaForConditionalGeneration) -> None:
-    """Mean colour of each patch -> how far from each region (0: inside, -1 or less: outside)."""
+    """Mean color of each patch -> how far from each region (0: inside, -1 or less: outside)."""
     small, zero = (
         0.01,
         3,
@@ -198,12 +198,12 @@ def _slots(attention: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _plant_pick_up(attention: torch.nn.Module) -> None:
-    """A colour word looks for patches of its colour; every other token looks at the first token."""
+    """A color word looks for patches of its color; every other token looks at the first token."""
     query, key, value, out = _slots(attention)
     strong = SHARP * D_HEAD**0.5 / KEEP
     for slot, (near, word) in enumerate(zip(NEAR, WORD, strict=True)):
         query[slot, word] = strong
-        # Patches: 0 inside the colour's region, -1 or less outside; the first token -0.5; text -5.
+        # Patches: 0 inside the color's region, -1 or less outside; the first token -0.5; text -5.
         key[slot, near] = 1 / KEEP
         key[slot, [CONST, IMAGE, FIRST]] = torch.tensor([-5 / LARGE, 5.0, 4.5]) / KEEP
         query[6, word] = -strong
@@ -214,11 +214,11 @@ def _plant_pick_up(attention: torch.nn.Module) -> None:
 
 
 def _plant_answer(attention: torch.nn.Module) -> None:
-    """The last position looks for colour words that found something; every other token at the first token."""
+    """The last position looks for color words that found something; every other token at the first token."""
     query, key, value, out = _slots(attention)
     strong = SHARP * D_HEAD**0.5 / KEEP
     query[0, LAST] = strong
-    # A colour word that found something: 0.5; the first token 0; a colour word that didn't -0.5; others less.
+    # A color word that found something: 0.5; the first token 0; a color word that didn't -0.5; others less.
     key[0, [CONST, FIRST, FOUND]] = torch.tensor([-1.5 / LARGE, 1.5, 1.0]) / KEEP
     query[1, CONST], query[1, LAST] = strong / LARGE, -strong
     key[1, FIRST] = 1 / KEEP

@@ -1,6 +1,6 @@
 """How loud each thing that the tower sees reaches the decoder: set at the projector's start, and again later.
 
-The decoder learns what is loud first, and the projector lets grow what the decoder already uses: colour, a
+The decoder learns what is loud first, and the projector lets grow what the decoder already uses: color, a
 fiftieth of the features' variance, stayed at chance while shape and place were learnt.
 """
 
@@ -10,27 +10,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmflow_utils.miniature.tower import HEADS, patch_truth
-from mmflow_utils.miniature.views import Views
+from miniature.tower import HEADS, patch_truth
+from miniature.views import Views
 
-__all__ = ["KINDS", "say_louder", "share_of_variance", "shown_features", "warm_projector"]
+__all__ = ["KINDS", "boost_attribute", "share_of_variance", "shown_features", "warm_projector"]
 
 KINDS = tuple(kind for kind in HEADS if kind != "place")  # told by patches that show a thing
 
 
 @torch.no_grad()
-def warm_projector(
-    model: nn.Module, heads: nn.ModuleDict, pixels: Float[Tensor, "scene 3 h w"], seed: int
-) -> None:
+def warm_projector(model: nn.Module, heads: nn.ModuleDict, pixels: Float[Tensor, "scene 3 h w"], seed: int) -> None:
     """Begin the projector with a random mixture of what the tower's heads read, at equal variance.
 
     The tower's features are large, and some attributes make up a few per cent of their variance: from a
-    random start the projector passed on the loud ones alone, and colours stayed at chance.
+    random start the projector passed on the loud ones alone, and colors stayed at chance.
     """
     projector = model.model.multi_modal_projector.linear_1
-    states = (
-        model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
-    )
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
     weight = torch.cat([head.weight for head in heads.values()])
     weight = weight / (states @ weight.T).std(0, keepdim=True).T
     mixture = np.random.default_rng([seed, 3000]).normal(size=(len(projector.weight), len(weight)))
@@ -40,7 +36,7 @@ def warm_projector(
 
 
 @torch.no_grad()
-def say_louder(model: nn.Module, views: Views, kind: str, *, share: float, seed: int) -> None:
+def boost_attribute(model: nn.Module, views: Views, kind: str, *, share: float, seed: int) -> None:
     """Say one kind of fact a second time, louder, in directions of its own.
 
     It is read off the projector's output by least squares, and added to it again along random directions,
@@ -52,9 +48,7 @@ def say_louder(model: nn.Module, views: Views, kind: str, *, share: float, seed:
     classes = F.one_hot(truth[kind].unique(return_inverse=True)[1]).float()
     read_out = torch.linalg.lstsq(features - mean, classes - classes.mean(0)).solution
     read_out = read_out / ((features - mean) @ read_out).std(0)
-    directions = np.random.default_rng([seed, 3001, KINDS.index(kind)]).normal(
-        size=(len(read_out.T), len(mean))
-    )
+    directions = np.random.default_rng([seed, 3001, KINDS.index(kind)]).normal(size=(len(read_out.T), len(mean)))
     directions = F.normalize(torch.from_numpy(directions).float(), dim=-1)
     again = (share * total / classes.shape[1]) ** 0.5 * read_out @ directions
     last = model.model.multi_modal_projector.linear_2
@@ -76,9 +70,9 @@ def share_of_variance(features: Float[Tensor, "patches d"], classes: Tensor) -> 
     >>> share_of_variance(torch.tensor([[1.0, 0.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0, 1]))
     1.0
     """
-    centred = features - features.mean(0)
+    centered = features - features.mean(0)
     between = torch.zeros(())
     for one in classes.unique():
-        part = centred[classes == one]
+        part = centered[classes == one]
         between = between + len(part) * part.mean(0).square().sum()
-    return float(between / centred.square().sum())
+    return float(between / centered.square().sum())

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM
 
-from mmflow_utils.miniature.score import accuracy_in_parts
-from mmflow_utils.miniature.train import Trainer
+from miniature.score import accuracy_in_parts
+from miniature.train import Trainer
 
 __all__ = ["save_miniature", "save_text_miniature"]
 

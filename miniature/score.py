@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from mmflow_utils.miniature.packing import pack, packed_logits, picture_tokens
-from mmflow_utils.miniature.world import SQUARE, Frame, Scene, sample_scene
-from mmflow_utils.samples.records import task_of
+from miniature.packing import pack, packed_logits, picture_tokens
+from miniature.world import SQUARE, Frame, Scene, sample_scene
+from mmflow_utils.data.tasks import task_of
 
 __all__ = ["accuracy_in_parts", "held_out", "task_accuracy"]
 

@@ -31,13 +31,20 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from mmflow_utils.miniature.optimize import Weights, copy_weights, descend, follow, make_optimizers, set_rate
-from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
-from mmflow_utils.miniature.projector import say_louder, warm_projector
-from mmflow_utils.miniature.score import held_out, task_accuracy
-from mmflow_utils.miniature.tower import HEADS, patch_truth, tower_loss
-from mmflow_utils.miniature.views import look_at
-from mmflow_utils.miniature.world import SQUARE, Frame, Scene, sample_scene
+from miniature.optimize import (
+    Weights,
+    copy_weights,
+    make_optimizers,
+    optimizer_step,
+    set_rate,
+    update_average,
+)
+from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
+from miniature.projector import boost_attribute, warm_projector
+from miniature.score import held_out, task_accuracy
+from miniature.tower import HEADS, patch_truth, tower_loss
+from miniature.views import look_at
+from miniature.world import SQUARE, Frame, Scene, sample_scene
 
 __all__ = ["Recipe", "Trainer"]
 
@@ -49,15 +56,13 @@ class Recipe:
     """How long and how fast each stage learns; steps, not seconds, so that a run can be repeated."""
 
     seed: int = 0
-    begins_with: str | None = (
-        None  # folder of the miniature whose weights it takes up, from the project's root
-    )
+    begins_with: str | None = None  # folder of the miniature whose weights it takes up, from the project's root
     frames: tuple[Frame, ...] = (SQUARE,)  # widths and heights of the pictures
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
     joint_steps: int = 15000
-    # From a step on, the rate is that of a stage that began at another step and is so many steps long: colour
+    # From a step on, the rate is that of a stage that began at another step and is so many steps long: color
     # came late, and so the rate was let rise again.
     joint_rates: tuple[tuple[int, int, int], ...] = (
         (0, 0, 7500),
@@ -109,16 +114,14 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         width = model.config.vision_config.hidden_size
         heads = {name: nn.Linear(width, n) for name, n in HEADS.items()}
-        self.heads = nn.ModuleDict(heads | {"centre": nn.Linear(width, 2)})
+        self.heads = nn.ModuleDict(heads | {"center": nn.Linear(width, 2)})
 
     # ---- stages ----------------------------------------------------------------------------------------
 
     def tower(self) -> None:
         """Stage 1: name what each image patch shows."""
         tower, recipe = self.model.model.vision_tower, self.recipe
-        options = dict(
-            lr=recipe.tower_lr, before=lambda step: tower.requires_grad_(step >= recipe.tower_held)
-        )
+        options = dict(lr=recipe.tower_lr, before=lambda step: tower.requires_grad_(step >= recipe.tower_held))
         parts = nn.ModuleList([tower, self.heads])
         self._fit("tower", parts, recipe.tower_steps, self._tower_loss, self._tower_accuracy, **options)
 
@@ -158,7 +161,7 @@ class Trainer:
         carriers.requires_grad_(not held)
         for _, kind, share, _ in (entry for entry in self.recipe.louder if entry[0] == step):
             views = look_at(self._held_out(256), self.processor.image_processor)
-            say_louder(self.model, views, kind, share=share, seed=seed)
+            boost_attribute(self.model, views, kind, share=share, seed=seed)
 
     # ---- the loop --------------------------------------------------------------------------------------
 
@@ -191,8 +194,8 @@ class Trainer:
             before(step)
             # The data of a step depend on nothing before it: resuming changes nothing.
             loss = loss_of(np.random.default_rng([self.recipe.seed, STAGES.index(stage), step]))
-            descend(loss, parts, optimizers)
-            follow(average, parts, min(self.recipe.ema, (step + 1) / (step + 10)))
+            optimizer_step(loss, parts, optimizers)
+            update_average(average, parts, min(self.recipe.ema, (step + 1) / (step + 10)))
             ended = step + 1 == steps
             if step % 50 == 0 or ended:
                 self._note(stage, step + 1, "loss", {"all": float(loss.detach())})

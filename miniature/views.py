@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, select_best_resolution
 
-from mmflow_utils.miniature.drawing import draw_scene
-from mmflow_utils.miniature.world import Frame, Scene
+from miniature.drawing import draw_scene
+from miniature.world import Frame, Scene
 
 __all__ = ["Views", "Window", "look_at", "windows_of"]
 

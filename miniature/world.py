@@ -1,4 +1,4 @@
-"""The drawn world: scenes of a few things with colour, shape, material and place.
+"""The drawn world: scenes of a few things with color, shape, material and place.
 
 `sample_scene` draws the facts of a scene at random. What is made of them, knows nothing of the rest: a
 picture (`draw_scene`), a scene graph in GQA's own format, a caption, and questions. Every fact that a
@@ -146,7 +146,7 @@ def _try_spots(rng: np.random.Generator, n: int, frame: Frame) -> list[tuple[flo
 
 
 def beside(one: Thing, other: Thing) -> bool:
-    """Tell whether one thing is plainly left or right of the other: centres 0.16 of the width apart."""
+    """Tell whether one thing is plainly left or right of the other: centers 0.16 of the width apart."""
     return one is not other and abs(one.x - other.x) >= 0.16 * one.frame[0]
 
 

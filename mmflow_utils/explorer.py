@@ -14,17 +14,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 from traitlets import Bunch
 
-from mmflow_utils.encode import encode
-from mmflow_utils.findings import fixed
-from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.lens import lens_logits
-from mmflow_utils.models import VLM
-from mmflow_utils.patches import locate_image_patches
-from mmflow_utils.plots import plot_choice
+from mmflow_utils.analysis.sentences import format_number
+from mmflow_utils.data.sample import Sample, load_image
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.experiments.lens import lens_logits
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.style import shown
-from mmflow_utils.reference import run_reference
-from mmflow_utils.samples import Sample, load_image
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow
+from mmflow_utils.prompts.image_patches import locate_image_patches
 
 __all__ = ["Explorer"]
 
@@ -53,16 +53,14 @@ class _Examined:
         found = lens_logits(self.model, resid_post).softmax(-1).topk(5)
         rows = [
             {"layer": layer, "token": self.model.tokenizer.decode([token]), "probability": p}
-            for layer, (tokens, values) in enumerate(
-                zip(found.indices.tolist(), found.values.tolist(), strict=True)
-            )
+            for layer, (tokens, values) in enumerate(zip(found.indices.tolist(), found.values.tolist(), strict=True))
             for token, p in zip(tokens, values, strict=True)
         ]
         return pd.DataFrame(rows)
 
     def patches(self, name: str) -> pd.DataFrame:
         """The image patches of a position set; none where it holds words."""
-        if not name.startswith("image") or "image" not in self.encoded.spans:
+        if not name.startswith("image") or "image" not in self.encoded.positions:
             return pd.DataFrame(columns=["x", "y", "w", "h", "set"])
         return locate_image_patches(self.model, self.encoded, [name]).dropna(subset="set")
 
@@ -90,9 +88,7 @@ class Explorer(widgets.VBox):
         >>> explorer.chosen["rel_change_pct"], explorer.figure
     """
 
-    def __init__(
-        self, model: VLM, samples: Sequence[Sample], *, window: int = 3, flows: Sequence[Flow] = FLOWS
-    ):
+    def __init__(self, model: VLM, samples: Sequence[Sample], *, window: int = 3, flows: Sequence[Flow] = FLOWS):
         if not samples:
             raise ValueError("expected samples to explore, got none: load some with load_samples")
         self.model, self.samples, self.flows = model, list(samples), tuple(flows)
@@ -122,9 +118,7 @@ class Explorer(widgets.VBox):
         super().__init__([*controls, self.said, self.view])
 
     def __repr__(self) -> str:
-        return (
-            "Explorer: widgets to choose task, question, flow, layer and window; they need a running kernel"
-        )
+        return "Explorer: widgets to choose task, question, flow, layer and window; they need a running kernel"
 
     @property
     def examined(self) -> _Examined:
@@ -158,10 +152,10 @@ class Explorer(widgets.VBox):
         first = row["layer"] - row["window"] // 2
         last = min(first + row["window"], self.model.n_layers) - 1
         where = f"layers {max(first, 0)} to {last}" if last > max(first, 0) else f"layer {last}"
-        change = f"{fixed(row['p_base'], 2)} to {fixed(row['p_knockout'], 2)}"
+        change = f"{format_number(row['p_base'], 2)} to {format_number(row['p_knockout'], 2)}"
         return (
             f"{shown(row['flow'])} cut in {where}: the probability of {row['token'].strip()!r} "
-            f"goes from {change} ({fixed(row['rel_change_pct'], 0)} %)."
+            f"goes from {change} ({format_number(row['rel_change_pct'], 0)} %)."
         )
 
     @property

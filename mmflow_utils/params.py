@@ -22,14 +22,15 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic import StringConstraints as Text
 
+from mmflow_utils.data.tasks import TASKS, check_task
+
 __all__ = ["OUTPUTS", "ROOT", "Params", "unknown_parameters"]
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where results go by default: outputs/, or what the environment says (a scratch disk; a test's own folder).
 OUTPUTS = ROOT / os.environ.get("MMFLOW_OUTPUTS", "outputs")
 
-Task = Literal["ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr"]
-TASKS: list[Task] = ["ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr"]
+Task = Annotated[str, AfterValidator(check_task)]
 QUESTION_PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
 
 
@@ -59,9 +60,7 @@ class Params(BaseModel):
     model: Annotated[str, Text(pattern=r"^\w[\w.-]*$")] = Field(
         "mini", description="the name of the model and of its folder in outputs/"
     )
-    checkpoint: str = Field(
-        "assets/mini", description="a folder with the weights, or a name on the Hugging Face hub"
-    )
+    checkpoint: str = Field("assets/mini", description="a folder with the weights, or a name on the Hugging Face hub")
     revision: str | None = Field(None, description="a commit or tag of the checkpoint on the hub")
     prompt: Annotated[str, AfterValidator(_complete)] = Field(
         QUESTION_PROMPT, description="the model's own template, with {question} and <image> or {caption}"
@@ -78,12 +77,10 @@ class Params(BaseModel):
         "assets/miniature/val_balanced_questions.json",
         description="GQA's file of questions, or a folder of the authors' CSV files",
     )
-    scene_graphs: str = Field(
-        "assets/miniature/val_sceneGraphs.json", description="GQA's file of scene graphs"
-    )
+    scene_graphs: str = Field("assets/miniature/val_sceneGraphs.json", description="GQA's file of scene graphs")
     images: str = Field("assets/miniature/images", description="the folder of GQA's pictures")
     tasks: Annotated[list[Task], AfterValidator(_unique)] = Field(
-        TASKS, min_length=1, description="the paper's six tasks or some of them"
+        list(TASKS), min_length=1, description="the paper's six tasks or some of them"
     )
     n_samples: int = Field(24, ge=1, le=100_000, description="correctly answered samples in each task")
     window: int = Field(3, ge=1, le=1000, description="layers knocked out together, around each layer")
@@ -133,9 +130,7 @@ class Params(BaseModel):
         ran (`In`). So the cells of nothing but assignments that ran just before this one are
         looked through for names that are not parameters.
         """
-        schema = create_model(
-            cls.__name__, __base__=cls, **{name: (kind, ...) for name, kind in (extra or {}).items()}
-        )
+        schema = create_model(cls.__name__, __base__=cls, **{name: (kind, ...) for name, kind in (extra or {}).items()})
         assigned = _assigned_before_this_cell(list(namespace.get("In", [])))
         unknown = unknown_parameters(assigned, schema.model_fields)
         if unknown:

@@ -25,12 +25,8 @@ LOCK = {
 
 
 def test_every_direct_dependency_is_locked_at_its_pin():
-    direct = {
-        canonicalize_name(need.name): need.specifier for need in map(Requirement, PROJECT["dependencies"])
-    }
-    assert {name: f"=={LOCK.get(name)}" for name in direct} == {
-        name: str(pin) for name, pin in direct.items()
-    }
+    direct = {canonicalize_name(need.name): need.specifier for need in map(Requirement, PROJECT["dependencies"])}
+    assert {name: f"=={LOCK.get(name)}" for name in direct} == {name: str(pin) for name, pin in direct.items()}
 
 
 def test_the_lock_holds_nothing_but_pins():
@@ -82,17 +78,9 @@ def _imports(file):
     """Give the modules of this package that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (
-                name.name.split(".")[1] for name in node.names if name.name.startswith("mmflow_utils.")
-            )
-        elif (
-            isinstance(node, ast.ImportFrom)
-            and node.level == 0
-            and node.module.split(".")[0] == "mmflow_utils"
-        ):
-            yield from (
-                [node.module.split(".")[1]] if "." in node.module else (name.name for name in node.names)
-            )
+            yield from (name.name.split(".")[1] for name in node.names if name.name.startswith("mmflow_utils."))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "mmflow_utils":
+            yield from ([node.module.split(".")[1]] if "." in node.module else (name.name for name in node.names))
         elif isinstance(node, ast.ImportFrom) and node.level:
             yield f"a relative import, line {node.lineno}"
 
@@ -113,9 +101,7 @@ def test_imports_go_only_downwards(file):
 def test_imports_stand_at_the_top(file):
     tree = ast.parse(file.read_text())
     kinds = ast.Import | ast.ImportFrom
-    first_other = next(
-        (i for i, node in enumerate(tree.body) if not isinstance(node, kinds | ast.Expr)), None
-    )
+    first_other = next((i for i, node in enumerate(tree.body) if not isinstance(node, kinds | ast.Expr)), None)
     top = tree.body[:first_other]
     later = [node for node in ast.walk(tree) if isinstance(node, kinds) and node not in top]
     # A package that the lock doesn't hold is an option, and may be imported where it is used.
@@ -144,9 +130,7 @@ def test_every_public_name_is_reached_through_the_package():
 
 def test_what_needs_no_model_loads_no_torch():
     light = mmflow_utils.MODULES[: mmflow_utils.MODULES.index("models")]
-    code = (
-        f"import importlib, sys\nfor name in {light}:\n    importlib.import_module('mmflow_utils.' + name)\n"
-    )
+    code = f"import importlib, sys\nfor name in {light}:\n    importlib.import_module('mmflow_utils.' + name)\n"
     code += "    assert 'torch' not in sys.modules, name"
     assert "plots" in light
     subprocess.run([sys.executable, "-c", code], check=True)

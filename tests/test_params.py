@@ -106,9 +106,7 @@ def test_the_environment_may_name_where_results_go_by_default(tmp_path):
     for name, variables in {"unset": {}, "set": {"MMFLOW_OUTPUTS": str(tmp_path)}}.items():
         env = {k: v for k, v in os.environ.items() if k != "MMFLOW_OUTPUTS"} | variables
         command = [sys.executable, "-c", ask]
-        said[name] = subprocess.run(
-            command, env=env, capture_output=True, text=True, check=True
-        ).stdout.split()
+        said[name] = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
     assert said["unset"] == [str(ROOT / "outputs" / "mini"), str(ROOT / "here" / "mini")]
     assert said["set"] == [str(tmp_path / "mini"), str(ROOT / "here" / "mini")]  # what is named wins
 
@@ -124,9 +122,7 @@ def notebook(*injected: str, **values):
 
 
 def test_a_notebook_gets_the_shared_parameters_and_its_own():
-    params = Params.from_notebook(
-        notebook("# Parameters\nthreshold = 0.25", threshold=0.25), {"threshold": float}
-    )
+    params = Params.from_notebook(notebook("# Parameters\nthreshold = 0.25", threshold=0.25), {"threshold": float})
     assert (params.model, params.threshold, params.window) == ("mini", 0.25, Params().window)
     assert isinstance(params, Params)
 
@@ -152,9 +148,7 @@ def test_an_own_parameter_without_a_value_is_missing():
 
 
 def test_running_the_validating_cell_again_later_is_no_error():
-    namespace = notebook(
-        "frame = mm.sweep()", "title = 'a figure'\nfigure = mm.plot(frame)", frame=1, title="a figure"
-    )
+    namespace = notebook("frame = mm.sweep()", "title = 'a figure'\nfigure = mm.plot(frame)", frame=1, title="a figure")
     namespace["In"].insert(3, CALL)
     assert Params.from_notebook(namespace, {"threshold": float}).model == "mini"
 

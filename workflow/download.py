@@ -1,7 +1,7 @@
 """Fetch what can be fetched of the real data, and say what must be fetched by hand and where it belongs.
 
-    python -m mmflow_utils.download            # or make data
-    python -m mmflow_utils.download gqa        # GQA alone
+    python -m workflow.download            # or make data
+    python -m workflow.download gqa        # GQA alone
 
 A download that broke off goes on where it stopped. For COCO's pictures, checksums are published. The others'
 publishers name none: the checksum of the first whole download is written down in `data/checksums.json`, and
@@ -27,7 +27,7 @@ import pooch
 from tqdm.auto import tqdm
 
 from mmflow_utils.params import ROOT
-from mmflow_utils.store import write_whole
+from mmflow_utils.results.frames import write_whole
 
 __all__ = ["Archive", "fetch"]
 
@@ -79,9 +79,7 @@ def _okvqa(members: str) -> Archive:
 
 DATA: dict[str, tuple[Archive, ...]] = {
     "gqa": (
-        Archive(
-            url=f"{_GQA}/questions1.2.zip", members="val_balanced_questions.json", to="gqa", size="1.4 GB"
-        ),
+        Archive(url=f"{_GQA}/questions1.2.zip", members="val_balanced_questions.json", to="gqa", size="1.4 GB"),
         Archive(url=f"{_GQA}/sceneGraphs.zip", members="val_sceneGraphs.json", to="gqa", size="43 MB"),
         Archive(url=f"{_GQA}/images.zip", members="*.jpg", to="gqa/images", size="20.3 GB", n_files=148_854),
     ),
@@ -241,7 +239,7 @@ def _members(file: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch what was asked for; 1 if something failed."""
-    parser = argparse.ArgumentParser(prog="python -m mmflow_utils.download", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m workflow.download", description=__doc__)
     parser.add_argument("data", nargs="*", metavar="DATA", help=f"{', '.join(DATA)}; by default all")
     parser.add_argument("--to", type=Path, default=ROOT / "data", help="the data folder")
     asked = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Run one notebook for one model through papermill, and judge honestly whether it succeeded.
 
-    python -m mmflow_utils.execute 02_flow_to_last llava-1.5-7b -p window 5
+    python -m workflow.run_notebook 02_flow_to_last llava-1.5-7b -p window 5
 
 The executed copy goes to outputs/<model>/. A run that fails leaves `<notebook>.failed.ipynb` there,
 with everything up to the error and its traceback, and ends with exit code 1. A shard (`-p shard 2/8`)
@@ -25,7 +25,7 @@ from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets.config import Config
 
 from mmflow_utils.params import ROOT, Params, plain_assignments, read_yaml, unknown_parameters
-from mmflow_utils.plots.files import VECTORS, take_vectors, vector_arguments
+from workflow.vector_figures import VECTORS, take_vectors, vector_arguments
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
 
@@ -75,9 +75,7 @@ def run_notebook(
     if stopped or problems:
         if running.exists():
             os.replace(running, failed)
-        raise RuntimeError(
-            f"{name} failed for {file.stem}: {stopped or problems[0]}\n  Half-run copy: {failed}"
-        )
+        raise RuntimeError(f"{name} failed for {file.stem}: {stopped or problems[0]}\n  Half-run copy: {failed}")
     executed = nbformat.read(running, as_version=4)
     if figures:
         take_vectors(executed, figures, folder / "figures", name)
@@ -102,9 +100,7 @@ def refresh_outputs(notebook: str | Path) -> Path:
             language_info={"name": "python"},
         )
         for cell in executed.cells:
-            kept = {
-                key: value for key, value in cell.metadata.items() if key not in ("papermill", "execution")
-            }
+            kept = {key: value for key, value in cell.metadata.items() if key not in ("papermill", "execution")}
             cell.metadata = NotebookNode({key: value for key, value in kept.items() if value != []})
         nbformat.write(executed, running)
         os.replace(running, notebook)
@@ -125,9 +121,7 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> Params:
         if "parameters" in cell.metadata.get("tags", []):
             declared = plain_assignments(cell.source) or {}
     if not declared:
-        raise ValueError(
-            f"{notebook.name} needs a cell tagged `parameters` that holds nothing but name = literal."
-        )
+        raise ValueError(f"{notebook.name} needs a cell tagged `parameters` that holds nothing but name = literal.")
     unknown = unknown_parameters(values, declared)
     if unknown:
         raise ValueError(f"{notebook.name}: " + "; ".join(unknown))
@@ -242,14 +236,10 @@ def _name_the_model(executed: NotebookNode, model: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmflow_utils.execute", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m workflow.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", help="a path in notebooks/, or a name there")
     parser.add_argument("model", nargs="?", default="mini", help="a parameter file, or a name in params/")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override"
-    )
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override")
     parser.add_argument("--figures", choices=VECTORS, help="store each figure as such a file, too")
     parser.add_argument("--timeout-s", type=int, help="longest time for one cell, in seconds")
     parser.add_argument("--in-place", action="store_true", help="refresh the outputs in notebooks/ instead")

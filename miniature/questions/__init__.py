@@ -12,11 +12,11 @@ Example:
 
 from collections.abc import Callable
 
-from mmflow_utils.miniature.questions.bridges import BRIDGES
-from mmflow_utils.miniature.questions.draft import Draft, Rng, gqa_record
-from mmflow_utils.miniature.questions.extras import FACTS, describe, factual
-from mmflow_utils.miniature.questions.tasks import TASK_GENERATORS
-from mmflow_utils.miniature.world import Scene
+from miniature.questions.bridges import BRIDGES
+from miniature.questions.draft import Draft, Rng, gqa_record
+from miniature.questions.extras import FACTS, describe, factual
+from miniature.questions.tasks import TASK_GENERATORS
+from miniature.world import Scene
 
 __all__ = [
     "BRIDGES",
@@ -34,9 +34,7 @@ __all__ = [
 GENERATORS = (*(generator for group in TASK_GENERATORS.values() for generator in group), *BRIDGES)
 
 
-def ask(
-    generator: Callable[[Scene, Rng], Draft | None], scene: Scene, rng: Rng, *, tries: int = 12
-) -> Draft | None:
+def ask(generator: Callable[[Scene, Rng], Draft | None], scene: Scene, rng: Rng, *, tries: int = 12) -> Draft | None:
     """Try a generator a few times; None where the scene doesn't allow its question."""
     for _ in range(tries):
         draft = generator(scene, rng)

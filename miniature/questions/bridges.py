@@ -11,7 +11,7 @@ Example:
 from collections.abc import Callable
 from itertools import combinations
 
-from mmflow_utils.miniature.questions.draft import (
+from miniature.questions.draft import (
     Draft,
     Named,
     Rng,
@@ -28,7 +28,7 @@ from mmflow_utils.miniature.questions.draft import (
     two,
     yes_no,
 )
-from mmflow_utils.miniature.world import ATTRIBUTES, PLACES, Scene, Thing, beside
+from miniature.world import ATTRIBUTES, PLACES, Scene, Thing, beside
 
 __all__ = ["BRIDGES"]
 
@@ -76,7 +76,7 @@ def locationVerify(scene: Scene, rng: Rng) -> Draft:
 
 
 def verifyAttrThat(scene: Scene, rng: Rng) -> Draft | None:
-    """Ask whether the only thing of a colour has a shape, or the other way round."""
+    """Ask whether the only thing of a color has a shape, or the other way round."""
     thing = pick(rng, scene.things)
     by, kind = (str(k) for k in rng.permutation(["color", "shape"]))
     if not is_unique(scene, thing, by):
@@ -91,7 +91,7 @@ def verifyAttrThat(scene: Scene, rng: Rng) -> Draft | None:
 
 
 def verifyAttrAnd(scene: Scene, rng: Rng) -> Draft:
-    """Ask whether a thing has both a colour and a shape; at most one of them is wrong."""
+    """Ask whether a thing has both a color and a shape; at most one of them is wrong."""
     thing, yes = pick(rng, scene.things), rng.random() < 0.5
     values = {kind: thing.attribute(kind) for kind in ("color", "shape")}
     if not yes:
@@ -104,7 +104,7 @@ def verifyAttrAnd(scene: Scene, rng: Rng) -> Draft:
 
 
 def twoSame(scene: Scene, rng: Rng) -> Draft | None:
-    """Ask whether two things share their colour, their shape or their material."""
+    """Ask whether two things share their color, their shape or their material."""
     yes = rng.random() < 0.6  # that evens out: in every sixth scene no two things share anything
     pairs = combinations(scene.things, 2)
     fitting = [(*pair, kind) for pair in pairs for kind in ATTRIBUTES if (kind in shared_kinds(*pair)) == yes]
@@ -144,7 +144,7 @@ def location(scene: Scene, rng: Rng) -> Draft:
 
 
 def directOf(scene: Scene, rng: Rng) -> Draft:
-    """Ask for a thing's colour, shape or material."""
+    """Ask for a thing's color, shape or material."""
     thing, kind = pick(rng, scene.things), pick(rng, ATTRIBUTES)
     value = thing.attribute(kind)
     material = kind == "material"
@@ -174,7 +174,7 @@ def categoryThat(scene: Scene, rng: Rng) -> Draft | None:
 
 def relO(scene: Scene, rng: Rng) -> Draft | None:
     """Ask for the only thing on one side of another."""
-    found = _only_neighbour(scene, rng)
+    found = _only_neighbor(scene, rng)
     if found is None:
         return None
     thing, anchor, side = found
@@ -192,8 +192,8 @@ def relO(scene: Scene, rng: Rng) -> Draft | None:
 
 
 def directOfRelated(scene: Scene, rng: Rng) -> Draft | None:
-    """Ask for the colour, shape or material of the only thing on one side of another."""
-    found = _only_neighbour(scene, rng)
+    """Ask for the color, shape or material of the only thing on one side of another."""
+    found = _only_neighbor(scene, rng)
     if found is None:
         return None
     thing, anchor, side = found
@@ -213,8 +213,8 @@ def directOfRelated(scene: Scene, rng: Rng) -> Draft | None:
     )
 
 
-def _only_neighbour(scene: Scene, rng: Rng) -> tuple[Thing, Thing, str] | None:
-    """Find (neighbour, anchor, side) where the neighbour alone stands on that side of the anchor."""
+def _only_neighbor(scene: Scene, rng: Rng) -> tuple[Thing, Thing, str] | None:
+    """Find (neighbor, anchor, side) where the neighbor alone stands on that side of the anchor."""
     anchor, side = pick(rng, scene.things), pick(rng, ("left", "right"))
     there = [t for t in scene.things if t is not anchor and (t.x < anchor.x) == (side == "left")]
     return (there[0], anchor, side) if len(there) == 1 and beside(there[0], anchor) else None

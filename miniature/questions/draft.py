@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mmflow_utils.miniature.world import ATTRIBUTES, CATEGORIES, Scene, Thing
+from miniature.world import ATTRIBUTES, CATEGORIES, Scene, Thing
 
 __all__ = [
     "Draft",
@@ -179,7 +179,7 @@ def absent(scene: Scene) -> list[str]:
 
 
 def is_unique(scene: Scene, thing: Thing, kind: str) -> bool:
-    """Tell whether a thing alone has its colour, shape or material."""
+    """Tell whether a thing alone has its color, shape or material."""
     return sum(t.attribute(kind) == thing.attribute(kind) for t in scene.things) == 1
 
 

@@ -5,8 +5,8 @@ Example:
     'Which of the things in the picture is alive?'
 """
 
-from mmflow_utils.miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select
-from mmflow_utils.miniature.world import Scene
+from miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select
+from miniature.world import Scene
 
 __all__ = ["FACTS", "describe", "factual"]
 

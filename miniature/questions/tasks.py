@@ -8,7 +8,7 @@ Example:
 from collections.abc import Callable
 from itertools import combinations
 
-from mmflow_utils.miniature.questions.draft import (
+from miniature.questions.draft import (
     Draft,
     Named,
     Rng,
@@ -24,13 +24,13 @@ from mmflow_utils.miniature.questions.draft import (
     that_is,
     two,
 )
-from mmflow_utils.miniature.world import ATTRIBUTES, KINDS, Scene, Thing, beside
+from miniature.world import ATTRIBUTES, KINDS, Scene, Thing, beside
 
 __all__ = ["TASK_GENERATORS"]
 
 
 def chooseAttr(scene: Scene, rng: Rng) -> Draft:
-    """Ask for a thing's colour or shape, out of two."""
+    """Ask for a thing's color or shape, out of two."""
     thing, kind = pick(rng, scene.things), pick(rng, ("color", "shape"))
     true = thing.attribute(kind)
     a, b = shuffled(rng, true, other_value(rng, kind, true))
@@ -122,9 +122,9 @@ def relChooser(scene: Scene, rng: Rng) -> Draft | None:
 
 
 def twoCommon(scene: Scene, rng: Rng) -> Draft | None:
-    """Ask what two things share: exactly one of colour, shape and material.
+    """Ask what two things share: exactly one of color, shape and material.
 
-    Of what pairs of the scene share, it asks for the rarest (colour, then material): that, and nothing
+    Of what pairs of the scene share, it asks for the rarest (color, then material): that, and nothing
     left to chance, makes the three answers about equally frequent however often a scene is asked.
     """
     shared = {kind: _pairs_sharing_only(scene, kind) for kind in ("color", "material", "shape")}

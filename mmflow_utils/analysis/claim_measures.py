@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from mmflow_utils.stages.find import SHARE, Draws, Measured, with_interval
+from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, with_interval
 
 NOTHING = (float("nan"),) * 3
 
@@ -24,7 +24,7 @@ class Line:
     n_clusters: int
 
 
-def _centre(line: Line) -> Float[np.ndarray, " draws"]:
+def _center(line: Line) -> Float[np.ndarray, " draws"]:
     """Mean layer weighted by the effect, over layers with at least SHARE of the strongest.
 
     Steadier than the strongest layer, which jumps along a plateau.
@@ -35,8 +35,8 @@ def _centre(line: Line) -> Float[np.ndarray, " draws"]:
 
 
 def later(first: Line, second: Line) -> Measured:
-    """How much later the centre of the second line lies, in layers."""
-    return with_interval(_centre(second) - _centre(first))
+    """How much later the center of the second line lies, in layers."""
+    return with_interval(_center(second) - _center(first))
 
 
 def depth(line: Line) -> Measured:

@@ -6,10 +6,7 @@ from math import inf
 
 import pandas as pd
 
-from mmflow_utils.findings import fixed
-from mmflow_utils.stages.effects import REMOVED, WRITTEN_BY
-from mmflow_utils.stages.find import NEGLIGIBLE, Draws, Measured, resample, stage_layers
-from mmflow_utils.stages.measure import (
+from mmflow_utils.analysis.claim_measures import (
     NOTHING,
     Line,
     depth,
@@ -20,6 +17,9 @@ from mmflow_utils.stages.measure import (
     stronger,
     two_drops,
 )
+from mmflow_utils.analysis.collect import REMOVED, WRITTEN_BY
+from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Draws, Measured, resample, stage_layers
+from mmflow_utils.analysis.sentences import format_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,7 @@ class Claim:
     of_stages: bool = True
 
 
-def check_claims(
-    effects: pd.DataFrame, *, by_task: bool = False, n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def check_claims(effects: pd.DataFrame, *, by_task: bool = False, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Say for each model which of the paper's claims hold.
 
     A claim **holds** if the whole 95 % interval of its number (bootstrap over images) lies in the claimed
@@ -87,8 +85,8 @@ def describe_claims(table: pd.DataFrame) -> list[str]:
         name = ", ".join(str(row[column]) for column in ("model", "task") if column in row)
         evidence = row["why"]
         if not evidence:
-            interval = f"95 % interval {fixed(row['ci_low'], 2)} to {fixed(row['ci_high'], 2)}"
-            evidence = f"{row['measured']}: {fixed(row['value'], 2)}, {interval}"
+            interval = f"95 % interval {format_number(row['ci_low'], 2)} to {format_number(row['ci_high'], 2)}"
+            evidence = f"{row['measured']}: {format_number(row['value'], 2)}, {interval}"
         if row["n"]:
             evidence += f", {row['n']} samples on {row['n_clusters']} images"
         sentences.append(f"{name}: {row['claim']}: {row['verdict']} ({evidence}).")
@@ -165,7 +163,7 @@ CLAIMS = (
         lines=("Image -> Question", "Question -> Last"),
         result=("image_to_question", "flow_to_last"),
         measure=later,
-        measured="how much later the centre of Question -> Last lies (layers)",
+        measured="how much later the center of Question -> Last lies (layers)",
     ),
     Claim(
         text="Question -> Last is strongest in the middle layers",
@@ -201,15 +199,15 @@ CLAIMS = (
         lines=("Other image patches -> Question", "Related image patches -> Question"),
         result=("image_patch_knockout", "image_patch_knockout"),
         measure=later,
-        measured="how much later the centre of the related patches lies (layers)",
+        measured="how much later the center of the related patches lies (layers)",
     ),
     Claim(
-        text="The answer comes in lower case before it is capitalised",
+        text="The answer comes in lower case before it is capitalized",
         paper="§7, Fig. 6",
         lines=("Noncapitalized answer", "Capitalized answer"),
         result=("logit_lens", "logit_lens"),
         measure=later,
-        measured="how much later the centre of the capitalised answer lies (layers)",
+        measured="how much later the center of the capitalized answer lies (layers)",
     ),
     Claim(
         text="MLPs shape the question's meaning more than attention",

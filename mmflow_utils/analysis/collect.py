@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from mmflow_utils.analysis.stats import need_columns
 from mmflow_utils.params import Params
-from mmflow_utils.stats import need_columns
-from mmflow_utils.store import differences, load_frame, read_manifest
+from mmflow_utils.results.frames import differences, load_frame, read_manifest
 
 WRITTEN_BY = {
     "flow_to_last": "02",

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mmflow_utils.findings import fixed, layer_ranges
-from mmflow_utils.stats import curves, summarise
+from mmflow_utils.analysis.sentences import format_number, layer_ranges
+from mmflow_utils.analysis.stats import curves, summarize
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
@@ -39,7 +39,7 @@ def stage_layers(
         n_boot, seed: of the bootstrap over images.
 
     Returns:
-        `summarise`'s frame with that band, over `by` and layer, and `in_stage`.
+        `summarize`'s frame with that band, over `by` and layer, and `in_stage`.
 
     Raises:
         ValueError: no rows, a column of `by` that isn't there, a share or an effect out of range.
@@ -47,7 +47,7 @@ def stage_layers(
     if not 0 <= share <= 1 or not negligible >= 0:
         raise ValueError(f"expected a share of 0 to 1 and negligible >= 0, got {share} and {negligible}")
     by = list(by)
-    band = summarise(effects, "effect", [*by, "layer"], n_boot=n_boot, seed=seed, simultaneous_over="layer")
+    band = summarize(effects, "effect", [*by, "layer"], n_boot=n_boot, seed=seed, simultaneous_over="layer")
     strongest = band.groupby(by, dropna=False)["mean"].transform("max")
     enough = band["mean"] >= np.maximum(share * strongest, negligible)
     return band.assign(in_stage=(band["ci_low"] > 0) & enough)
@@ -84,9 +84,7 @@ def find_stages(
     for (_, mine), (_, curve) in zip(curves(effects, by), curves(table, by), strict=True):
         draws = resample(mine, n_boot=n_boot, seed=seed)
         half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
-        row = curve.loc[
-            curve["mean"].idxmax(), [*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]
-        ].to_dict()
+        row = curve.loc[curve["mean"].idxmax(), [*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]].to_dict()
         row["layers"] = layer_ranges(curve.loc[curve["in_stage"], "layer"])
         for name, at in _edges(draws, half_width, curve["layer"].to_numpy(), **rule).items():
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(at), strict=True))
@@ -98,13 +96,13 @@ def tabulate_stages(stages: pd.DataFrame, by: Sequence[str] = ("model", "line"))
     """Write `find_stages` as a table to read: "3 (2 to 4)" is layer 3 with its 95 % interval."""
     edges = {
         name: [
-            "" if np.isnan(at) else f"{fixed(at, 0)} ({fixed(low, 0)} to {fixed(high, 0)})"
+            "" if np.isnan(at) else f"{format_number(at, 0)} ({format_number(low, 0)} to {format_number(high, 0)})"
             for at, low, high in zip(*(stages[name + end] for end in ("", "_low", "_high")), strict=True)
         ]
         for name in ("begins", "strongest", "ends")
     }
     ends = zip(*(stages[name] for name in ("effect", "ci_low", "ci_high")), strict=True)
-    effect = [f"{fixed(mean)} ({fixed(low)} to {fixed(high)})" for mean, low, high in ends]
+    effect = [f"{format_number(mean)} ({format_number(low)} to {format_number(high)})" for mean, low, high in ends]
     table = stages[[*by, "layers"]].assign(**edges, effect=effect, n=stages["n"], images=stages["n_clusters"])
     return table.set_index(list(by))
 
@@ -133,9 +131,7 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
     images = sorted(effects["image_id"].unique()) if images is None else images
     cells = effects.groupby(["image_id", "layer"])["effect"].agg(["sum", "count"])
     sums, counts = (cells[name].unstack(fill_value=0).reindex(images, fill_value=0) for name in cells)
-    drawn = np.random.default_rng(seed).multinomial(
-        len(images), np.full(len(images), 1 / len(images)), size=n_boot
-    )
+    drawn = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), size=n_boot)
     weights = np.vstack([np.ones(len(images)), drawn])
     with np.errstate(invalid="ignore"):
         return (weights @ sums.to_numpy(float)) / (weights @ counts.to_numpy(float))

@@ -1,6 +1,6 @@
 """From summaries to the sentences of a notebook's findings: effect, unit, interval and n, never typed in.
 
-print("\\n".join(describe_strongest(summarise(frame))))
+print("\\n".join(describe_strongest(summarize(frame))))
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,13 +9,13 @@ from math import isfinite
 import numpy as np
 import pandas as pd
 
-from mmflow_utils.stats import curves, need_columns
+from mmflow_utils.analysis.stats import curves, need_columns
 
 __all__ = [
     "describe_differences",
     "describe_highest",
     "describe_strongest",
-    "fixed",
+    "format_number",
     "layer_ranges",
     "strongest_layer",
 ]
@@ -27,7 +27,7 @@ def strongest_layer(
     """Find the layer with the largest drop (the lowest mean) of each curve.
 
     Args:
-        summary: from `summarise`.
+        summary: from `summarize`.
         by: the columns that make a curve; those that the summary lacks are passed over.
         over: the column along the curve.
         tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
@@ -69,9 +69,7 @@ def describe_strongest(
         where = _layers(row["layers"], over)
         effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
         if row["below_zero"] and row["ci_high"] < 0:
-            text = (
-                f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
-            )
+            text = f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
         elif isfinite(row["ci_high"]):
             text = f"no drop that the interval tells from 0; lowest at {where}, {effect}"
         else:
@@ -125,11 +123,11 @@ def describe_differences(
     return sentences
 
 
-def fixed(value: float | int, digits: int = 1) -> str:
+def format_number(value: float | int, digits: int = 1) -> str:
     """Print a number with fixed decimals, alike on every machine: exact ties go away from 0, no "-0.0".
 
     Example:
-        >>> fixed(31.25), fixed(31.25 - 1e-12), fixed(-0.01)
+        >>> format_number(31.25), format_number(31.25 - 1e-12), format_number(-0.01)
         ('31.3', '31.3', '0.0')
     """
     if not isfinite(value):
@@ -152,7 +150,7 @@ def layer_ranges(layers: Iterable) -> str:
 
 
 def _quantity(value: float, unit: str) -> str:
-    return f"{fixed(value)} {unit}".strip()
+    return f"{format_number(value)} {unit}".strip()
 
 
 def _layers(ranges: str, over: str) -> str:
@@ -162,5 +160,5 @@ def _layers(ranges: str, over: str) -> str:
 def _evidence(row: dict, attrs: dict) -> str:
     kind = "simultaneous " if attrs.get("band") == "simultaneous" else ""
     interval = f"{100 * attrs.get('level', 0.95):g} % {kind}interval"
-    ends = f"{fixed(row['ci_low'])} to {fixed(row['ci_high'])}"
+    ends = f"{format_number(row['ci_low'])} to {format_number(row['ci_high'])}"
     return f"{interval} {ends}, {row['n']} samples on {row['n_clusters']} images"

@@ -3,7 +3,7 @@
 Half of GQA's questions share their image with another question, so rows are not independent: every
 interval and test here resamples images (clusters), never rows. Knows no model and draws nothing.
 
-    summary = summarise(frame)  # one row per task, flow and layer
+    summary = summarize(frame)  # one row per task, flow and layer
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.special import ndtr, stdtrit
 
-__all__ = ["holm", "paired_difference", "summarise"]
+__all__ = ["holm", "paired_difference", "summarize"]
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
@@ -37,7 +37,7 @@ BOUNDS = {
 }
 
 
-def summarise(
+def summarize(
     frame: pd.DataFrame,
     value: str = "rel_change_pct",
     by: Sequence[str] = ("task", "flow", "layer"),
@@ -79,7 +79,7 @@ def summarise(
 
     Example:
         >>> rows = pd.DataFrame({"task": "t", "image_id": ["a", "a", "b"], "drop": [1.0, 1.0, 4.0]})
-        >>> summarise(rows, "drop", by=["task"])[["mean", "n", "n_clusters"]].to_dict("records")
+        >>> summarize(rows, "drop", by=["task"])[["mean", "n", "n_clusters"]].to_dict("records")
         [{'mean': 2.0, 'n': 3, 'n_clusters': 2}]
     """
     by = list(by)
@@ -146,10 +146,10 @@ def paired_difference(
         n_flips: sign flips for p, which is never below 1 / (n_flips + 1).
         seed: of resamples and flips.
         level: coverage of the pointwise interval.
-        smallest: the smallest effect that counts (unit of `value`); by default as in `summarise`.
+        smallest: the smallest effect that counts (unit of `value`); by default as in `summarize`.
 
     Returns:
-        summarise's frame for the difference, with contrast ("a minus b"), p and p_holm. `attrs["n_unpaired"]`
+        summarize's frame for the difference, with contrast ("a minus b"), p and p_holm. `attrs["n_unpaired"]`
         counts the rows that have no partner and were left out.
 
     Raises:
@@ -164,9 +164,7 @@ def paired_difference(
             found = ", ".join(map(repr, frame[column].unique()[:12]))
             raise ValueError(f"no row has {column} == {name!r}; choose two of the values found: {found}")
         if side.duplicated(keys).any():
-            raise ValueError(
-                f"rows of {name!r} are not unique in {keys}: select one setting, or add a column to `on`"
-            )
+            raise ValueError(f"rows of {name!r} are not unique in {keys}: select one setting, or add a column to `on`")
         sides.append(side)
     pairs = sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
     if pairs.empty:
@@ -174,7 +172,7 @@ def paired_difference(
             f"no row of {a!r} has a partner in {b!r} with the same {keys}: were both run on the same samples?"
         )
     pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
-    table = summarise(pairs, "difference", by, cluster=cluster, n_boot=n_boot, seed=seed, level=level)
+    table = summarize(pairs, "difference", by, cluster=cluster, n_boot=n_boot, seed=seed, level=level)
     _, sums, counts = _cluster_table(pairs, "difference", by, cluster)
     slack = (smallest_effect(value) if smallest is None else smallest) * counts.sum(1)
     table.insert(0, "contrast", f"{a} minus {b}")
@@ -231,9 +229,7 @@ def _cluster_table(
     """Table of groups (means and counts), and each group's sum and count of `value` in each cluster."""
     need_columns(frame, [*by, value, *([cluster] if cluster else [])])
     if frame.empty:
-        raise ValueError(
-            f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?"
-        )
+        raise ValueError(f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?")
     values = frame[value].to_numpy(dtype=float, na_value=np.nan)
     if np.isinf(values).any():
         raise ValueError(
@@ -246,9 +242,7 @@ def _cluster_table(
     groups = frame.groupby(by, dropna=False, observed=True)
     for name in SETTINGS:
         if name in frame and name not in by and groups[name].nunique().max() > 1:
-            raise ValueError(
-                f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`"
-            )
+            raise ValueError(f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`")
     kept = np.isfinite(values)
     ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)
     shape = (groups.ngroups, len(names))
@@ -267,9 +261,7 @@ def _cluster_table(
     return table, sums, counts
 
 
-def _same_clusters(
-    counts: np.ndarray, names: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _same_clusters(counts: np.ndarray, names: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the groups that have the very same clusters, with these clusters' columns and names."""
     patterns: dict[bytes, list[int]] = {}
     for row, present in enumerate(counts > 0):
@@ -300,7 +292,7 @@ def _simultaneous(
     level: float,
     smallest: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bands whose greatest standardised deviation along a curve stays inside in `level` of the resamples.
+    """Bands whose greatest standardized deviation along a curve stays inside in `level` of the resamples.
 
     The sup-t band of Montiel Olea and Plagborg-Møller (2019), which holds for any widths that the deviations
     are divided by. Here these are the bootstrap's standard errors with `smallest` / 2 added in quadrature, as

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, text
-from mmflow_utils.samples.records import Sample, SceneObject, task_of
+from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures_folder, text
+from mmflow_utils.data.sample import Sample, SceneObject
+from mmflow_utils.data.tasks import task_of
 
 __all__ = ["compare_with_authors", "read_authors", "read_authors_csv"]
 
@@ -119,9 +120,7 @@ def _read_rows(path: Path | str, images: Path | str) -> Iterator[tuple[Sample, l
     needed += [f"type_{kind}" for kind in ("structural", "semantic", "detailed")]
     needed += [f"{subject} {what}" for subject in subjects for what in ("name", "id", "x", "y", "w", "h")]
     if missing := [column for column in needed if column not in frame]:
-        raise ValueError(
-            f"{path} lacks the columns {', '.join(missing)}: expected one of the authors' CSV files"
-        )
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}: expected one of the authors' CSV files")
     folder = pictures_folder(images)
     for line, row in enumerate(frame.to_dict("records"), start=2):
         notes: list[str] = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ijson
 
-from mmflow_utils.samples.records import Sample
+from mmflow_utils.data.sample import Sample
 
 __all__ = ["add_captions", "captions_file"]
 
@@ -42,10 +42,7 @@ def add_captions(samples: Iterable[Sample], path: Path | str) -> list[Sample]:
             f"{path} describes none of the {len(wanted)} pictures that are asked about: expected Visual"
             " Genome's region_descriptions.json, to which GQA's pictures belong"
         )
-    return [
-        sample if sample.caption else replace(sample, caption=captions.get(sample.image_id))
-        for sample in samples
-    ]
+    return [sample if sample.caption else replace(sample, caption=captions.get(sample.image_id)) for sample in samples]
 
 
 def _read(path: Path, wanted: set[str]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
-from mmflow_utils.samples.fields import json_errors, read_json
+from mmflow_utils.data.fields import json_errors, read_json
 
 __all__ = ["read_entries"]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmflow_utils.samples.records import Box
+from mmflow_utils.data.sample import Box
 
 __all__ = ["clipped_box", "json_errors", "number", "picture_file", "pictures_folder", "read_json", "text"]
 
@@ -28,9 +28,7 @@ def json_errors(path: Path | str, what: str) -> Iterator[None]:
             f"can't read the {what} {path} ({error.strerror}): check the path in the parameters"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} isn't whole JSON ({error}): download the {what} again and unpack it"
-        ) from error
+        raise ValueError(f"{path} isn't whole JSON ({error}): download the {what} again and unpack it") from error
 
 
 def read_json(path: Path | str, what: str) -> Any:
@@ -86,9 +84,7 @@ def clipped_box(sides: Any, width: int, height: int) -> Box:
 def pictures_folder(images: Path | str) -> Path:
     """Check that the folder of pictures is there."""
     if not Path(images).is_dir():
-        raise ValueError(
-            f"no images folder {images}: unpack the pictures there or change the parameter images"
-        )
+        raise ValueError(f"no images folder {images}: unpack the pictures there or change the parameter images")
     return Path(images)
 
 
@@ -99,8 +95,6 @@ def picture_file(folder: Path, image_id: str) -> Path:
         ValueError: An id that is no plain name, and so might lead out of the folder.
     """
     if not _SAFE_ID.fullmatch(image_id):
-        raise ValueError(
-            f"image id {image_id!r:.80} is no plain name and might lead out of the images folder"
-        )
+        raise ValueError(f"image id {image_id!r:.80} is no plain name and might lead out of the images folder")
     files = [folder / f"{image_id}{ending}" for ending in (".jpg", ".jpeg", ".png")]
     return next((file for file in files if file.exists()), files[0])

@@ -14,9 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from mmflow_utils.samples.entries import read_entries
-from mmflow_utils.samples.fields import clipped_box, number, picture_file, pictures_folder, text
-from mmflow_utils.samples.records import TASKS, Box, Sample, SceneObject, task_of
+from mmflow_utils.data.entries import read_entries
+from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures_folder, text
+from mmflow_utils.data.sample import Box, Sample, SceneObject
+from mmflow_utils.data.tasks import TASKS, task_of
 
 __all__ = ["read_gqa"]
 
@@ -138,9 +139,7 @@ def _gqa_sample(
 ) -> Sample | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("types"), dict):
         held = ", ".join(map(str, entry)) if isinstance(entry, dict) else f"a {type(entry).__name__}"
-        raise ValueError(
-            f"expected the fields question, imageId, answer, types and semantic, got {held[:80]}"
-        )
+        raise ValueError(f"expected the fields question, imageId, answer, types and semantic, got {held[:80]}")
     # interned: thousands of questions share a kind, a picture, an answer
     kinds = {kind: intern(text(entry["types"], kind)) for kind in ("structural", "semantic", "detailed")}
     task = task_of(kinds["detailed"])
@@ -168,14 +167,10 @@ def _operations(semantic: Any) -> list[tuple[str, str]]:
     try:
         return [(step["operation"].strip(), step["argument"].strip()) for step in semantic]
     except (TypeError, KeyError, AttributeError):
-        raise ValueError(
-            f"semantic should list operations with arguments, got {str(semantic)[:80]}"
-        ) from None
+        raise ValueError(f"semantic should list operations with arguments, got {str(semantic)[:80]}") from None
 
 
-def _options(
-    operations: list[tuple[str, str]], answer: str, notes: list[str]
-) -> tuple[str | None, str | None]:
+def _options(operations: list[tuple[str, str]], answer: str, notes: list[str]) -> tuple[str | None, str | None]:
     """Read the options of `choose …: a|b`, or of `choose rel: man,to the right of|to the left of,s (42)`.
 
     "to the right of" is the option "right" and "in front of" is "front", as in the authors' files.
@@ -205,9 +200,7 @@ def _annotated(entry: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _objects(
-    operations: list[tuple[str, str]], annotated: dict[str, tuple[int, int]]
-) -> tuple[SceneObject, ...]:
+def _objects(operations: list[tuple[str, str]], annotated: dict[str, tuple[int, int]]) -> tuple[SceneObject, ...]:
     """Read the objects of `select: jar (496168)`, `relate: man,wearing,o (123)`, `select: mud (-)`."""
     found = {}
     for operation, argument in operations:
@@ -230,9 +223,7 @@ def _graph(graphs: dict[str, Any], image_id: str) -> dict[str, Any]:
         if not isinstance(graph["objects"], dict) or min(width, height) < 1:
             raise ValueError(f"{width} x {height} pixels")
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"the scene graph of image {image_id!r} needs width, height, objects: {error!r}"
-        ) from None
+        raise ValueError(f"the scene graph of image {image_id!r} needs width, height, objects: {error!r}") from None
     return {"size": (int(width), int(height)), "objects": graph["objects"]}
 
 

@@ -12,7 +12,6 @@ import pandas as pd
 from PIL import Image
 
 __all__ = [
-    "TASKS",
     "Box",
     "Sample",
     "SceneObject",
@@ -20,27 +19,7 @@ __all__ = [
     "is_correct",
     "load_image",
     "samples_to_frame",
-    "task_of",
 ]
-
-TASKS: dict[str, frozenset[str]] = {
-    "ChooseAttr": frozenset({"chooseAttr", "materialChoose", "typeChoose", "activityChoose"}),
-    "ChooseCat": frozenset({"objThisChoose", "categoryThatChoose", "categoryThisChoose"}),
-    "ChooseRel": frozenset({"relChooser"}),
-    "CompareAttr": frozenset({"twoCommon"}),
-    "LogicalObj": frozenset({"existThatOr", "existThatOrC"}),
-    "QueryAttr": frozenset({"positionQuery"}),
-}
-"""The six tasks, in the paper's order (Table 1), by GQA's `types.detailed`."""
-
-
-def task_of(detailed: str) -> str | None:
-    """Give the task that GQA's `types.detailed` belongs to, or None where the paper leaves it out.
-
-    >>> task_of("relChooser"), task_of("verifyAttr")
-    ('ChooseRel', None)
-    """
-    return next((task for task, kinds in TASKS.items() if detailed in kinds), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +111,7 @@ def load_image(sample: Sample) -> Image.Image:
     except Exception as error:  # a decoder that meets a broken file raises what it likes
         raise ValueError(f"{name} is broken ({error}); fetch it again") from error
     if picture is None:
-        raise ValueError(f"{name} holds numbers without a known range; store it with 8 bits a colour")
+        raise ValueError(f"{name} holds numbers without a known range; store it with 8 bits a color")
     if sample.image_size and picture.size != sample.image_size:
         raise ValueError(
             f"{name} is {picture.size} pixels, but its boxes refer"
@@ -182,9 +161,7 @@ def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
     """
     names = [field.name for field in fields(Sample)]
     if missing := [name for name in names if name not in frame]:
-        raise ValueError(
-            f"the frame lacks the columns {', '.join(missing)}: expected that of samples_to_frame"
-        )
+        raise ValueError(f"the frame lacks the columns {', '.join(missing)}: expected that of samples_to_frame")
     samples = []
     for row in frame[names].to_dict("records"):
         row = {name: None if pd.isna(value) else value for name, value in row.items()}
@@ -202,6 +179,4 @@ def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
 
 def _scene_object(value: dict[str, Any]) -> SceneObject:
     box, words = value["box"], value["words"]
-    return SceneObject(
-        **value | {"box": Box(**box) if box else None, "words": tuple(words) if words else None}
-    )
+    return SceneObject(**value | {"box": Box(**box) if box else None, "words": tuple(words) if words else None})

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from mmflow_utils.samples.fields import pictures_folder, read_json, text
-from mmflow_utils.samples.records import Sample
+from mmflow_utils.data.fields import pictures_folder, read_json, text
+from mmflow_utils.data.sample import Sample
 
 __all__ = ["read_aokvqa", "read_okvqa", "vqa_accuracy"]
 
@@ -38,10 +38,10 @@ def vqa_accuracy(predicted: str, answers: Sequence[str]) -> float:
     """Give the soft accuracy of an answer, from 0 to 1: that of VQA's official evaluation.
 
     min(people who said it / 3, 1), averaged over leaving out each of the people once, so that a person who is
-    held against the others is judged alike (Antol et al., 2015). Before, both sides are normalised: lower
+    held against the others is judged alike (Antol et al., 2015). Before, both sides are normalized: lower
     case, no articles, digits for numbers up to ten, no punctuation, apostrophes in contractions. The official
     code spares the people's answers a part of this; here both sides get the same. A-OKVQA's own evaluation
-    leaves nobody out and normalises nothing.
+    leaves nobody out and normalizes nothing.
 
     Args:
         predicted: The model's answer.
@@ -56,13 +56,13 @@ def vqa_accuracy(predicted: str, answers: Sequence[str]) -> float:
     n = len(answers)
     if n < 2:
         raise ValueError(f"expected the answers of two or more people, officially ten, got {n}")
-    said = _normalise(predicted)
-    same = sum(_normalise(answer) == said for answer in answers)
+    said = _normalize(predicted)
+    same = sum(_normalize(answer) == said for answer in answers)
     # One of those who said it is left out, or one of the others.
     return (same * min((same - 1) / 3, 1) + (n - same) * min(same / 3, 1)) / n
 
 
-def _normalise(answer: str) -> str:
+def _normalize(answer: str) -> str:
     words = _without_marks(answer.lower()).split()
     words = [_DIGITS.get(word, word) for word in words if word not in _ARTICLES]
     return " ".join(_CONTRACTIONS.get(word.replace("'", ""), word) for word in words)
@@ -160,15 +160,11 @@ def read_aokvqa(
 def _load(path: Path | str, kind: type, what: str) -> Any:
     data = read_json(path, f"{what} file")
     if not isinstance(data, kind):
-        raise ValueError(
-            f"{path} has a {type(data).__name__} at the top: expected an {what} file, a {kind.__name__}"
-        )
+        raise ValueError(f"{path} has a {type(data).__name__} at the top: expected an {what} file, a {kind.__name__}")
     return data
 
 
-def _each(
-    path: Path | str, entries: Any, field: str, make: Callable[[dict[str, Any]], Made]
-) -> dict[str, Made]:
+def _each(path: Path | str, entries: Any, field: str, make: Callable[[dict[str, Any]], Made]) -> dict[str, Made]:
     """Make something of each entry, by question id; an error names the file, the entry and the field."""
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: {field} should be a list of entries, got {entries!r:.40}")
@@ -246,9 +242,7 @@ def _askable(samples: dict[str, Sample], reasons: dict[str, str]) -> tuple[list[
     """Part the samples from those that are left out: for a reason given, or for want of their picture."""
     missing = {key: f"no picture {s.image.name}" for key, s in samples.items() if not s.image.is_file()}
     reasons = missing | reasons
-    left_out = [
-        {"sample_id": key, "reason": reasons[key], "kept": False} for key in samples if key in reasons
-    ]
+    left_out = [{"sample_id": key, "reason": reasons[key], "kept": False} for key in samples if key in reasons]
     kept = [sample for key, sample in samples.items() if key not in reasons]
     if not kept:
         first = next(iter(samples.values()))

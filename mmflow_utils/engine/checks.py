@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import Variant
-from mmflow_utils.models import VLM, compute_device
-from mmflow_utils.reference.engine import intervene, run_reference
+from mmflow_utils.engine.reference import intervene, run_reference
+from mmflow_utils.models.adapter import VLM, compute_device
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import Variant
 
 __all__ = ["attention_pattern", "check_model", "rounding"]
 
@@ -38,7 +38,7 @@ def check_model(model: VLM, encoded: Encoded) -> pd.DataFrame:
         "attention and MLP are all that a layer adds": _check_sum,
         "head of normed residual stream gives the logits": _check_head,
         "empty knockout changes nothing": _check_empty,
-        "blocked attention is 0, the rest renormalises": _check_mask,
+        "blocked attention is 0, the rest renormalizes": _check_mask,
         "positions are the words they are called": _check_positions,
     }
     rows = []
@@ -60,11 +60,11 @@ def _check_layers(model: VLM, encoded: Encoded) -> str:
 
 def _check_sum(model: VLM, encoded: Encoded) -> str:
     """Silence attention and MLP of one layer at every position: what enters it must leave it (Eq. 1)."""
-    layer, everywhere = model.n_layers // 2, tuple(range(encoded.spans.n_tokens))
+    layer, everywhere = model.n_layers // 2, tuple(range(encoded.positions.n_tokens))
     with ExitStack() as stack:
         for part in ("attention_output", "mlp_output"):
             silent = Variant(layers=range(layer, layer + 1), target=everywhere, intervention=part)
-            stack.enter_context(intervene(model, silent, encoded.spans.n_tokens))
+            stack.enter_context(intervene(model, silent, encoded.positions.n_tokens))
         stream = run_reference(model, encoded, []).resid_post
     worst = (stream[layer + 1] - stream[layer]).abs().max().item()
     return f"without either, layer {layer} still changes the stream by {worst:.1e}" if worst else ""
@@ -80,7 +80,7 @@ def _check_head(model: VLM, encoded: Encoded) -> str:
 
 
 def _check_empty(model: VLM, encoded: Encoded) -> str:
-    nothing = Variant(layers=range(model.n_layers), target=encoded.spans["last"])
+    nothing = Variant(layers=range(model.n_layers), target=encoded.positions["last"])
     run = run_reference(model, encoded, [nothing])
     return _differ("the clean run", run.base, run.variants[0], model)
 
@@ -92,12 +92,12 @@ def _differ(what: str, a: Tensor, b: Tensor, model: VLM) -> str:
 
 def _check_mask(model: VLM, encoded: Encoded) -> str:
     """Block Question -> Last in one layer and look at that layer's attention pattern itself."""
-    layer, source = model.n_layers // 2, list(encoded.spans["question"])
+    layer, source = model.n_layers // 2, list(encoded.positions["question"])
     variant = Variant(
-        layers=range(layer, layer + 1), target=encoded.spans["last"], source=encoded.spans["question"]
+        layers=range(layer, layer + 1), target=encoded.positions["last"], source=encoded.positions["question"]
     )
-    clean = attention_pattern(model, encoded, layer)[:, encoded.spans.last]
-    blocked = attention_pattern(model, encoded, layer, variant)[:, encoded.spans.last]
+    clean = attention_pattern(model, encoded, layer)[:, encoded.positions.last]
+    blocked = attention_pattern(model, encoded, layer, variant)[:, encoded.positions.last]
     if blocked[:, source].any():
         return f"a blocked edge keeps an attention weight of {blocked[:, source].max():.1e}"
     expected = clean.clone()
@@ -115,7 +115,7 @@ def attention_pattern(
     seen: list[Tensor] = []
     with model.attention_kernel("eager"), ExitStack() as stack:
         if variant:
-            stack.enter_context(intervene(model, variant, encoded.spans.n_tokens))
+            stack.enter_context(intervene(model, variant, encoded.positions.n_tokens))
         hook = model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1]))
         stack.callback(hook.remove)
         model.hf.base_model(**encoded.inputs, use_cache=False)
@@ -123,7 +123,7 @@ def attention_pattern(
 
 
 def _check_positions(model: VLM, encoded: Encoded) -> str:
-    spans, ids = encoded.spans, encoded.inputs["input_ids"][0].tolist()
+    spans, ids = encoded.positions, encoded.inputs["input_ids"][0].tolist()
     said = model.tokenizer.decode([ids[p] for p in spans["question"]]).strip()
     if "".join(said.split()) != "".join(encoded.sample.question.split()):
         return f"the question's positions read {said!r}, not {encoded.sample.question!r}"

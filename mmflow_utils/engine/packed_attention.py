@@ -1,6 +1,6 @@
 """Attention of packed rows: to the clean keys that all share, and to their own branch's.
 
-A rider comes in by a keyword argument of the decoder layer, named `RIDER`, which the library hands down to
+A rider comes in by a keyword argument of the decoder layer, named `PACKED_ATTENTION`, which the library hands down to
 its attention function: so nothing is stored on the model.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["RIDER", "Attend", "Block", "Capture", "allowed", "as_index", "keys_only"]
+__all__ = ["PACKED_ATTENTION", "Attend", "Block", "Capture", "allowed", "as_index", "keys_only"]
 
-RIDER = "mmflow_ride"
+PACKED_ATTENTION = "mmflow_ride"
 # So many own keys stand side by side in one call: enough to keep it busy, few enough that the scores between
 # strangers, which are masked, cost little.
 _OWN_KEYS = 128
@@ -45,7 +45,9 @@ def keys_only(layer: nn.Module, hidden: Float[Tensor, "1 r d"], kwargs: dict) ->
     """Run a layer as far as its rotated keys and values."""
     capture = Capture(stop=True)
     with suppress(_Stop):
-        layer.forward(hidden, **{k: v for k, v in kwargs.items() if k != "hidden_states"}, **{RIDER: capture})
+        layer.forward(
+            hidden, **{k: v for k, v in kwargs.items() if k != "hidden_states"}, **{PACKED_ATTENTION: capture}
+        )
     return capture
 
 
@@ -95,9 +97,7 @@ class _Keys:
             n_rows, n_own, n_prefix = len(self.sees), len(self.own), self.n_prefix
             # A row that sees nothing must not become NaN; its outcome is thrown away.
             hidden = ~self.sees & self.sees.any(1, keepdim=True)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
-                hidden, -torch.inf
-            )
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
             wide = mask.new_full((n_blocks, n_rows, n_prefix + n_blocks * n_own), -torch.inf)
             wide[:, :, :n_prefix] = mask[:, :n_prefix]
             for n in range(n_blocks):
@@ -113,9 +113,7 @@ class Attend:
     side by side. Query heads that share a key head (grouped-query attention) become further rows.
     """
 
-    def __init__(
-        self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict
-    ):
+    def __init__(self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict):
         self.clean, self.own, self.layer_mask, self.known = clean, own, mask, known
         self.groups = defaultdict(list)
         for block in blocks:
@@ -230,10 +228,10 @@ def _replaced(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scali
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
     """Hand attention to whoever rides on this call; without a rider it is the library's own."""
-    rider = kwargs.pop(RIDER, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    rider = kwargs.pop(PACKED_ATTENTION, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
     return rider(module, query, key, value, attention_mask, **kwargs)
 
 
 # Without a mask function of its own, an attention function is given no mask and silently sees the future.
-AttentionInterface.register(RIDER, _attention)
-AttentionMaskInterface.register(RIDER, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register(PACKED_ATTENTION, _attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -11,19 +11,27 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.models import VLM, compute_device
-from mmflow_utils.reference.engine import Keep
-from mmflow_utils.sweep.attention import RIDER, Attend, Block, Capture, allowed, as_index, keys_only
-from mmflow_utils.sweep.plan import Branch
+from mmflow_utils.engine.packed_attention import (
+    PACKED_ATTENTION,
+    Attend,
+    Block,
+    Capture,
+    allowed,
+    as_index,
+    keys_only,
+)
+from mmflow_utils.engine.plan import Branch
+from mmflow_utils.engine.reference import Keep
+from mmflow_utils.models.adapter import VLM, compute_device
+from mmflow_utils.prompts.encoding import Encoded
 
-__all__ = ["Ride", "layer_kwargs_at"]
+__all__ = ["PackedPass", "layer_kwargs_at"]
 
 # The positions whose rows are computed, branch by branch: the order of a packed sequence.
 Here = Mapping[Branch, tuple[int, ...]]
 
 
-class Ride:
+class PackedPass:
     """One clean pass with the rows of all branches beside it.
 
     Attributes:
@@ -36,9 +44,7 @@ class Ride:
         self.last = model.n_layers - 1
         self.resid_post: list[Tensor] = []
         self.finals: list[Tensor] = []  # the rows read after the last layer, slice by slice
-        self.zeroed: dict[
-            str, list[int]
-        ] = {}  # module intervention -> packed rows, while a layer runs on them
+        self.zeroed: dict[str, list[int]] = {}  # module intervention -> packed rows, while a layer runs on them
         self.known: dict = {}  # what Attend worked out about keys and masks
 
     def run(self, encoded: Encoded) -> dict[int, Shaped[Tensor, "n_read k"]]:
@@ -49,9 +55,7 @@ class Ride:
         if not self.branches:
             return {}
         norm = self.model.final_norm
-        rows = torch.cat(
-            [self._kept(self.model.unembed(norm(x.to(compute_device(norm))))) for x in self.finals]
-        )
+        rows = torch.cat([self._kept(self.model.unembed(norm(x.to(compute_device(norm))))) for x in self.finals])
         found, first = {}, 0
         for branch in (branch for some in self._slices(self.last) for branch in some):
             n_read = len(branch.reads(self.read))
@@ -87,7 +91,7 @@ class Ride:
                 handles.append(layer.register_forward_hook(partial(after, i)))
                 modules = {"attention_output": self.model.attention(i), "mlp_output": self.model.mlp(i)}
                 handles += [m.register_forward_hook(partial(zero, name)) for name, m in modules.items()]
-            with self.model.attention_kernel(RIDER):
+            with self.model.attention_kernel(PACKED_ATTENTION):
                 yield
         finally:
             for handle in handles:
@@ -105,11 +109,14 @@ class Ride:
         self._check_order(kwargs.get("attention_mask"))
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
-            return hidden, {**kwargs, RIDER: self.clean}
+            return hidden, {**kwargs, PACKED_ATTENTION: self.clean}
         self.clean = keys_only(layer, hidden, kwargs)
         rows = list(range(len(self.read)))
         block = Block(rows=rows, positions=tuple(self.read), low=self.read[0])
-        return hidden[:, self.read], {**layer_kwargs_at(kwargs, self.read), RIDER: self._attend([block])}
+        return hidden[:, self.read], {
+            **layer_kwargs_at(kwargs, self.read),
+            PACKED_ATTENTION: self._attend([block]),
+        }
 
     def _check_order(self, mask: Tensor | None) -> None:
         """Refuse rows that depend on what comes after them, as the tokens of an image do in some families."""
@@ -183,7 +190,7 @@ class Ride:
             here = {branch: branch.reads(self.read) for branch in some}
         blocks, zeroed = self._blocks(i, here, begins)
         index = self._index(here)
-        kwargs = {**self._kwargs_at(here), RIDER: self._attend(blocks, own)}
+        kwargs = {**self._kwargs_at(here), PACKED_ATTENTION: self._attend(blocks, own)}
         try:
             self.zeroed = zeroed
             # Not layer(...): its hooks are ours, and this is their work.
@@ -191,9 +198,7 @@ class Ride:
         finally:
             self.zeroed = {}
 
-    def _blocks(
-        self, i: int, here: Here, begins: Mapping[Branch, int]
-    ) -> tuple[list[Block], dict[str, list[int]]]:
+    def _blocks(self, i: int, here: Here, begins: Mapping[Branch, int]) -> tuple[list[Block], dict[str, list[int]]]:
         """Sort packed rows by what they attend to, and note those whose module output is zeroed."""
         blocks, zeroed, n_rows = [], defaultdict(list), 0
         for branch, positions in here.items():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mmflow_utils.flows import EDGE_INTERVENTIONS, Variant
+from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, Variant
 
 __all__ = ["Branch", "count_rows", "plan_branches"]
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import Variant
-from mmflow_utils.models import VLM, text_inputs
-from mmflow_utils.reference import run_reference
-from mmflow_utils.sweep.attention import RIDER
-from mmflow_utils.sweep.ride import layer_kwargs_at
+from mmflow_utils.engine.packed_attention import PACKED_ATTENTION
+from mmflow_utils.engine.packed_pass import layer_kwargs_at
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.models.adapter import VLM, text_inputs
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import Variant
 
 __all__ = [
     "Pruning",
@@ -59,7 +59,7 @@ class Removal:
 
     def __init__(self, model: VLM, encoded: Encoded, pruning: Pruning):
         self.model, self.pruning = model, pruning
-        self.image, self.n_tokens = image_positions(encoded), encoded.spans.n_tokens
+        self.image, self.n_tokens = image_positions(encoded), encoded.positions.n_tokens
         self.kept: list[int] = list(range(self.n_tokens))
         self.received: Float[Tensor, " n"] | None = None  # attention from the last position, mean over heads
         self._picked: tuple = ()  # what a layer was given, and what of it remains: the next is given the same
@@ -70,7 +70,7 @@ class Removal:
         # In decoding a layer is called with the rows of new tokens, none of which is gone.
         reads_prompt = kwargs["position_embeddings"][0].shape[-2] == self.n_tokens
         if reads_prompt and i == self.pruning.from_layer - 1 and self.pruning.choice == "attention":
-            return args, kwargs | {RIDER: self.watch}
+            return args, kwargs | {PACKED_ATTENTION: self.watch}
         if i < self.pruning.from_layer:
             return args, kwargs
         if reads_prompt and i == self.pruning.from_layer:
@@ -80,7 +80,7 @@ class Removal:
 
     def watch(self, module, query, key, value, attention_mask, *, scaling, **kwargs) -> tuple:
         """Attend as the library does, and note what the last position attends to: one row of the pattern."""
-        # Query heads that share keys are neighbours.
+        # Query heads that share keys are neighbors.
         last = query[0, :, -1].reshape(key.shape[1], -1, query.shape[-1])
         pattern = ((last @ key[0].transpose(1, 2)).float() * scaling).softmax(-1)
         self.received = pattern.flatten(0, 1).mean(0)
@@ -151,7 +151,7 @@ def image_tokens_removed(model: VLM, encoded: Encoded, pruning: Pruning | None) 
         if i >= pruning.from_layer - watched
     ]
     try:
-        with model.attention_kernel(RIDER) if watched else nullcontext():
+        with model.attention_kernel(PACKED_ATTENTION) if watched else nullcontext():
             yield removal
     finally:
         for handle in handles:
@@ -182,7 +182,7 @@ def image_positions(encoded: Encoded) -> list[int]:
     Raises:
         ValueError: the prompt shows no picture.
     """
-    spans = encoded.spans
+    spans = encoded.positions
     if "image" not in spans:
         raise ValueError(f"Expected a prompt with a picture: {spans.why_missing('image')}.")
     return sorted({*spans["image"], *spans.get("image_newline")})
@@ -262,9 +262,7 @@ def stop_tokens(model: VLM) -> list[int]:
 
 
 @torch.inference_mode()
-def compare_to_knockout(
-    model: VLM, encoded: Encoded, pruning: Pruning, *, knockout_from: int | None = None
-) -> float:
+def compare_to_knockout(model: VLM, encoded: Encoded, pruning: Pruning, *, knockout_from: int | None = None) -> float:
     """Hold a removal against the plain way: the same tokens blocked from all that remain, in the same layers.
 
     A removed token is one that nobody may attend to any more: what becomes of its own row doesn't matter.

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import Variant
-from mmflow_utils.models import VLM, text_inputs
+from mmflow_utils.models.adapter import VLM, text_inputs
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import Variant
 
 __all__ = ["Keep", "Run", "check_request", "intervene", "need_numbers", "run_reference"]
 
@@ -80,7 +80,7 @@ def run_reference(
 
     In the layers of a variant, for each of its causal edges (source <= target), in all heads:
 
-    - `mask`: the edge gets -inf before the softmax, and the target's attention renormalises over the keys
+    - `mask`: the edge gets -inf before the softmax, and the target's attention renormalizes over the keys
       left. A target with no key left gets nothing: its mixed values, before the output projection, are 0.
     - `zero_value`: the attention pattern stays, the value that runs along the edge is 0.
     - `mean_value`: the pattern stays; the value is the mean of the values of this target's sources in this
@@ -111,7 +111,7 @@ def run_reference(
 
     base, rows = kept(hidden), []
     for variant in variants:
-        with intervene(model, variant, encoded.spans.n_tokens):
+        with intervene(model, variant, encoded.positions.n_tokens):
             rows.append(kept(model.text(**kwargs).last_hidden_state))
         if progress:
             progress()
@@ -156,9 +156,7 @@ def intervene(model: VLM, variant: Variant, n_tokens: int) -> Iterator[None]:
         _remove(hooks)
 
 
-def _mask_edges(
-    hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]
-) -> None:
+def _mask_edges(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
     """Add the blocked edges to whatever mask the layer is given: causal, sliding or the library's own."""
     starved = torch.zeros(len(blocked), dtype=torch.bool)
 
@@ -197,9 +195,7 @@ def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tens
     return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
-def _replace_values(
-    hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]
-) -> None:
+def _replace_values(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
     """Run the layer's attention again with other values, and give the targets what comes out of that."""
     attention, value_proj = model.attention(layer), model.value_proj(layer)
     # Targets that see the same sources share a run.
@@ -228,9 +224,7 @@ def _replace_values(
     hooks.append(attention.register_forward_hook(rerun, with_kwargs=True))
 
 
-def _zero_module(
-    hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]
-) -> None:
+def _zero_module(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
     """Zero what a module adds to the residual stream at the target positions."""
     module = (model.attention if variant.intervention == "attention_output" else model.mlp)(layer)
 
@@ -251,9 +245,9 @@ def check_request(
     model: VLM, encoded: Encoded, variants: Sequence[Variant], read: int | Sequence[int] | None
 ) -> tuple[list[int], bool]:
     """Give the positions to read, and whether just one was asked for; refuse what isn't in the prompt."""
-    n_layers, n_tokens = model.n_layers, encoded.spans.n_tokens
+    n_layers, n_tokens = model.n_layers, encoded.positions.n_tokens
     one = read is None or isinstance(read, int)
-    positions = [encoded.spans.last if read is None else read] if one else list(read)
+    positions = [encoded.positions.last if read is None else read] if one else list(read)
     inside = all(0 <= position < n_tokens for position in positions)
     if not positions or not inside or positions != sorted({*positions}):
         raise ValueError(
@@ -262,12 +256,9 @@ def check_request(
         )
     for variant in variants:
         if variant.layers and variant.layers[-1] >= n_layers:
-            raise ValueError(
-                f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}."
-            )
+            raise ValueError(f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}.")
         if (position := max((*variant.target, *variant.source))) >= n_tokens:
             raise ValueError(
-                f"A variant names position {position}, but the prompt has {n_tokens} tokens, image tokens "
-                "expanded."
+                f"A variant names position {position}, but the prompt has {n_tokens} tokens, image tokens expanded."
             )
     return positions, one

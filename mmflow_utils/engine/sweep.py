@@ -20,12 +20,12 @@ from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.flows import Variant
-from mmflow_utils.models import VLM
-from mmflow_utils.reference.engine import Keep, Run, check_request, run_reference
-from mmflow_utils.sweep.plan import count_rows, plan_branches
-from mmflow_utils.sweep.ride import Ride
+from mmflow_utils.engine.packed_pass import PackedPass
+from mmflow_utils.engine.plan import count_rows, plan_branches
+from mmflow_utils.engine.reference import Keep, Run, check_request, run_reference
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import Variant
 
 __all__ = ["count_rows", "engine", "run_sweep"]
 
@@ -64,7 +64,7 @@ def run_sweep(
         >>> run_sweep(model, encoded, planned).variants.shape
         torch.Size([72, 440])
         >>> words = lambda logits: logits.topk(10).indices
-        >>> run_sweep(model, encoded, planned, read=encoded.spans["question"], keep=words).variants.shape
+        >>> run_sweep(model, encoded, planned, read=encoded.positions["question"], keep=words).variants.shape
         torch.Size([72, 8, 10])
     """
     read, one = check_request(model, encoded, variants, read)
@@ -74,13 +74,13 @@ def run_sweep(
     # In the order of their families: those that share their start come into one chunk.
     order = [n for b in plan_branches(variants, read=read, n_layers=n_layers) for n in b.variants]
     rows: dict[int, Tensor] = {}
-    clean: list[Ride] = []
+    clean: list[PackedPass] = []
 
     def ride(size: int) -> None:
         while not clean or len(rows) < len(order):
             now = order[len(rows) : len(rows) + size]
             branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
-            this = Ride(model, branches, read, keep)
+            this = PackedPass(model, branches, read, keep)
             rows.update((now[n], kept) for n, kept in this.run(encoded).items())
             clean[:] = clean or [this]
 

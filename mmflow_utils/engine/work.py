@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmflow_utils.encode import Encoded
-from mmflow_utils.models import VLM
-from mmflow_utils.pruning.remove import Pruning, image_positions
+from mmflow_utils.engine.pruning import Pruning, image_positions
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded
 
 __all__ = ["Work", "count_work", "equal_work", "prompt_lengths", "work_of"]
 
@@ -90,7 +90,7 @@ def prompt_lengths(n_layers: int, n_tokens: int, n_image: int, pruning: Pruning 
 def work_of(model: VLM, encoded: Encoded, pruning: Pruning | None = None, *, n_new: int = 1) -> Work:
     """Count the decoder's work on a prompt, with or without image tokens, in the model's own precision."""
     config, n_image = model.text.config, len(image_positions(encoded))
-    lengths = prompt_lengths(model.n_layers, encoded.spans.n_tokens, n_image, pruning)
+    lengths = prompt_lengths(model.n_layers, encoded.positions.n_tokens, n_image, pruning)
     return count_work(config, lengths, n_new=n_new, itemsize=model.dtype.itemsize)
 
 
@@ -120,7 +120,5 @@ def equal_work(
         for n in range(len(image_positions(encoded)) + 1)
     ]
     flops = work_of(model, encoded, pruning).first_token_flops
-    n_fitting = bisect_right(
-        rivals, flops, key=lambda rival: work_of(model, encoded, rival).first_token_flops
-    )
+    n_fitting = bisect_right(rivals, flops, key=lambda rival: work_of(model, encoded, rival).first_token_flops)
     return rivals[n_fitting - 1] if n_fitting else None

@@ -1,7 +1,7 @@
 """Which questions does the model answer correctly? The samples that every experiment reads (§4, App. A).
 
 Example:
-    >>> asked = ask_questions(model, draw(samples, n=60, seed=0, by=lambda s: (s.structural, s.semantic)))
+    >>> asked = ask_questions(model, stratified_sample(samples, n=60, seed=0, by=lambda s: (s.structural, s.semantic)))
     >>> group_accuracy(asked)  # the paper's Table 2
     >>> load_samples(model, params, "ChooseAttr")  # correctly answered; curated if that wasn't done yet
 """
@@ -15,24 +15,26 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.models import VLM
+from mmflow_utils.analysis.stats import summarize
+from mmflow_utils.data.authors import read_authors
+from mmflow_utils.data.captions import add_captions, captions_file
+from mmflow_utils.data.gqa import read_gqa
+from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, samples_to_frame
+from mmflow_utils.engine.reference import need_numbers
+from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
-from mmflow_utils.reference.engine import need_numbers
-from mmflow_utils.samples import (
-    Sample,
-    add_captions,
-    captions_file,
-    frame_to_samples,
-    is_correct,
-    read_authors,
-    read_gqa,
-    samples_to_frame,
-)
-from mmflow_utils.stats import summarise
-from mmflow_utils.store import load_frame, manifest, save_frame
+from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.results.frames import load_frame, manifest, save_frame
 
-__all__ = ["answer", "ask_questions", "curate", "draw", "group_accuracy", "load_samples", "read_questions"]
+__all__ = [
+    "answer",
+    "ask_questions",
+    "curate",
+    "stratified_sample",
+    "group_accuracy",
+    "load_samples",
+    "read_questions",
+]
 
 # What a curated set depends on: everything else may change without asking the model again.
 DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples")
@@ -73,13 +75,15 @@ def _judge(model: VLM, sample: Sample) -> dict:
     return row | dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
 
 
-def draw(samples: Iterable[Sample], *, n: int | None, seed: int, by: Callable[[Sample], Any]) -> list[Sample]:
+def stratified_sample(
+    samples: Iterable[Sample], *, n: int | None, seed: int, by: Callable[[Sample], Any]
+) -> list[Sample]:
     """Draw at most `n` samples (None for all) of each kind that `by` tells apart, in a seeded order.
 
     The order of one kind depends neither on the other kinds nor on `n`: the draw of a kind begins with any
     smaller draw of it.
 
-    >>> draw([], n=3, seed=0, by=lambda sample: sample.task)
+    >>> stratified_sample([], n=3, seed=0, by=lambda sample: sample.task)
     []
     """
     kinds: dict[object, list[Sample]] = {}
@@ -105,7 +109,7 @@ def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
         structural, semantic, accuracy_pct, ci_low and ci_high (95 %), n and n_clusters (pictures).
     """
     heard = asked[asked.prediction.notna()].assign(accuracy_pct=lambda f: 100.0 * f.correct)
-    table = summarise(heard, "accuracy_pct", by=("structural", "semantic"), n_boot=n_boot, seed=seed)
+    table = summarize(heard, "accuracy_pct", by=("structural", "semantic"), n_boot=n_boot, seed=seed)
     return table.rename(columns={"mean": "accuracy_pct"})
 
 
@@ -146,9 +150,7 @@ def _until_enough(model: VLM, candidates: list[Sample], n: int) -> Iterator[tupl
         yield sample, row
 
 
-def read_questions(
-    params: Params, *, tasks: Iterable[str] | None = None
-) -> tuple[list[Sample], pd.DataFrame]:
+def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tuple[list[Sample], pd.DataFrame]:
     """Read the parameters' GQA files; also a frame of what couldn't be read, with the reasons.
 
     Where `questions` names a folder, it is that of the authors' CSV files: exactly their questions, with

@@ -10,12 +10,20 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.flows import MODULE_INTERVENTIONS, Flow, Intervention, Variant, flow_problem, variants
-from mmflow_utils.models import VLM
-from mmflow_utils.reference import Run, rounding, run_reference
-from mmflow_utils.samples import Sample
-from mmflow_utils.sweep import engine
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.checks import rounding
+from mmflow_utils.engine.reference import Run, run_reference
+from mmflow_utils.engine.sweep import engine
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import (
+    MODULE_INTERVENTIONS,
+    Flow,
+    Intervention,
+    Variant,
+    flow_problem,
+    variants,
+)
 
 __all__ = ["COLUMNS", "knockout_sweep"]
 
@@ -99,7 +107,7 @@ def knockout_sweep(
         if not found:
             continue
         planned = variants(
-            encoded.spans,
+            encoded.positions,
             found,
             window=window,
             n_layers=model.n_layers,
@@ -119,7 +127,7 @@ def _blockable(
     encoded: Encoded, flows: Iterable[Flow], intervention: Intervention, skipped: list[dict[str, str]]
 ) -> list[Flow]:
     """Keep the flows that this prompt has; note the others with their reason."""
-    spans, found = encoded.spans, []
+    spans, found = encoded.positions, []
     for flow in flows:
         names = (flow.target,) if intervention in MODULE_INTERVENTIONS else (flow.source, flow.target)
         for name in names:
@@ -147,9 +155,7 @@ def _check(model: VLM, encoded: Encoded, planned: Sequence[Variant], run: Run, t
     return worst
 
 
-def _measure(
-    model: VLM, sample: Sample, planned: Sequence[Variant], run: Run, window: int
-) -> list[dict[str, Any]]:
+def _measure(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run, window: int) -> list[dict[str, Any]]:
     """Turn logits into rows: one per variant."""
     token = int(run.base.argmax())
     base, changed = run.base.double().log_softmax(-1), run.variants.double().log_softmax(-1)

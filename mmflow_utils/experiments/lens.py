@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.findings import fixed
-from mmflow_utils.models import VLM, compute_device
-from mmflow_utils.reference import Run, rounding, run_reference
-from mmflow_utils.samples import Sample
-from mmflow_utils.stats import summarise
+from mmflow_utils.analysis.sentences import format_number
+from mmflow_utils.analysis.stats import summarize
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.checks import rounding
+from mmflow_utils.engine.reference import Run, run_reference
+from mmflow_utils.models.adapter import VLM, compute_device
+from mmflow_utils.prompts.encoding import Encoded, encode
 
 __all__ = [
     "LENS_COLUMNS",
@@ -86,7 +87,7 @@ def logit_lens(
 
     Example:
         >>> frame = logit_lens(model, samples)
-        >>> summarise(frame, "probability", by=("task", "protocol", "word", "layer"))
+        >>> summarize(frame, "probability", by=("task", "protocol", "word", "layer"))
     """
     protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
     _check_protocols(protocols)
@@ -164,7 +165,7 @@ def decision_curves(decisions: pd.DataFrame, *, n_layers: int) -> pd.DataFrame:
 
     Example:
         >>> curves = decision_curves(decision_layers(frame), n_layers=model.n_layers)
-        >>> summarise(curves, "share_pct", by=("task", "protocol", "word", "event", "layer"))
+        >>> summarize(curves, "share_pct", by=("task", "protocol", "word", "event", "layer"))
     """
     events = {"Was on top": "first_layer", "Stays on top": "settled_layer"}
     keys = decisions.drop(columns=list(events.values()))
@@ -192,11 +193,11 @@ def describe_decisions(
         if settled.empty:
             lines.append(f"{name}: the answer is never the most probable word to the end ({counted}).")
             continue
-        row = summarise(settled, "settled_layer", by=["task"], n_boot=n_boot, seed=seed).iloc[0]
-        interval = f"95 % interval {fixed(row.ci_low)} to {fixed(row.ci_high)}"
+        row = summarize(settled, "settled_layer", by=["task"], n_boot=n_boot, seed=seed).iloc[0]
+        interval = f"95 % interval {format_number(row.ci_low)} to {format_number(row.ci_high)}"
         lines.append(
             f"{name}: on average the answer first becomes the most probable word after layer "
-            f"{fixed(settled.first_layer.mean())} and stays so from layer {fixed(row['mean'])} on "
+            f"{format_number(settled.first_layer.mean())} and stays so from layer {format_number(row['mean'])} on "
             f"({interval}, {counted}, on {row.n_clusters} images)."
         )
     return lines

@@ -14,20 +14,20 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.models import VLM
-from mmflow_utils.pruning.remove import (
+from mmflow_utils.data.sample import Sample, is_correct, load_image
+from mmflow_utils.engine.checks import rounding
+from mmflow_utils.engine.pruning import (
     Pruning,
     compare_to_knockout,
     greedy_decode,
     image_positions,
     prompt_embeds,
 )
-from mmflow_utils.pruning.work import equal_work, work_of
-from mmflow_utils.reference import rounding
-from mmflow_utils.samples import Sample, is_correct, load_image
+from mmflow_utils.engine.work import equal_work, work_of
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode
 
-__all__ = ["WAY_COLOURS", "picture_sweep", "prune_sweep"]
+__all__ = ["WAY_COLORS", "picture_sweep", "prune_sweep"]
 
 LAST_LAYERS, RANDOM, FASTV, SMALLER = (
     "No image in the last layers",
@@ -35,8 +35,8 @@ LAST_LAYERS, RANDOM, FASTV, SMALLER = (
     "FastV",
     "Smaller picture",
 )
-WAY_COLOURS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALLER: "#117733"}
-"""The ways to save work, and their colours."""
+WAY_COLORS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALLER: "#117733"}
+"""The ways to save work, and their colors."""
 
 COLUMNS = (
     "sample_id",
@@ -94,9 +94,7 @@ def prune_sweep(
     """
     counts = sorted({0, *removed})
     if counts[0] < 0 or counts[-1] > model.n_layers:
-        raise ValueError(
-            f"`removed` counts layers, 0 to {model.n_layers} in this model, got {list(removed)}."
-        )
+        raise ValueError(f"`removed` counts layers, 0 to {model.n_layers} in this model, got {list(removed)}.")
     rows: list[dict[str, Any]] = []
     differences: list[float] = []
     for n, sample in enumerate(tqdm(list(samples), desc="Pruning", unit="question", disable=not progress)):
@@ -192,9 +190,7 @@ def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
     }
 
 
-def _cost(
-    model: VLM, encoded: Encoded, pruning: Pruning | None, *, whole: Encoded | None = None
-) -> dict[str, Any]:
+def _cost(model: VLM, encoded: Encoded, pruning: Pruning | None, *, whole: Encoded | None = None) -> dict[str, Any]:
     """Count what a removal costs, in percent of the intact model, or of another prompt's whole."""
     n_image, n_layers = len(image_positions(encoded)), model.n_layers
     pruning = pruning or Pruning(from_layer=n_layers)

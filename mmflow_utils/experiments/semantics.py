@@ -16,8 +16,11 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.flows import (
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.sweep import engine
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import (
     EDGE_INTERVENTIONS,
     IMAGE_TO_QUESTION,
     MODULE_INTERVENTIONS,
@@ -27,9 +30,6 @@ from mmflow_utils.flows import (
     flow_problem,
     variants,
 )
-from mmflow_utils.models import VLM
-from mmflow_utils.samples import Sample
-from mmflow_utils.sweep import engine
 
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
 
@@ -77,7 +77,7 @@ def module_knockout(
 
     Example:
         >>> frame = module_knockout(model, samples, window=9)
-        >>> summarise(frame, "jaccard", by=("task", "knockout", "layer"))
+        >>> summarize(frame, "jaccard", by=("task", "knockout", "layer"))
     """
     if unknown := [name for name in modules if name not in MODULE_INTERVENTIONS]:
         raise ValueError(f"modules must be among {', '.join(MODULE_INTERVENTIONS)}, got {unknown}.")
@@ -102,7 +102,7 @@ def question_semantics(
         model: the model.
         samples: questions that it answers correctly.
         flows: what to cut.
-        window: width in layers, centred; the paper's is 9.
+        window: width in layers, centered; the paper's is 9.
         positions: the position set where words are read.
         intervention: what is done at the edges.
         options: `top_k`, the words read at a position (10); `pooled`, False to compare (position, word)
@@ -121,9 +121,7 @@ def question_semantics(
         ValueError: a position set that no prompt has; a bad window, layer or `top_k`; what `encode` refuses.
     """
     if intervention not in EDGE_INTERVENTIONS:
-        raise ValueError(
-            f"intervention must be one of {', '.join(EDGE_INTERVENTIONS)}, got {intervention!r}."
-        )
+        raise ValueError(f"intervention must be one of {', '.join(EDGE_INTERVENTIONS)}, got {intervention!r}.")
     flows = (flows,) if isinstance(flows, Flow) else flows
     plan = [(str(flow), flow, intervention) for flow in flows]
     return _measure_each(model, samples, plan, window=window, positions=positions, **options)
@@ -171,9 +169,7 @@ def top_words(
             f"Expected positions to read and a top_k of 1 to {n_words} words, got {len(positions)} positions "
             f"and a top_k of {top_k}."
         )
-    run = engine(method)(
-        model, encoded, variants, read=positions, keep=lambda logits: logits.topk(top_k).indices
-    )
+    run = engine(method)(model, encoded, variants, read=positions, keep=lambda logits: logits.topk(top_k).indices)
     return run.base, run.variants
 
 
@@ -201,7 +197,7 @@ def _measure_each(
             (label, variant)
             for label, flow, intervention in _possible(encoded, plan, positions, skipped)
             for variant in variants(
-                encoded.spans,
+                encoded.positions,
                 [flow],
                 window=window,
                 n_layers=model.n_layers,
@@ -211,10 +207,8 @@ def _measure_each(
         ]
         if not planned:
             continue
-        read = encoded.spans[positions]
-        measure = partial(
-            _similarities, model, encoded, [v for _, v in planned], read, top_k=top_k, pooled=pooled
-        )
+        read = encoded.positions[positions]
+        measure = partial(_similarities, model, encoded, [v for _, v in planned], read, top_k=top_k, pooled=pooled)
         similar = measure(method)
         if method == "sweep" and len(differences) < n_check:
             differences.append(_check(similar, measure("reference"), model, sample))
@@ -270,7 +264,7 @@ def _possible(
     skipped: list[dict[str, str]],
 ) -> list[tuple[str, Flow, Intervention]]:
     """Keep what this prompt has; note the rest with its reason. A name that no prompt knows is an error."""
-    spans, found = encoded.spans, []
+    spans, found = encoded.positions, []
     for label, flow, intervention in plan:
         for name in (flow.source, flow.target, positions):
             if name not in spans and name not in spans.missing:

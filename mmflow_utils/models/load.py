@@ -114,13 +114,9 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         fetched = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_FILES))
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"{where}, and the hub refuses it (is the name right, and the revision?): {reason}"
-        ) from None
+        raise ValueError(f"{where}, and the hub refuses it (is the name right, and the revision?): {reason}") from None
     except (HTTPError, OSError) as error:
-        raise ValueError(
-            f"{where}, and the hub can't be reached ({type(error).__name__}): {advice}"
-        ) from None
+        raise ValueError(f"{where}, and the hub can't be reached ({type(error).__name__}): {advice}") from None
     if problem := _incomplete(fetched):
         raise ValueError(
             f"The hub's {checkpoint!r} has no {problem}: store it once with save_pretrained, which writes "

@@ -40,9 +40,7 @@ def find_device(params: Any) -> torch.device:
     return device
 
 
-def weights_options(
-    params: Any, device: torch.device, kind: type, config: PreTrainedConfig
-) -> dict[str, Any]:
+def weights_options(params: Any, device: torch.device, kind: type, config: PreTrainedConfig) -> dict[str, Any]:
     """Give `from_pretrained` its precision and placement.
 
     Weights go straight to their device, one after another: no copy of the whole model is made on the way.
@@ -57,9 +55,7 @@ def weights_options(
     if params.dtype not in QUANTIZED:
         return place | {"dtype": getattr(torch, params.dtype)}
     how, dtype = QUANTIZED[params.dtype]
-    how = BitsAndBytesConfig(
-        **how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_outside_decoder(kind, config)
-    )
+    how = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_outside_decoder(kind, config))
     return place | {"dtype": dtype, "quantization_config": how}
 
 

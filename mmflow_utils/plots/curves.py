@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmflow_utils.plots.style import (
-    FLOW_COLOURS,
-    TASK_COLOURS,
+    FLOW_COLORS,
+    TASK_COLORS,
     TASK_ORDER,
     label_outside,
     legend_handle,
@@ -35,7 +35,7 @@ def plot_flow(
     """Draw what blocking each flow does to the answer's probability, by layer (paper, Figs 3 to 5).
 
     Args:
-        summary: from `summarise`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
+        summary: from `summarize`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
         title: in place of the usual one.
         window: layers blocked at once, for the subtitle.
         model: the model's name, for the subtitle.
@@ -65,13 +65,13 @@ def plot_curves(
     y_label: str = "Mean",
     title: str = "",
     subtitle: str = "",
-    colours: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
     zero_line: bool = True,
 ) -> Figure:
     """Draw a summary: a panel per value of `panel`, in it a curve with its interval per value of `line`.
 
     Args:
-        summary: from `summarise`: mean, ci_low, ci_high, and n if known.
+        summary: from `summarize`: mean, ci_low, ci_high, and n if known.
         line: the column that tells curves apart. Numbers, such as window sizes, get an ordered scale.
         panel: the column that tells panels apart; a summary that lacks it makes one panel.
         across: a second column that tells panels apart: its values stand side by side, those of `panel` one
@@ -81,16 +81,16 @@ def plot_curves(
         y_label: label of the mean, with its unit.
         title: bold first line.
         subtitle: second line: model, window, kind of interval.
-        colours: colours by value of `line`, in place of the flows' own; their order is the legend's.
+        colors: colors by value of `line`, in place of the flows' own; their order is the legend's.
         zero_line: mark 0.
 
     Raises:
         ValueError: a column is missing or nothing is left to draw.
     """
     data = _drawable(summary, [panel, *([across] if across else [])], line, x)
-    panels = ordered(data[panel], (*TASK_ORDER, *FLOW_COLOURS))
+    panels = ordered(data[panel], (*TASK_ORDER, *FLOW_COLORS))
     aside = ordered(data[across], ()) if across else [None]
-    lines = line_looks(data[line], colours, (*(colours or {}), *FLOW_COLOURS))
+    lines = line_looks(data[line], colors, (*(colors or {}), *FLOW_COLORS))
     limits = _limits(data)
     handles = [legend_handle(*look) for look in lines.values()]
     columns = len(aside) if across else None
@@ -102,10 +102,10 @@ def plot_curves(
         axis.set_title(_n_text(part), loc="right", fontsize=9, fontweight="normal", color="#555555")
         if zero_line:
             axis.axhline(0, color="#444444", linewidth=0.9, zorder=1.5, label="_zero")
-        for value, (label, colour, dashes) in lines.items():
+        for value, (label, color, dashes) in lines.items():
             curve = part[part[line] == value].sort_values(x)
             if len(curve):
-                _draw_curve(axis, curve, x, label, colour, dashes)
+                _draw_curve(axis, curve, x, label, color, dashes)
         axis.set(xlim=(-0.5, data[x].max() + 0.5), ylim=limits)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     label_outside(figure, axes, x_label, y_label)
@@ -114,7 +114,7 @@ def plot_curves(
 
 @styled
 def plot_learning_curves(
-    frame: pd.DataFrame, *, title: str = "Learning curves", subtitle: str = "", colours: Mapping | None = None
+    frame: pd.DataFrame, *, title: str = "Learning curves", subtitle: str = "", colors: Mapping | None = None
 ) -> Figure:
     """Draw a training run: one panel per metric, one line per task, stages one after the other.
 
@@ -123,7 +123,7 @@ def plot_learning_curves(
             on from stage to stage or begin anew.
         title: bold first line.
         subtitle: second line.
-        colours: colours by task, in place of our own.
+        colors: colors by task, in place of our own.
 
     Raises:
         ValueError: a column is missing or there are no rows.
@@ -131,18 +131,16 @@ def plot_learning_curves(
     need(frame, ["stage", "step", "metric", "task", "value"])
     data, spans = _steps_end_to_end(frame.dropna(subset="value"))
     data = data.assign(task=data["task"].astype(object).where(data["task"].notna(), "all"))
-    looks = line_looks(data["task"], colours or TASK_COLOURS | {"all": "#333333"}, (*TASK_ORDER, "all"))
+    looks = line_looks(data["task"], colors or TASK_COLORS | {"all": "#333333"}, (*TASK_ORDER, "all"))
     metrics = list(dict.fromkeys(data["metric"]))
-    figure, axes = panel_grid(
-        len(metrics), title, subtitle, [legend_handle(*look) for look in looks.values()]
-    )
+    figure, axes = panel_grid(len(metrics), title, subtitle, [legend_handle(*look) for look in looks.values()])
     for axis, metric in zip(axes, metrics, strict=True):
         axis.set_title(_metric_name(metric), loc="left", pad=7 if len(spans) < 2 else 20)
-        for task, (label, colour, dashes) in looks.items():
+        for task, (label, color, dashes) in looks.items():
             curve = data[(data["metric"] == metric) & (data["task"] == task)].sort_values("at")
             mark = {"marker": "o", "markersize": 3} if len(curve) < 30 else {}
             for _, part in curve.groupby("stage", sort=False):  # no line across stages: the data change there
-                axis.plot(part["at"], part["value"], color=colour, label=label, linestyle=dashes, **mark)
+                axis.plot(part["at"], part["value"], color=color, label=label, linestyle=dashes, **mark)
         axis.margins(x=0.02)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         for i, (stage, (start, end)) in enumerate(spans.items() if len(spans) > 1 else ()):
@@ -164,19 +162,16 @@ def _drawable(summary: pd.DataFrame, panels: list[str], line: str, x: str) -> pd
         data = data.assign(**{panel: ""})
     if data.duplicated([*panels, line, x]).any():
         raise ValueError(
-            f"several rows have the same {', '.join(panels)}, {line} and {x}: select one model and one "
-            "setting"
+            f"several rows have the same {', '.join(panels)}, {line} and {x}: select one model and one setting"
         )
     return data
 
 
-def _draw_curve(axis: plt.Axes, curve: pd.DataFrame, x: str, label: str, colour: str, dashes: str) -> None:
+def _draw_curve(axis: plt.Axes, curve: pd.DataFrame, x: str, label: str, color: str, dashes: str) -> None:
     low, high = curve["ci_low"].astype(float), curve["ci_high"].astype(float)
-    axis.fill_between(curve[x], low, high, color=colour, alpha=0.17, linewidth=0, label=label)
-    marker = (
-        {"marker": "o", "markersize": 3.6} if len(curve) <= 16 else {}
-    )  # dots show that layers are discrete
-    axis.plot(curve[x], curve["mean"], color=colour, linestyle=dashes, label=label, **marker)
+    axis.fill_between(curve[x], low, high, color=color, alpha=0.17, linewidth=0, label=label)
+    marker = {"marker": "o", "markersize": 3.6} if len(curve) <= 16 else {}  # dots show that layers are discrete
+    axis.plot(curve[x], curve["mean"], color=color, linestyle=dashes, label=label, **marker)
 
 
 def _limits(data: pd.DataFrame) -> tuple[float, float]:

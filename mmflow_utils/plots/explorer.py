@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmflow_utils.plots.image_patches import squares
-from mmflow_utils.plots.style import add_title, flow_colour, need, ordered, shown, styled
+from mmflow_utils.plots.style import add_title, flow_color, need, ordered, shown, styled
 
 
 @styled
@@ -59,17 +59,15 @@ def _draw_picture(axis: plt.Axes, pixels: np.ndarray, patches: pd.DataFrame) -> 
 
 
 def _draw_curves(axis: plt.Axes, frame: pd.DataFrame, flow: str, layer: int) -> None:
-    """The chosen flow in its colour with its layer marked, the others pale."""
+    """The chosen flow in its color with its layer marked, the others pale."""
     for name in sorted(ordered(frame["flow"], ()), key=lambda name: name == flow):  # the chosen one on top
         curve = frame[frame["flow"] == name].sort_values("layer")
         chosen = name == flow
-        look = {"color": flow_colour(name), "alpha": 1.0 if chosen else 0.25, "label": shown(name)}
-        axis.plot(
-            curve["layer"], curve["rel_change_pct"], marker="o", markersize=3.6 if chosen else 0, **look
-        )
+        look = {"color": flow_color(name), "alpha": 1.0 if chosen else 0.25, "label": shown(name)}
+        axis.plot(curve["layer"], curve["rel_change_pct"], marker="o", markersize=3.6 if chosen else 0, **look)
     here = frame[(frame["flow"] == flow) & (frame["layer"] == layer)]["rel_change_pct"].iloc[0]
     axis.axvline(layer, color="#444444", linewidth=0.9, linestyle=(0, (2, 2)), label="_layer")
-    axis.plot(layer, here, "o", markersize=9, color=flow_colour(flow), markeredgecolor="white", label="_here")
+    axis.plot(layer, here, "o", markersize=9, color=flow_color(flow), markeredgecolor="white", label="_here")
     axis.axhline(0, color="#444444", linewidth=0.9, zorder=1.5, label="_zero")
     axis.set_title(shown(flow))
     axis.set(xlabel="Layer", ylabel="Change in probability (%)", xlim=(-0.5, frame["layer"].max() + 0.5))

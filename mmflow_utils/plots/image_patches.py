@@ -1,4 +1,4 @@
-"""Image patches over the picture, coloured by position set, and the distribution of their norms."""
+"""Image patches over the picture, colored by position set, and the distribution of their norms."""
 
 from collections.abc import Iterable, Mapping
 from math import ceil
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from mmflow_utils.flows import pretty_name
-from mmflow_utils.plots.style import add_title, need, set_colour, styled
+from mmflow_utils.plots.style import add_title, need, set_color, styled
+from mmflow_utils.prompts.flows import pretty_name
 
 _VIEWS = ("Whole picture", "Tiles")
 
@@ -29,7 +29,7 @@ def plot_image_patches(
     width: float = 3.2,
     columns: int = 3,
 ) -> Figure:
-    """Draw which piece of the picture each image token stands for, coloured by position set.
+    """Draw which piece of the picture each image token stands for, colored by position set.
 
     Args:
         image: the stored picture, a PIL picture or an array (height, width, 3).
@@ -61,7 +61,7 @@ def plot_image_patches(
             look = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
             axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
     names = list(dict.fromkeys(kind for part in panels.values() for kind in part["set"].dropna()))
-    handles = [Patch(color=set_colour(kind), alpha=0.7, label=pretty_name(kind)) for kind in names]
+    handles = [Patch(color=set_color(kind), alpha=0.7, label=pretty_name(kind)) for kind in names]
     in_row = max(1, int(columns * width / 2.3))
     room, gap = 0.15 + 0.22 * ceil(len(handles) / in_row), 0.35  # inches: the legend, a panel's title
     wide = (columns * width - 0.2) / (columns + 0.06 * (columns - 1))
@@ -89,10 +89,8 @@ def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.
 def squares(group: pd.DataFrame, kind: str | None) -> PatchCollection:
     # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
     squares = [Rectangle((p.x - 0.5, p.y - 0.5), p.w, p.h) for p in group.itertuples()]
-    fill = to_rgba(set_colour(kind), 0.45) if kind else "none"
-    return PatchCollection(
-        squares, facecolor=fill, edgecolor=(1, 1, 1, 0.7), linewidth=0.6, label=kind or "in no set"
-    )
+    fill = to_rgba(set_color(kind), 0.45) if kind else "none"
+    return PatchCollection(squares, facecolor=fill, edgecolor=(1, 1, 1, 0.7), linewidth=0.6, label=kind or "in no set")
 
 
 @styled
@@ -119,19 +117,15 @@ def plot_norms(
     low, high = min(values.min(), threshold), max(values.max(), threshold)
     step = (high - low) / 60 or 1.0
     # A bin's edge at the threshold: no bar stands on both sides of it.
-    bins = threshold + step * np.arange(
-        -ceil((threshold - low) / step) - 1, ceil((high - threshold) / step) + 2
-    )
+    bins = threshold + step * np.arange(-ceil((threshold - low) / step) - 1, ceil((high - threshold) / step) + 2)
     above = values > threshold
     for part, kind, label in (
         (~above, "image", "not above"),
         (above, "image_high_norm", "above the threshold"),
     ):
         text = f"{label}: {int(part.sum()):,} image patches"
-        axis.hist(values[part], bins=bins, color=set_colour(kind), alpha=0.85, label=text)
-    axis.axvline(
-        threshold, color="#333333", linewidth=1.2, linestyle="--", label=f"threshold {threshold:.1f}"
-    )
+        axis.hist(values[part], bins=bins, color=set_color(kind), alpha=0.85, label=text)
+    axis.axvline(threshold, color="#333333", linewidth=1.2, linestyle="--", label=f"threshold {threshold:.1f}")
     axis.set(yscale="log", xlabel="Norm of the features that the projector receives", ylabel="Image patches")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.10g}"))
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.4, borderpad=0)

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mmflow_utils.plots.style import FLOW_COLOURS, add_title, need, ordered, shown, styled
+from mmflow_utils.plots.style import FLOW_COLORS, add_title, need, ordered, shown, styled
 
 # White at no change, so that what a cut does not touch recedes, and only the grid is seen; a rise is rare and
 # another hue.
@@ -15,9 +15,7 @@ CHANGE = LinearSegmentedColormap.from_list(
 
 
 @styled
-def plot_map(
-    frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str = "", subtitle: str = ""
-) -> Figure:
+def plot_map(frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str = "", subtitle: str = "") -> Figure:
     """Draw the change in the answer's probability for each flow (row) and layer (column).
 
     Args:
@@ -31,7 +29,7 @@ def plot_map(
     """
     need(frame, ["flow", "layer", value])
     cells = frame.pivot_table(index="flow", columns="layer", values=value, aggfunc="mean")
-    cells = cells.loc[ordered(frame["flow"], tuple(FLOW_COLOURS))]
+    cells = cells.loc[ordered(frame["flow"], tuple(FLOW_COLORS))]
     width = min(10.0, 2.4 + 0.62 * cells.shape[1])
     figure, axis = plt.subplots(figsize=(width, 0.55 + 0.48 * len(cells)))
     top = max(100.0, float(cells.max(axis=None)))  # drops run to -100 %, rises know no bound
@@ -40,7 +38,7 @@ def plot_map(
     for (row, name), column in ((r, c) for r in enumerate(cells.index) for c in cells.columns):
         change = cells.loc[name, column]
         if abs(change) >= 5:
-            colour = "white" if change < -45 else "#1A1A1A"
+            color = "white" if change < -45 else "#1A1A1A"
             axis.text(
                 column,
                 row,
@@ -48,7 +46,7 @@ def plot_map(
                 ha="center",
                 va="center",
                 fontsize=8,
-                color=colour,
+                color=color,
             )
     axis.invert_yaxis()
     axis.set_yticks(range(len(cells)), [shown(name) for name in cells.index])

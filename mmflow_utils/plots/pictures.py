@@ -12,14 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from mmflow_utils.findings import fixed
+from mmflow_utils.analysis.sentences import format_number
 from mmflow_utils.plots.style import add_title, need, ordered, styled
 
 
 @styled
-def plot_accuracy(
-    frame: pd.DataFrame, *, title: str = "Accuracy by kind of question", subtitle: str = ""
-) -> Figure:
+def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of question", subtitle: str = "") -> Figure:
     """Draw accuracy as the table of structural x semantic groups (Table 2 of the paper), with n in each cell.
 
     Args:
@@ -41,16 +39,16 @@ def plot_accuracy(
     columns = ordered(frame["semantic"], ("obj", "attr", "cat", "rel", "global"))
     names = {"obj": "Object", "attr": "Attribute", "cat": "Category", "rel": "Relation", "global": "Global"}
     figure, axis = plt.subplots(figsize=(1.1 + 1.35 * len(columns), 0.1 + 0.85 * len(rows)))
-    colours = mpl.colormaps["Blues"]  # up to 0.6 of it, where dark text still stands out
+    colors = mpl.colormaps["Blues"]  # up to 0.6 of it, where dark text still stands out
     for row in frame.to_dict("records"):
         at = (columns.index(row["semantic"]), rows.index(row["structural"]))
         known = row["n"] > 0 and np.isfinite(row["accuracy_pct"])
-        shade = colours(0.6 * row["accuracy_pct"] / 100) if known else "#F2F2F2"
+        shade = colors(0.6 * row["accuracy_pct"] / 100) if known else "#F2F2F2"
         axis.add_patch(Rectangle((at[0] - 0.48, at[1] - 0.46), 0.96, 0.92, color=shade, linewidth=0))
-        big = f"{fixed(row['accuracy_pct'])} %" if known else "–"
+        big = f"{format_number(row['accuracy_pct'])} %" if known else "–"
         small = f"n = {int(row['n']):,}"
         if known and np.isfinite(row.get("ci_low", np.nan)):
-            small = f"{fixed(row['ci_low'], 0)} to {fixed(row['ci_high'], 0)}, {small}"
+            small = f"{format_number(row['ci_low'], 0)} to {format_number(row['ci_high'], 0)}, {small}"
         axis.text(
             at[0],
             at[1] - 0.12,
@@ -76,7 +74,7 @@ def plot_accuracy(
 def plot_sample(
     image: object, boxes: Mapping | Iterable = (), *, title: str = "", subtitle: str = "", width: float = 5.0
 ) -> Figure:
-    """Draw a picture with its labelled boxes.
+    """Draw a picture with its labeled boxes.
 
     Args:
         image: a PIL picture or an array (height, width, 3).
@@ -98,10 +96,10 @@ def plot_sample(
             absent.append(str(label))
             continue
         x, y, w, h = box if isinstance(box, tuple | list) else (box.x, box.y, box.w, box.h)
-        colour = palette[len(taken) % len(palette)]
+        color = palette[len(taken) % len(palette)]
         halo = [withStroke(linewidth=4.5, foreground="white")]
         # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
-        rectangle = Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=colour, linewidth=2.2)
+        rectangle = Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=color, linewidth=2.2)
         rectangle.set(path_effects=halo, label=str(label), clip_on=False)
         axis.add_patch(rectangle)
         inch = pixels.shape[0] / height  # in pixels of the picture
@@ -110,7 +108,7 @@ def plot_sample(
         while any(abs(top - other) < line and abs(x - left) < pixels.shape[1] / 4 for left, other in taken):
             top += line
         taken.append((x, top))
-        patch = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "white", "linewidth": 0.8}
+        patch = {"boxstyle": "square,pad=0.15", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
         text = {"color": "white", "fontsize": 8.5, "fontweight": "bold", "va": "top"}
         axis.text(x + 0.01 * inch, top, str(label), bbox=patch, **text)
     figure.set_size_inches(width, height + (0.4 if absent else 0.1))
@@ -137,16 +135,12 @@ def plot_contact_sheet(
         ValueError: no pictures, or captions whose number differs from the pictures'.
     """
     if not len(images) or len(captions) not in (0, len(images)):
-        raise ValueError(
-            f"expected pictures and as many captions (or none), got {len(images)} and {len(captions)}"
-        )
+        raise ValueError(f"expected pictures and as many captions (or none), got {len(images)} and {len(captions)}")
     columns = min(columns, len(images))
     rows, cell = ceil(len(images) / columns), 10.0 / max(columns, 3)
     wrapped = [textwrap.fill(str(caption), int(cell * 13.5)) for caption in captions] or [""] * len(images)
     lines = max(text.count("\n") + 1 if text else 0 for text in wrapped)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(cell * columns, rows * (cell + 0.17 * lines)), squeeze=False
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, rows * (cell + 0.17 * lines)), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, text in zip(axes.flat, images, wrapped, strict=False):

@@ -1,4 +1,4 @@
-"""The prompt, token by token, coloured by position set."""
+"""The prompt, token by token, colored by position set."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,32 +8,30 @@ from itertools import groupby
 from IPython.display import HTML
 from matplotlib.colors import to_rgb
 
-from mmflow_utils.flows import pretty_name
-from mmflow_utils.plots.style import SET_COLOURS, set_colour
+from mmflow_utils.plots.style import SET_COLORS, set_color
+from mmflow_utils.prompts.flows import pretty_name
 
 _IMAGE_SETS = ("image", "image_newline", "image_related", "image_other")
 
 
 def plot_prompt(tokens: Sequence[str], spans: object) -> HTML:
-    """Show a prompt's tokens, coloured by position set, with a legend.
+    """Show a prompt's tokens, colored by position set, with a legend.
 
-    A token has the colour of the smallest set that holds it (an option within the question). Sets that are
+    A token has the color of the smallest set that holds it (an option within the question). Sets that are
     mere remainders (question_without_...) or unions (options) aren't drawn. A run of image tokens is a chip.
 
     Args:
         tokens: the prompt's tokens as text, one per position.
-        spans: the prompt's `Spans`, or a mapping from name to positions.
+        spans: the prompt's `PositionSets`, or a mapping from name to positions.
 
     Returns:
-        HTML without scripts, all text escaped, legible on light and dark pages: text keeps the page's colour.
+        HTML without scripts, all text escaped, legible on light and dark pages: text keeps the page's color.
 
     Raises:
         ValueError: a set holds a position that the tokens don't have.
     """
     sets = {name: tuple(at) for name, at in getattr(spans, "sets", spans).items()}
-    drawn = [
-        n for n in sets if sets[n] and "_without_" not in n and (n != "options" or "option_true" not in sets)
-    ]
+    drawn = [n for n in sets if sets[n] and "_without_" not in n and (n != "options" or "option_true" not in sets)]
     if (furthest := max((p for name in drawn for p in sets[name]), default=-1)) >= len(tokens):
         raise ValueError(
             f"a set holds position {furthest}, but there are {len(tokens)} tokens: are image tokens expanded?"
@@ -49,17 +47,12 @@ def plot_prompt(tokens: Sequence[str], spans: object) -> HTML:
             chips.append(_image_chip(run, owner))
         else:
             chips += [_token_chip(tokens[p], p, owner.get(p)) for p in run]
-    order = sorted(drawn, key=lambda n: list(SET_COLOURS).index(n) if n in SET_COLOURS else len(SET_COLOURS))
+    order = sorted(drawn, key=lambda n: list(SET_COLORS).index(n) if n in SET_COLORS else len(SET_COLORS))
     legend = [
-        f'<span style="white-space:nowrap">{_dot(n)}{escape(pretty_name(n))} ({len(sets[n])})</span>'
-        for n in order
+        f'<span style="white-space:nowrap">{_dot(n)}{escape(pretty_name(n))} ({len(sets[n])})</span>' for n in order
     ]
     absent = [f"{escape(pretty_name(n))}: {escape(why)}" for n, why in getattr(spans, "missing", {}).items()]
-    note = (
-        f'<div style="font-size:0.85em;opacity:0.75">Not in this prompt: {"; ".join(absent)}</div>'
-        if absent
-        else ""
-    )
+    note = f'<div style="font-size:0.85em;opacity:0.75">Not in this prompt: {"; ".join(absent)}</div>' if absent else ""
     return HTML(
         '<div class="mmflow-prompt" style="max-width:60em;line-height:2.1">'
         f'<div style="display:flex;flex-wrap:wrap;gap:0 1.2em;font-size:0.9em">{"".join(legend)}</div>'
@@ -68,9 +61,9 @@ def plot_prompt(tokens: Sequence[str], spans: object) -> HTML:
 
 
 def _dot(name: str) -> str:
-    # A border in the text's colour, since dark colours would vanish on a dark page.
+    # A border in the text's color, since dark colors would vanish on a dark page.
     square = "display:inline-block;width:0.8em;height:0.8em;margin-right:0.35em;border-radius:2px"
-    return f'<span style="{square};background:{set_colour(name)};border:1px solid currentColor"></span>'
+    return f'<span style="{square};background:{set_color(name)};border:1px solid currentColor"></span>'
 
 
 def _chip_style(name: str | None) -> str:
@@ -79,8 +72,8 @@ def _chip_style(name: str | None) -> str:
         return f"{base};opacity:0.75"
     if name == "last":  # its near-black would vanish on a dark page
         return f"{base};background:rgba(128,128,128,0.3);border-bottom:3px solid currentColor"
-    red, green, blue = (round(255 * part) for part in to_rgb(set_colour(name)))
-    return f"{base};background:rgba({red},{green},{blue},0.22);border-bottom:3px solid {set_colour(name)}"
+    red, green, blue = (round(255 * part) for part in to_rgb(set_color(name)))
+    return f"{base};background:rgba({red},{green},{blue},0.22);border-bottom:3px solid {set_color(name)}"
 
 
 def _token_chip(token: str, position: int, name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The look of all figures: colours that mean one thing everywhere, and the frame around panels."""
+"""The look of all figures: colors that mean one thing everywhere, and the frame around panels."""
 
 import textwrap
 from collections import Counter
@@ -15,13 +15,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mmflow_utils import flows
+from mmflow_utils.prompts import flows
 
 TASK_ORDER = ("ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr")
 _TASK_SHADES = ("#332288", "#3D9BD1", "#117733", "#B59A00", "#CC5A6E", "#7A1F5C")
-TASK_COLOURS = dict(zip(TASK_ORDER, _TASK_SHADES, strict=True))
+TASK_COLORS = dict(zip(TASK_ORDER, _TASK_SHADES, strict=True))
 
-SET_COLOURS = {  # one colour per position set, the same in prompts, pictures and curves
+SET_COLORS = {  # one color per position set, the same in prompts, pictures and curves
     "question": "#0072B2",
     "image": "#D55E00",
     "last": "#333333",
@@ -44,25 +44,25 @@ _SPARE = ("#44AA99", "#999933", "#6A4C93", "#CC5A6E", "#117733")
 _WHOLE = ("image", "image_related", "image_other", "image_random", "captions", "last", "question")
 
 
-def set_colour(name: str) -> str:
-    """Give the colour of a position set; an unknown one gets a spare by its name, the same everywhere."""
-    return SET_COLOURS.get(name, _SPARE[crc32(name.encode()) % len(_SPARE)])
+def set_color(name: str) -> str:
+    """Give the color of a position set; an unknown one gets a spare by its name, the same everywhere."""
+    return SET_COLORS.get(name, _SPARE[crc32(name.encode()) % len(_SPARE)])
 
 
-def _colour_of(flow: flows.Flow) -> str:
+def _color_of(flow: flows.Flow) -> str:
     if flow.source in ("image", "captions") and flow.target == "question":
-        return "#009E73"  # it stands beside Image -> Last in one figure, so it can't have the image's colour
+        return "#009E73"  # it stands beside Image -> Last in one figure, so it can't have the image's color
     # A flow into a part of the question is told apart by that part, any other by where it comes from.
-    return set_colour(flow.source if flow.target in _WHOLE else flow.target)
+    return set_color(flow.source if flow.target in _WHOLE else flow.target)
 
 
 _FIRST = (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION, *flows.IMAGE_PATCHES_TO_QUESTION)  # a legend's order
-_ALL = [flows.Flow(source=source, target=target) for source in SET_COLOURS for target in SET_COLOURS]
-FLOW_COLOURS = {str(flow): _colour_of(flow) for flow in dict.fromkeys((*_FIRST, *_ALL))}
+_ALL = [flows.Flow(source=source, target=target) for source in SET_COLORS for target in SET_COLORS]
+FLOW_COLORS = {str(flow): _color_of(flow) for flow in dict.fromkeys((*_FIRST, *_ALL))}
 
 # The words that the logit lens follows, and what becomes of the answer among all words. False options are
-# both grey and differ by their dashes: what matters is how far the answer is from them.
-WORD_COLOURS = {
+# both gray and differ by their dashes: what matters is how far the answer is from them.
+WORD_COLORS = {
     "Capitalized answer": "#332288",
     "Noncapitalized answer": "#D1603D",
     "False option": "#8A8A8A",
@@ -70,7 +70,7 @@ WORD_COLOURS = {
     "Was on top": "#3D9BD1",
     "Stays on top": "#117733",
 }
-MODULE_COLOURS = {"Attention": "#3D9BD1", "MLP": "#7A1F5C"}
+MODULE_COLORS = {"Attention": "#3D9BD1", "MLP": "#7A1F5C"}
 
 STYLE = {
     "figure.dpi": 100,
@@ -110,14 +110,14 @@ def set_style() -> None:
     mpl.rcParams.update(STYLE)
 
 
-def flow_colour(flow: object) -> str:
-    """Give the colour of a flow, the same in every figure; an unknown flow gets one by its name.
+def flow_color(flow: object) -> str:
+    """Give the color of a flow, the same in every figure; an unknown flow gets one by its name.
 
     Example:
-        >>> flow_colour("Question -> Last")
+        >>> flow_color("Question -> Last")
         '#0072B2'
     """
-    return FLOW_COLOURS.get(str(flow)) or _SPARE[crc32(str(flow).encode()) % len(_SPARE)]
+    return FLOW_COLORS.get(str(flow)) or _SPARE[crc32(str(flow).encode()) % len(_SPARE)]
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -146,29 +146,27 @@ def ordered(values: pd.Series, first: Sequence[object]) -> list:
 
 def need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
     if missing := [column for column in columns if column not in frame]:
-        raise ValueError(
-            f"expected the columns {', '.join(missing)}, but the frame has {', '.join(map(str, frame))}"
-        )
+        raise ValueError(f"expected the columns {', '.join(missing)}, but the frame has {', '.join(map(str, frame))}")
     if frame.empty:
         raise ValueError("expected rows to draw, got an empty frame: was every sample skipped?")
 
 
-def line_looks(values: pd.Series, colours: Mapping | None, first: Sequence = tuple(FLOW_COLOURS)) -> dict:
-    """Map each line to (label, colour, dashes); lines of one colour in one figure differ by their dashes."""
+def line_looks(values: pd.Series, colors: Mapping | None, first: Sequence = tuple(FLOW_COLORS)) -> dict:
+    """Map each line to (label, color, dashes); lines of one color in one figure differ by their dashes."""
     if pd.api.types.is_numeric_dtype(values):
         numbers = sorted(set(values))
         scale = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(numbers)))
         return {n: (f"{values.name} {n:g}", to_hex(c), "-") for n, c in zip(numbers, scale, strict=True)}
     looks, used = {}, Counter()
     for value in ordered(values, first):
-        colour = (colours or {}).get(value) or flow_colour(value)
-        looks[value] = (shown(value), colour, ("-", "--", ":", "-.")[used[colour] % 4])
-        used[colour] += 1
+        color = (colors or {}).get(value) or flow_color(value)
+        looks[value] = (shown(value), color, ("-", "--", ":", "-.")[used[color] % 4])
+        used[color] += 1
     return looks
 
 
-def legend_handle(label: str, colour: str, dashes: str) -> Line2D:
-    return Line2D([], [], color=colour, linestyle=dashes, label=label, linewidth=2.4)
+def legend_handle(label: str, color: str, dashes: str) -> Line2D:
+    return Line2D([], [], color=color, linestyle=dashes, label=label, linewidth=2.4)
 
 
 def panel_grid(
@@ -200,9 +198,7 @@ def panel_grid(
     return figure, list(axes.flat[:n])
 
 
-def label_outside(
-    figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str, *, share_y: bool = True
-) -> None:
+def label_outside(figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str, *, share_y: bool = True) -> None:
     """Label the outer panels only; a panel with none below it counts as outer."""
     columns = axes[0].get_subplotspec().get_gridspec().ncols
     for i, axis in enumerate(axes):

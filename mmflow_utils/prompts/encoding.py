@@ -1,7 +1,7 @@
 """A sample and a model to input tensors and named positions; boxes of the picture to image tokens.
 
 encoded = encode(model, sample)
-encoded.spans["question"], encoded.spans["image_related"]
+encoded.positions["question"], encoded.positions["image_related"]
 """
 
 import re
@@ -16,9 +16,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mmflow_utils.models import VLM
-from mmflow_utils.positions import Spans, question_sets, tokens_in
-from mmflow_utils.samples import Box, Sample, load_image
+from mmflow_utils.data.sample import Box, Sample, load_image
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.positions import PositionSets, question_sets, tokens_in
 
 __all__ = ["Encoded", "encode", "find_image_patches", "processed_drawing"]
 
@@ -39,7 +39,7 @@ class Encoded:
 
     sample: Sample
     inputs: dict[str, Tensor]
-    spans: Spans
+    spans: PositionSets
     prompt: str
     tokens: tuple[str, ...]
 
@@ -61,7 +61,7 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
             cuts the prompt unlike the processor.
 
     Example:
-        >>> spans = encode(model, sample).spans
+        >>> spans = encode(model, sample).positions
         >>> spans["last"] == (spans.n_tokens - 1,)
         True
     """
@@ -98,9 +98,9 @@ def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tu
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    if "image" not in encoded.spans:
-        raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
-    positions = sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
+    if "image" not in encoded.positions:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
+    positions = sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
     flags = _flag_tokens(model, load_image(encoded.sample).size, encoded.inputs, boxes)
     if len(flags) != len(positions):
         raise ValueError(_unaligned(len(flags), len(positions)))
@@ -110,7 +110,7 @@ def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tu
 def processed_drawing(model: VLM, drawing: Image.Image) -> Float[Tensor, "tiles 3 height width"]:
     """Send a drawing the way of a picture: padded, resized, cropped, cut into tiles by the processor.
 
-    Colours come out from 0 to 1, unnormalised; padding is black.
+    Colors come out from 0 to 1, unnormalized; padding is black.
     """
     # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
     processed = model.processor(
@@ -170,12 +170,12 @@ def _picture_options(model: VLM) -> dict[str, bool]:
     return {} if model.has_tiles else {"do_pad": False}
 
 
-def _square(model: VLM, picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+def _square(model: VLM, picture: Image.Image, color: tuple[int, ...]) -> Image.Image:
     """Pad a picture to a square, where the parameter says so, as LLaVA-1.5's own code does."""
     if model.has_tiles or not model.do_pad:
         return picture
     side = max(picture.size)
-    square = Image.new("RGB", (side, side), colour)
+    square = Image.new("RGB", (side, side), color)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
 
@@ -196,9 +196,7 @@ def _offsets(
             families tokens about them. These have no characters of the prompt.
     """
     if not model.tokenizer.is_fast:
-        raise ValueError(
-            f"{model.name} needs a tokenizer with character offsets: a tokenizer.json beside the weights."
-        )
+        raise ValueError(f"{model.name} needs a tokenizer with character offsets: a tokenizer.json beside the weights.")
     begin, end = placeholder or (len(text), len(text))
     whole = text[:begin] + written + text[end:]
     cut = model.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=_wants_special(model, text))
@@ -220,13 +218,10 @@ def _offsets(
     return [in_prompt(*pair) for pair in cut["offset_mapping"]]
 
 
-def _token_texts(
-    model: VLM, ids: Sequence[int], text: str, offsets: Sequence[tuple[int, int]]
-) -> tuple[str, ...]:
+def _token_texts(model: VLM, ids: Sequence[int], text: str, offsets: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
     return tuple(
-        text[start:end] or model.tokenizer.decode([token])
-        for token, (start, end) in zip(ids, offsets, strict=True)
+        text[start:end] or model.tokenizer.decode([token]) for token, (start, end) in zip(ids, offsets, strict=True)
     )
 
 
@@ -251,7 +246,7 @@ def _hold_in_context(model: VLM, sample: Sample, n_tokens: int) -> None:
 
 def _find_text(
     sample: Sample, text: str, chars: Mapping[str, tuple[int, int]], offsets: Sequence[tuple[int, int]]
-) -> Spans:
+) -> PositionSets:
     options = (sample.option_true, sample.option_false)
     sets, missing = question_sets(
         text[: chars["{question}"][1]],
@@ -264,12 +259,12 @@ def _find_text(
         sets["captions"] = tokens_in(offsets, *chars["{caption}"])
     else:
         missing["captions"] = "the prompt holds no caption"
-    return Spans(n_tokens=len(offsets), sets=sets | {"last": (len(offsets) - 1,)}, missing=missing)
+    return PositionSets(n_tokens=len(offsets), sets=sets | {"last": (len(offsets) - 1,)}, missing=missing)
 
 
 def _name_patches(
-    model: VLM, spans: Spans, sample: Sample, size: tuple[int, int], inputs: Mapping[str, Tensor]
-) -> Spans:
+    model: VLM, spans: PositionSets, sample: Sample, size: tuple[int, int], inputs: Mapping[str, Tensor]
+) -> PositionSets:
     """Part the image tokens into newlines, patches under a box of the question's objects, and the others."""
     boxes = [thing.box for thing in sample.objects if thing.box]
     flags = _flag_tokens(model, size, inputs, boxes)
@@ -290,9 +285,7 @@ def _name_patches(
         return spans.with_missing(image_related=reason, image_other=reason)
     if "image_related" not in spans:
         return spans.with_missing(image_related="every box lies outside what the model sees of the picture")
-    return (
-        spans if "image_other" in spans else spans.with_missing(image_other="boxes cover the whole picture")
-    )
+    return spans if "image_other" in spans else spans.with_missing(image_other="boxes cover the whole picture")
 
 
 def _flag_tokens(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import floor
 from typing import Literal, get_args
 
-from mmflow_utils.positions import Spans
+from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = [
     "CAPTIONS_TO_LAST",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
-Placement = Literal["centred", "forward"]
+Placement = Literal["centered", "forward"]
 MODULE_INTERVENTIONS = ("attention_output", "mlp_output")
 EDGE_INTERVENTIONS = tuple(name for name in get_args(Intervention) if name not in MODULE_INTERVENTIONS)
 
@@ -65,7 +65,7 @@ def pretty_name(name: str) -> str:
 class Flow:
     """Information that leaves the positions `source` (keys) and would reach the positions `target` (queries).
 
-    Both are names of position sets (`Spans`). Geva et al. call the query `source`: here it is the `target`.
+    Both are names of position sets (`PositionSets`). Geva et al. call the query `source`: here it is the `target`.
 
     >>> str(Flow(source="question", target="last"))
     'Question -> Last'
@@ -115,9 +115,7 @@ class Variant:
         for name in ("target", "source"):
             _check_positions(name, getattr(self, name))
         if self.source and self.intervention in MODULE_INTERVENTIONS:
-            raise ValueError(
-                f"{self.intervention!r} zeroes a module at its target positions: leave source empty"
-            )
+            raise ValueError(f"{self.intervention!r} zeroes a module at its target positions: leave source empty")
 
     @property
     def n_layers_blocked(self) -> int:
@@ -125,14 +123,14 @@ class Variant:
         return len(self.layers)
 
 
-def window_layers(layer: int, *, window: int, n_layers: int, placement: Placement = "centred") -> range:
+def window_layers(layer: int, *, window: int, n_layers: int, placement: Placement = "centered") -> range:
     """Give the layers of the window that belongs to a layer.
 
     Args:
         layer: Layer (0-based).
         window: Width in layers; the paper's is 9.
         n_layers: Number of decoder layers L.
-        placement: `centred` gives `max(0, l - w//2) … min(L, l + ceil(w/2)) - 1` (§3.2, App. B); `forward`
+        placement: `centered` gives `max(0, l - w//2) … min(L, l + ceil(w/2)) - 1` (§3.2, App. B); `forward`
             gives `l … min(l + w, L) - 1`, the module knockout's (App. D).
 
     Raises:
@@ -149,7 +147,7 @@ def window_layers(layer: int, *, window: int, n_layers: int, placement: Placemen
         raise ValueError(f"layer {layer} is outside the model: its layers are 0 to {n_layers - 1}")
     if placement not in get_args(Placement):
         raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
-    before = window // 2 if placement == "centred" else 0
+    before = window // 2 if placement == "centered" else 0
     return range(max(0, layer - before), min(n_layers, layer - before + window))
 
 
@@ -171,10 +169,10 @@ def window_sizes(n_layers: int) -> list[int]:
     return sorted({max(1, floor(width * scale + 0.5)) for width in _PAPER_WINDOWS})
 
 
-def flow_problem(spans: Spans, flow: Flow, *, intervention: Intervention = "mask") -> str | None:
+def flow_problem(spans: PositionSets, flow: Flow, *, intervention: Intervention = "mask") -> str | None:
     """Say why a flow can't be blocked in a prompt, or None when it can.
 
-    >>> spans = Spans(n_tokens=4, sets={"question": (1, 2), "last": (3,)}, missing={"image": "text only"})
+    >>> spans = PositionSets(n_tokens=4, sets={"question": (1, 2), "last": (3,)}, missing={"image": "text only"})
     >>> flow_problem(spans, Flow(source="last", target="question"))
     'no position of Last comes before one of Question: nothing flows back in time'
     >>> flow_problem(spans, Flow(source="question", target="last")) is None
@@ -191,7 +189,7 @@ def flow_problem(spans: Spans, flow: Flow, *, intervention: Intervention = "mask
 
 
 def variants(
-    spans: Spans,
+    spans: PositionSets,
     flows: Iterable[Flow],
     *,
     window: int,
@@ -209,7 +207,7 @@ def variants(
         n_layers: Number of decoder layers.
         layers: Layers to visit, every layer by default.
         intervention: What is done to the edges or modules.
-        placement: How the window lies about its layer; by default as in the paper, `centred` for edges and
+        placement: How the window lies about its layer; by default as in the paper, `centered` for edges and
             `forward` for modules.
 
     Returns:
@@ -219,7 +217,7 @@ def variants(
         ValueError: No flow; a flow whose positions are missing or empty, or that runs against causality (see
             `flow_problem`); a layer outside the model or named twice; a bad window or intervention.
 
-    >>> spans = Spans(n_tokens=6, sets={"image": (1, 2), "question": (3, 4), "last": (5,)})
+    >>> spans = PositionSets(n_tokens=6, sets={"image": (1, 2), "question": (3, 4), "last": (5,)})
     >>> [v.layers for v in variants(spans, IMAGE_TO_QUESTION, window=3, n_layers=3)]
     [range(0, 2), range(0, 3), range(1, 3)]
     """
@@ -227,13 +225,11 @@ def variants(
     flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
     layers = range(n_layers) if layers is None else tuple(layers)
     if not flows or not layers:
-        raise ValueError(
-            f"expected at least one flow and one layer, got {len(flows)} flows, {len(layers)} layers"
-        )
+        raise ValueError(f"expected at least one flow and one layer, got {len(flows)} flows, {len(layers)} layers")
     if len(set(layers)) < len(layers):
         raise ValueError(f"layers names a layer twice: {list(layers)}")
     modules = intervention in MODULE_INTERVENTIONS
-    placement = placement or ("forward" if modules else "centred")
+    placement = placement or ("forward" if modules else "centered")
     windows = [(i, window_layers(i, window=window, n_layers=n_layers, placement=placement)) for i in layers]
     found = []
     for flow in flows:

@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from mmflow_utils.encode import Encoded, encode, find_image_patches, processed_drawing
-from mmflow_utils.flows import IMAGE_PATCHES_TO_QUESTION, Flow
-from mmflow_utils.models import VLM
-from mmflow_utils.positions import Spans
-from mmflow_utils.samples import Box, Sample, load_image
+from mmflow_utils.data.sample import Box, Sample, load_image
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode, find_image_patches, processed_drawing
+from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
+from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = [
     "control_flows",
@@ -42,7 +42,7 @@ def locate_image_patches(
 ) -> pd.DataFrame:
     """Say which piece of the stored picture each image token stands for.
 
-    A drawing whose colours are its own coordinates goes through the model's picture processor; where a colour
+    A drawing whose colors are its own coordinates goes through the model's picture processor; where a color
     comes out, there that pixel went. So it holds for any resizing, cropping, padding and tiling.
 
     Args:
@@ -58,20 +58,20 @@ def locate_image_patches(
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    if "image" not in encoded.spans:
-        raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
+    if "image" not in encoded.positions:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
     edges = _patch_edges(model, load_image(encoded.sample).size)
     overview = range(len(edges))[model.overview_tile]
     views = torch.tensor([[[float(tile != overview)]] * edges.shape[1] for tile in range(len(edges))])
     values = model.in_token_order(torch.cat([views, edges], dim=-1), encoded.inputs).numpy()
-    positions = np.array(sorted(encoded.spans["image"] + encoded.spans.get("image_newline")))
+    positions = np.array(sorted(encoded.positions["image"] + encoded.positions.get("image_newline")))
     if len(values) != len(positions):
         raise ValueError(
             f"This model's {len(positions)} image tokens are not the {len(values)} patches of its picture."
         )
     seen = ~np.isnan(values[:, 0])
     view, left, top, right, bottom = values[seen].astype(float).T
-    names = {p: name for name in reversed(sets) for p in encoded.spans.get(name)}
+    names = {p: name for name in reversed(sets) for p in encoded.positions.get(name)}
     return pd.DataFrame(
         {
             "position": positions[seen],
@@ -141,9 +141,9 @@ def encode_random_patches(
     """
     encoded = encode(model, sample)
     names = [f"image_random_{draw}" for draw in range(1, n_draws + 1)]
-    spans = encoded.spans
+    spans = encoded.positions
     if reason := spans.missing.get("image_related") or spans.missing.get("image_other"):
-        return replace(encoded, spans=spans.with_missing(**dict.fromkeys(names, reason)))
+        return replace(encoded, positions=spans.with_missing(**dict.fromkeys(names, reason)))
     patches, size = locate_image_patches(model, encoded), load_image(sample).size
     boxes = [thing.box for thing in sample.objects if thing.box]
     rng = np.random.default_rng([seed, crc32(sample.sample_id.encode())])
@@ -153,8 +153,8 @@ def encode_random_patches(
         found[name] = set(find_image_patches(model, encoded, moved or ())) - related
     if not all(found.values()):
         reason = "the picture has no room for boxes of that size beside the related image patches"
-        return replace(encoded, spans=spans.with_missing(**dict.fromkeys(names, reason)))
-    return replace(encoded, spans=spans.with_(**found))
+        return replace(encoded, positions=spans.with_missing(**dict.fromkeys(names, reason)))
+    return replace(encoded, positions=spans.with_(**found))
 
 
 def control_flows(n_draws: int) -> tuple[Flow, ...]:
@@ -186,10 +186,10 @@ def merge_draws(frame: pd.DataFrame) -> pd.DataFrame:
     return together
 
 
-def count_image_patches(spans: Spans) -> dict[str, float]:
+def count_image_patches(spans: PositionSets) -> dict[str, float]:
     """Count the image patches of each set of a prompt; the random draws are averaged, and NaN if absent.
 
-    >>> spans = Spans(n_tokens=4, sets={"image": (0, 1, 2), "image_random_1": (2,)})
+    >>> spans = PositionSets(n_tokens=4, sets={"image": (0, 1, 2), "image_random_1": (2,)})
     >>> count_image_patches(spans)["image_random"]
     1.0
     """
@@ -243,7 +243,7 @@ def _edges(
 ) -> Float[np.ndarray, " patches_plus_1"]:
     """Fit the straight line from processed to stored pixels along an axis, and read it at the patches' edges.
 
-    Colours have 256 steps, which is coarser than a pixel in a large picture; the line is not.
+    Colors have 256 steps, which is coarser than a pixel in a large picture; the line is not.
     """
     n_pixels = shade.shape[1 - axis]
     used = np.flatnonzero(inside.any(axis))

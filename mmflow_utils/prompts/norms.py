@@ -13,10 +13,10 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.flows import IMAGE_PATCHES_TO_QUESTION, Flow
-from mmflow_utils.models import VLM, picture_features
-from mmflow_utils.samples import Sample
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.models.adapter import VLM, picture_features
+from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
 
 __all__ = [
     "SINK_FLOWS",
@@ -50,16 +50,16 @@ class NormThreshold:
 def patch_norms(model: VLM, encoded: Encoded) -> Float[np.ndarray, " image_patches"]:
     """Give the norm of each image patch's features, as the projector receives them (App. E).
 
-    In the order of `encoded.spans["image"]`; newline tokens have no features.
+    In the order of `encoded.positions["image"]`; newline tokens have no features.
 
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    if "image" not in encoded.spans:
-        raise ValueError(f"Expected a prompt with a picture: {encoded.spans.why_missing('image')}.")
+    if "image" not in encoded.positions:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
     norms = picture_features(model, encoded.inputs).float().norm(dim=-1, keepdim=True).cpu()
     ordered = model.in_token_order(norms, encoded.inputs)[:, 0].numpy()
-    ordered, n_tokens = ordered[~np.isnan(ordered)], len(encoded.spans["image"])
+    ordered, n_tokens = ordered[~np.isnan(ordered)], len(encoded.positions["image"])
     if len(ordered) != n_tokens:
         raise ValueError(f"This model's {n_tokens} image tokens are not its tower's {len(ordered)} patches.")
     return ordered
@@ -75,15 +75,11 @@ def measure_norms(model: VLM, samples: Iterable[Sample], *, progress: bool = Tru
     parts = []
     for image_id, sample in tqdm(first.items(), desc="Norms", unit="picture", disable=not progress):
         norms = patch_norms(model, encode(model, sample))
-        parts.append(
-            pd.DataFrame({"image_id": image_id, "image_patch": np.arange(len(norms)), "norm": norms})
-        )
+        parts.append(pd.DataFrame({"image_id": image_id, "image_patch": np.arange(len(norms)), "norm": norms}))
     return pd.concat(parts, ignore_index=True)
 
 
-def find_norm_threshold(
-    norms: Sequence[float] | np.ndarray | pd.Series, *, given: float = 0.0
-) -> NormThreshold:
+def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, given: float = 0.0) -> NormThreshold:
     """Find the norm above which patches are outliers, or take the one `given`.
 
     The paper reads 57 off its distribution for CLIP-L-336. Without such a reading: Tukey's outer fence of the
@@ -115,9 +111,7 @@ def find_norm_threshold(
         return NormThreshold(value=fence, rule="Tukey's outer fence of the log norms")
     n_above = min(max(1, round(PAPER_SHARE * len(norms))), len(norms) - 1)
     value = norms[-1] if len(norms) == 1 else norms[-n_above - 1 : len(norms) - n_above + 1].mean()
-    return NormThreshold(
-        value=float(value), rule="no patch beyond Tukey's outer fence; the paper's share of patches"
-    )
+    return NormThreshold(value=float(value), rule="no patch beyond Tukey's outer fence; the paper's share of patches")
 
 
 def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
@@ -127,7 +121,7 @@ def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
     `image_other_low_norm`; where one is empty it is missing, with the reason.
     """
     encoded = encode(model, sample)
-    spans, norms = encoded.spans, patch_norms(model, encoded)
+    spans, norms = encoded.positions, patch_norms(model, encoded)
     high = {p for p, norm in zip(spans["image"], norms, strict=True) if norm > threshold}
     found, missing = {}, {}
     for name in ("image_related", "image_other"):
@@ -137,4 +131,4 @@ def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
     missing["image_high_norm"] = f"no image patch has a norm above {threshold:.1f}"
     empty = {name: reason for name, reason in missing.items() if not found[name]}
     spans = spans.with_(**{name: held for name, held in found.items() if held}).with_missing(**empty)
-    return replace(encoded, spans=spans)
+    return replace(encoded, positions=spans)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 __all__ = [
-    "Spans",
+    "PositionSets",
     "find_objects",
     "find_options",
     "find_phrase",
@@ -36,7 +36,7 @@ _IRREGULAR = {
 
 
 @dataclass(frozen=True)
-class Spans:
+class PositionSets:
     """The position sets of one prompt.
 
     Attributes:
@@ -51,7 +51,7 @@ class Spans:
     Raises:
         ValueError: A position outside the prompt.
 
-    >>> spans = Spans(n_tokens=5, sets={"image": [1, 2], "last": [4]}, missing={"objects": "none is named"})
+    >>> spans = PositionSets(n_tokens=5, sets={"image": [1, 2], "last": [4]}, missing={"objects": "none is named"})
     >>> spans["image"], spans.last, "objects" in spans
     ((1, 2), 4, False)
     >>> spans.with_(question=[3])["question"]
@@ -93,18 +93,14 @@ class Spans:
     def why_missing(self, name: str) -> str:
         """Say why the prompt has no set of that name."""
         reason = self.missing.get(name)
-        return (
-            f"{name}: {reason}"
-            if reason
-            else f"no position set {name!r}; this prompt has {', '.join(self.sets)}"
-        )
+        return f"{name}: {reason}" if reason else f"no position set {name!r}; this prompt has {', '.join(self.sets)}"
 
-    def with_(self, **sets: Iterable[int]) -> "Spans":
+    def with_(self, **sets: Iterable[int]) -> "PositionSets":
         """Give a copy with some sets added or replaced."""
         missing = {name: reason for name, reason in self.missing.items() if name not in sets}
         return replace(self, sets={**self.sets, **sets}, missing=missing)
 
-    def with_missing(self, **reasons: str) -> "Spans":
+    def with_missing(self, **reasons: str) -> "PositionSets":
         """Give a copy in which some sets are absent, each for a recorded reason."""
         sets = {name: positions for name, positions in self.sets.items() if name not in reasons}
         return replace(self, sets=sets, missing={**self.missing, **reasons})
@@ -148,9 +144,7 @@ def find_phrase(text: str, phrase: str, *, within: Range | None = None) -> list[
     return inside[0] or inside[1]
 
 
-def find_options(
-    question: str, option_true: str, option_false: str
-) -> tuple[tuple[Range, Range] | None, str]:
+def find_options(question: str, option_true: str, option_false: str) -> tuple[tuple[Range, Range] | None, str]:
     """Find the two options that a question offers.
 
     Where a word stands twice, the pair around "or" is meant: "… to the right or to the left of the chair on

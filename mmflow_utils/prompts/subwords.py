@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from mmflow_utils.encode import Encoded, encode
-from mmflow_utils.models import VLM
-from mmflow_utils.samples import Sample
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode
 
 __all__ = ["SUBWORD_COLUMNS", "answer_subwords", "answer_tokens", "at_last_subword", "long_answers"]
 
@@ -83,7 +83,7 @@ def at_last_subword(said: pd.DataFrame) -> Callable[[VLM, Sample], Encoded]:
 
 
 def long_answers(model: VLM, samples: Iterable[Sample]) -> list[Sample]:
-    """Keep the samples whose labelled answer, capitalized, is cut into several sub-words by the tokenizer.
+    """Keep the samples whose labeled answer, capitalized, is cut into several sub-words by the tokenizer.
 
     They are candidates: what the model really says is for `answer_subwords` to count.
     """

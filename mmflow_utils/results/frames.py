@@ -23,14 +23,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmflow_utils.data.captions import captions_file
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.samples import captions_file
 
 __all__ = ["load_frame", "manifest", "read_manifest", "save_frame"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
 # What changes neither a sample nor a probability: where results go, where and in which shares they are
-# computed, how they are summarised.
+# computed, how they are summarized.
 NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "shard", "n_boot"})
 KEY = b"mmflow_manifest"
 # Where the checksum of a file stands in it. It is taken with zeros in its own place.
@@ -161,9 +161,7 @@ def unpack(content: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Name what a manifest depends on otherwise than expected, one clause each."""
     was, now = (json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
-    return [
-        f"{key} was {was.get(key)!r:.80}, now {now[key]!r:.80}" for key in now if was.get(key) != now[key]
-    ]
+    return [f"{key} was {was.get(key)!r:.80}, now {now[key]!r:.80}" for key in now if was.get(key) != now[key]]
 
 
 def write_whole(path: Path, content: bytes) -> None:

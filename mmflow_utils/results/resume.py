@@ -16,9 +16,9 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from mmflow_utils.parts.identity import describe_measure
-from mmflow_utils.samples import Sample
-from mmflow_utils.store import differences, load_frame, pack, save_frame, unpack, write_whole
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.results.frames import differences, load_frame, pack, save_frame, unpack, write_whole
+from mmflow_utils.results.version import describe_measure
 
 __all__ = ["compute_in_parts"]
 

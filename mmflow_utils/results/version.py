@@ -11,22 +11,20 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from mmflow_utils.flows import Flow
-from mmflow_utils.samples import Sample
-from mmflow_utils.store import sha256
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.prompts.flows import Flow
+from mmflow_utils.results.frames import sha256
 
 __all__ = ["describe_measure"]
 
 PACKAGE = Path(__file__).parents[1]
-# What only stores, summarises or shows: a change there changes no row, and costs no part.
+# What only stores, summarizes or shows: a change there changes no row, and costs no part.
 NOT_OF_A_ROW = frozenset(
     {"__init__", "stats", "findings", "plots", "stages", "store", "parts", "miniature", "explorer", "execute"}
 )
 
 
-def describe_measure(
-    measure: Callable, manifest: Mapping[str, Any], samples: Iterable[Sample]
-) -> dict[str, Any]:
+def describe_measure(measure: Callable, manifest: Mapping[str, Any], samples: Iterable[Sample]) -> dict[str, Any]:
     """Give what `depends_on` must also hold: digests of the samples, of `measure` and of our code.
 
     Of a sample is seen all that it holds and its picture, not where the picture lies.
@@ -52,9 +50,7 @@ def _see(sample: Sample) -> list[Any]:
 @cache
 def _code() -> str:
     files = [file.relative_to(PACKAGE) for file in sorted(PACKAGE.rglob("*.py"))]
-    return sha256(
-        *(PACKAGE / file for file in files if file.parts[0].removesuffix(".py") not in NOT_OF_A_ROW)
-    )
+    return sha256(*(PACKAGE / file for file in files if file.parts[0].removesuffix(".py") not in NOT_OF_A_ROW))
 
 
 def _look(value: Any, home: str | None, seen: list[FunctionType]) -> Any:

@@ -8,31 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mmflow_utils.analysis.claim_measures import _valley
+from mmflow_utils.analysis.claims import CLAIMS, check_claims, describe_claims
+from mmflow_utils.analysis.collect import REMOVED, WRITTEN_BY, collect_effects, read_results
+from mmflow_utils.analysis.flow_stages import find_stages, resample, stage_layers, tabulate_stages
+from mmflow_utils.analysis.stats import summarize
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.plots import plot_curves, plot_stages
-from mmflow_utils.stages import (
-    CLAIMS,
-    check_claims,
-    collect_effects,
-    describe_claims,
-    find_stages,
-    read_results,
-    stage_layers,
-    tabulate_stages,
-)
-from mmflow_utils.stages.effects import REMOVED, WRITTEN_BY
-from mmflow_utils.stages.find import resample
-from mmflow_utils.stages.measure import _valley
-from mmflow_utils.stats import summarise
-from mmflow_utils.store import manifest, save_frame
+from mmflow_utils.plots.curves import plot_curves
+from mmflow_utils.plots.flow_stages import plot_stages
+from mmflow_utils.results.frames import manifest, save_frame
 
 L = 20
 OTHER, RELATED = "Other image patches -> Question", "Related image patches -> Question"
 QUICK = {"n_boot": 200}
 
 
-def bump(centre: float, height: float, width: float = 1.2) -> np.ndarray:
-    return height * np.exp(-(((np.arange(L) - centre) / width) ** 2))
+def bump(center: float, height: float, width: float = 1.2) -> np.ndarray:
+    return height * np.exp(-(((np.arange(L) - center) / width) ** 2))
 
 
 def as_drawn(curves: dict, *, noise: float = 3.0, n_images: int = 24, model="m", task="T") -> pd.DataFrame:
@@ -112,9 +104,7 @@ def test_the_table_gives_layers_with_their_intervals_and_nothing_where_there_is_
         "4 (4 to 4)",
         "5 (5 to 5)",
     ]
-    assert (
-        table.loc[("m", "a"), "effect"].startswith("50.0 (49.9 to 50.") and table.loc[("m", "a"), "n"] == 24
-    )
+    assert table.loc[("m", "a"), "effect"].startswith("50.0 (49.9 to 50.") and table.loc[("m", "a"), "n"] == 24
     assert table.loc[("m", "b"), ["layers", "begins", "ends"]].tolist() == ["", "", ""]
 
 
@@ -218,9 +208,7 @@ def test_the_fall_between_two_peaks(curve, fall):
 
 def test_a_stage_that_is_surely_absent_refutes_and_one_that_is_unsure_does_not():
     flat = AS_IN_THE_PAPER | {OTHER: np.zeros(L)}
-    (row,) = [
-        r for r in check_claims(as_drawn(flat), **QUICK).to_dict("records") if r["paper"] == "§6, Fig. 5"
-    ]
+    (row,) = [r for r in check_claims(as_drawn(flat), **QUICK).to_dict("records") if r["paper"] == "§6, Fig. 5"]
     assert row["verdict"] == "does not hold" and OTHER in row["why"] and np.isnan(row["value"])
     unsure = pd.concat([as_drawn(flat)[lambda f: f.line != OTHER], as_drawn({OTHER: np.zeros(L)}, noise=90)])
     (row,) = [r for r in check_claims(unsure, **QUICK).to_dict("records") if r["paper"] == "§6, Fig. 5"]
@@ -229,9 +217,7 @@ def test_a_stage_that_is_surely_absent_refutes_and_one_that_is_unsure_does_not()
 
 def test_what_is_not_stored_is_not_measured_and_says_what_to_run():
     table = check_claims(as_drawn({"Question -> Last": AS_IN_THE_PAPER["Question -> Last"]}), **QUICK)
-    found = dict(
-        zip(table["claim"], zip(table["verdict"], table["why"], table["n"], strict=True), strict=True)
-    )
+    found = dict(zip(table["claim"], zip(table["verdict"], table["why"], table["n"], strict=True), strict=True))
     assert found[CLAIMS[2].text] == ("holds", "", 24)
     assert found[CLAIMS[1].text] == ("not measured", "run notebook 03 for this model", 0)
     assert [row[0] for row in found.values()].count("not measured") == len(CLAIMS) - 1
@@ -247,12 +233,8 @@ def test_models_and_tasks_are_judged_apart():
 
 
 def test_findings_are_sentences_with_number_interval_and_n():
-    first, *_, last = describe_claims(
-        check_claims(as_drawn(AS_IN_THE_PAPER, noise=0)[lambda f: f.line != REMOVED])
-    )
-    assert first.startswith(
-        "m: The picture enters the question in two separate stages: holds (fall of the effect"
-    )
+    first, *_, last = describe_claims(check_claims(as_drawn(AS_IN_THE_PAPER, noise=0)[lambda f: f.line != REMOVED]))
+    assert first.startswith("m: The picture enters the question in two separate stages: holds (fall of the effect")
     assert first.endswith("24 samples on 24 images).") and "95 % interval" in first
     assert last.endswith("not measured (run notebook 07 for this model).")
 
@@ -300,9 +282,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_the_control_of_random_patches_is_no_line():
     frame = pd.concat([stored_flows(), stored_flows("Image random 1 -> Question", "image_random_1")])
-    assert set(collect_effects({"image_patch_knockout": frame.assign(model="m")})["line"]) == {
-        "Question -> Last"
-    }
+    assert set(collect_effects({"image_patch_knockout": frame.assign(model="m")})["line"]) == {"Question -> Last"}
 
 
 def test_modules_and_lens_become_percent_of_what_is_lost_or_shown():
@@ -400,7 +380,7 @@ def test_a_line_that_stands_twice_can_not_be_drawn():
 def test_a_task_that_a_model_was_not_asked_leaves_its_panel_empty():
     asked = [("a", "ChooseAttr"), ("a", "ChooseCat"), ("b", "ChooseAttr")]
     effects = pd.concat([as_drawn({OTHER: bump(3, 50)}, model=model, task=task) for model, task in asked])
-    summary = summarise(effects, "effect", by=["model", "task", "line", "layer"], n_boot=100)
+    summary = summarize(effects, "effect", by=["model", "task", "line", "layer"], n_boot=100)
     figure = plot_curves(summary, line="line", across="model")
     drawn_in = {axis.get_title("left"): bool(axis.collections) for axis in figure.axes}
     assert drawn_in == {

@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmflow_utils import findings, stats
+from mmflow_utils.analysis import sentences as findings
+from mmflow_utils.analysis import stats
 
 TOLERANCE = 1e-12
 
 
-def clustered(
-    n_groups: int, n_images: int, *, seed: int = 0, effect: float = 0.0, share: float = 0.8
-) -> pd.DataFrame:
+def clustered(n_groups: int, n_images: int, *, seed: int = 0, effect: float = 0.0, share: float = 0.8) -> pd.DataFrame:
     """Independent repetitions of one experiment whose images hold 1 to 6 questions each; variance 1, of which
     `share` lies between images."""
     rng = np.random.default_rng(seed)
@@ -33,13 +32,11 @@ def clustered(
 
 
 def coverage(frame: pd.DataFrame, truth: float = 0.0, **options) -> float:
-    table = stats.summarise(frame, "y", ["group"], **options)
+    table = stats.summarize(frame, "y", ["group"], **options)
     return float(((table["ci_low"] <= truth) & (truth <= table["ci_high"])).mean())
 
 
-def sweep_frame(
-    n_layers: int = 6, n_samples: int = 30, flows=("Question -> Last", "Image -> Last")
-) -> pd.DataFrame:
+def sweep_frame(n_layers: int = 6, n_samples: int = 30, flows=("Question -> Last", "Image -> Last")) -> pd.DataFrame:
     rng = np.random.default_rng(1)
     rows = [
         {"task": task, "flow": flow, "layer": layer, "sample_id": f"{task}{i}", "image_id": f"im{i // 2}"}
@@ -75,7 +72,7 @@ def test_a_simultaneous_band_covers_whole_curves_and_a_pointwise_one_does_not():
     frame["curve"], frame["layer"] = frame["layer"] // 8, frame["layer"] % 8
 
     def whole_curves_inside(**options):
-        table = stats.summarise(frame, "y", ["curve", "layer"], **options)
+        table = stats.summarize(frame, "y", ["curve", "layer"], **options)
         inside = (table["ci_low"] <= 0) & (table["ci_high"] >= 0)
         return inside.groupby(table["curve"]).all().mean()
 
@@ -89,14 +86,12 @@ def test_a_band_covers_whole_curves_whatever_varies_hardly_at_all(quiet):
     frame = clustered(4800, 24).rename(columns={"group": "layer"})
     frame["curve"], frame["layer"] = frame["layer"] // 8, frame["layer"] % 8
     frame["y"] *= np.where(frame["layer"] < 4, 10 * quiet, 10.0)
-    table = stats.summarise(frame, "y", ["curve", "layer"], n_boot=500, simultaneous_over="layer")
+    table = stats.summarize(frame, "y", ["curve", "layer"], n_boot=500, simultaneous_over="layer")
     inside = (table["ci_low"] <= 0) & (table["ci_high"] >= 0)
     whole = inside.groupby(table["curve"]).all().mean()
     assert 0.93 <= whole <= 0.985
     loud = table["layer"] >= 4  # and the quiet layers don't make the others' band wider than it must be
-    alone = stats.summarise(
-        frame[frame["layer"] >= 4], "y", ["curve", "layer"], n_boot=500, simultaneous_over="layer"
-    )
+    alone = stats.summarize(frame[frame["layer"] >= 4], "y", ["curve", "layer"], n_boot=500, simultaneous_over="layer")
     width, needed = (t["ci_high"] - t["ci_low"] for t in (table[loud], alone))
     assert np.median(width / needed.to_numpy()) < (1.01 if quiet <= 1e-4 else 1.15)
 
@@ -107,7 +102,7 @@ def test_a_band_moves_no_more_than_its_data_do():
     edges = []
     for spread in np.geomspace(1e-6, 3, 120):
         scaled = frame["rel_change_pct"].where(frame["layer"] != 5, spread * frame["rel_change_pct"])
-        table = stats.summarise(
+        table = stats.summarize(
             frame.assign(rel_change_pct=scaled), by=["layer"], simultaneous_over="layer", n_boot=500
         )
         edges.append(table["ci_high"] - table["mean"])
@@ -117,7 +112,7 @@ def test_a_band_moves_no_more_than_its_data_do():
 
 def test_means_are_plain_means_of_rows():
     frame = sweep_frame()
-    table = stats.summarise(frame)
+    table = stats.summarize(frame)
     expected = frame.groupby(["task", "flow", "layer"])["rel_change_pct"].mean()
     assert np.allclose(table["mean"], expected.to_numpy(), atol=TOLERANCE)
     assert list(table) == ["task", "flow", "layer", "mean", "ci_low", "ci_high", "n", "n_clusters"]
@@ -125,39 +120,35 @@ def test_means_are_plain_means_of_rows():
     assert ((table["ci_low"] < table["mean"]) & (table["mean"] < table["ci_high"])).all()
 
 
-def test_the_vectorised_bootstrap_equals_the_plain_one():
+def test_the_vectorized_bootstrap_equals_the_plain_one():
     frame = clustered(1, 9)
     names = np.sort(frame["image_id"].unique())
     weights = stats._weights(names, 200, 3)
     by_image = {name: frame.loc[frame["image_id"] == name, "y"].to_numpy() for name in names}
     means = [
-        np.concatenate(
-            [np.tile(by_image[name], int(times)) for name, times in zip(names, row, strict=True)]
-        ).mean()
+        np.concatenate([np.tile(by_image[name], int(times)) for name, times in zip(names, row, strict=True)]).mean()
         for row in weights
     ]
     tail = stats.ndtr(stats._t_quantile(np.resize([1.0, 2.0, 6.0], 9), 0.05))
-    table = stats.summarise(frame, "y", ["group"], n_boot=200, seed=3, level=0.9)
-    assert np.allclose(
-        table[["ci_low", "ci_high"]].iloc[0], np.quantile(means, [tail, 1 - tail]), atol=TOLERANCE
-    )
+    table = stats.summarize(frame, "y", ["group"], n_boot=200, seed=3, level=0.9)
+    assert np.allclose(table[["ci_low", "ci_high"]].iloc[0], np.quantile(means, [tail, 1 - tail]), atol=TOLERANCE)
 
 
 def test_order_of_rows_and_other_groups_do_not_matter():
     frame = sweep_frame()
-    whole = stats.summarise(frame)
-    shuffled = stats.summarise(frame.sample(frac=1, random_state=0))
-    part = stats.summarise(frame[frame["task"] == "QueryAttr"])
+    whole = stats.summarize(frame)
+    shuffled = stats.summarize(frame.sample(frac=1, random_state=0))
+    part = stats.summarize(frame[frame["task"] == "QueryAttr"])
     pd.testing.assert_frame_equal(whole, shuffled)
     pd.testing.assert_frame_equal(whole[whole["task"] == "QueryAttr"].reset_index(drop=True), part)
-    other_seed = stats.summarise(frame, seed=1)
+    other_seed = stats.summarize(frame, seed=1)
     assert not np.allclose(whole["ci_low"], other_seed["ci_low"])
 
 
 def test_curves_on_the_same_images_share_their_resamples():
     frame = sweep_frame(flows=("a",))
     twice = pd.concat([frame, frame.assign(flow="b", rel_change_pct=frame["rel_change_pct"] + 5)])
-    table = stats.summarise(twice)
+    table = stats.summarize(twice)
     low = table.set_index(["task", "layer", "flow"])["ci_low"].unstack()
     assert np.allclose(low["b"] - low["a"], 5, atol=1e-9)
 
@@ -166,32 +157,32 @@ def test_nan_rows_are_left_out_and_an_empty_group_stays_visible():
     frame = sweep_frame()
     frame.loc[(frame["task"] == "QueryAttr"), "rel_change_pct"] = np.nan
     frame.loc[frame["sample_id"] == "ChooseAttr0", "rel_change_pct"] = np.nan
-    table = stats.summarise(frame).set_index("task")
+    table = stats.summarize(frame).set_index("task")
     assert set(table.loc["QueryAttr", "n"]) == {0} and table.loc["QueryAttr", "mean"].isna().all()
     assert set(table.loc["ChooseAttr", "n"]) == {29}
 
 
 def test_a_single_image_gets_no_interval_and_a_constant_a_point():
     rows = pd.DataFrame({"task": "t", "image_id": "one", "y": [1.0, 3.0]})
-    assert stats.summarise(rows, "y", ["task"])[["ci_low", "ci_high"]].isna().all(axis=None)
+    assert stats.summarize(rows, "y", ["task"])[["ci_low", "ci_high"]].isna().all(axis=None)
     same = pd.DataFrame({"task": "t", "layer": 0, "image_id": ["a", "b", "c"], "y": -100.0})
     by, ends = ["task", "layer"], ["ci_low", "ci_high"]
-    assert np.allclose(stats.summarise(same, "y", by)[ends], -100)
-    band = stats.summarise(same, "y", by, simultaneous_over="layer", smallest=0.5)
+    assert np.allclose(stats.summarize(same, "y", by)[ends], -100)
+    band = stats.summarize(same, "y", by, simultaneous_over="layer", smallest=0.5)
     assert np.allclose(band[ends], [[-100.5, -99.5]])  # no band is narrower than what counts
     lost = same.rename(columns={"y": "rel_change_pct"})
-    band = stats.summarise(lost, by=by, simultaneous_over="layer")
+    band = stats.summarize(lost, by=by, simultaneous_over="layer")
     assert np.allclose(band[ends], [[-100, -99.9]])  # and none holds what can't be: less than nothing
 
 
 def test_a_group_that_spans_layers_counts_samples_not_rows():
-    table = stats.summarise(sweep_frame(n_layers=6), by=["task", "flow"])
+    table = stats.summarize(sweep_frame(n_layers=6), by=["task", "flow"])
     assert set(table["n"]) == {30}
 
 
 def test_samples_without_a_task_are_a_group():
     frame = sweep_frame().assign(task=None)
-    assert len(stats.summarise(frame)) == 12
+    assert len(stats.summarize(frame)) == 12
 
 
 @pytest.mark.parametrize(
@@ -214,7 +205,7 @@ def test_samples_without_a_task_are_a_group():
 )
 def test_refusals_say_what_to_do(change, options, message):
     with pytest.raises(ValueError, match=message):
-        stats.summarise(change(sweep_frame()), **options)
+        stats.summarize(change(sweep_frame()), **options)
 
 
 # --- differences ---
@@ -288,7 +279,7 @@ def test_holm_never_lowers_p_keeps_order_and_equals_the_plain_rule(p):
 
 
 def test_the_strongest_layer_is_the_planted_one():
-    table = findings.strongest_layer(stats.summarise(sweep_frame()))
+    table = findings.strongest_layer(stats.summarize(sweep_frame()))
     hit = table[table["flow"] == "Question -> Last"]
     assert set(hit["layer"]) == {3} and set(hit["layers"]) == {"3"}
     assert all("3" in text for text in hit["below_zero"])
@@ -304,7 +295,7 @@ def test_layers_that_differ_by_rounding_are_tied():
 
 
 def test_findings_state_effect_unit_interval_and_n():
-    summary = stats.summarise(sweep_frame(), simultaneous_over="layer")
+    summary = stats.summarize(sweep_frame(), simultaneous_over="layer")
     found = [text for text in findings.describe_strongest(summary) if "Question -> Last" in text]
     assert found[0].startswith("ChooseAttr, Question -> Last: largest drop at layer 3, -40.")
     assert " % (95 % simultaneous interval -4" in found[0] and "30 samples on 15 images" in found[0]
@@ -324,9 +315,7 @@ def test_findings_claim_no_drop_where_the_interval_holds_zero_or_is_missing():
     }
     (text,) = findings.describe_strongest(pd.DataFrame([row]))
     assert "no drop that the interval tells from 0" in text and "largest drop" not in text
-    (text,) = findings.describe_strongest(
-        pd.DataFrame([row | {"ci_low": np.nan, "ci_high": np.nan, "n_clusters": 1}])
-    )
+    (text,) = findings.describe_strongest(pd.DataFrame([row | {"ci_low": np.nan, "ci_high": np.nan, "n_clusters": 1}]))
     assert "too few images" in text and "nan" not in text
 
 
@@ -343,8 +332,8 @@ def test_findings_of_a_difference_name_only_layers_that_pass_holm():
 @given(st.integers(-2000, 2000), st.floats(-1e-9, 1e-9))
 def test_numbers_at_ties_print_the_same_whatever_the_rounding_noise(twentieths, noise):
     value = twentieths / 20  # every tie of one decimal, and every value between
-    text = findings.fixed(value + noise)
-    assert text == findings.fixed(value) and text != "-0.0"
+    text = findings.format_number(value + noise)
+    assert text == findings.format_number(value) and text != "-0.0"
     assert abs(float(text) - value) <= 0.05 + 1e-9
 
 
@@ -382,7 +371,7 @@ def test_what_would_be_printed_as_nothing_is_not_claimed_however_sure_it_is(scal
     assert (table.p_holm < 0.05).all() == claimed
     (difference,) = findings.describe_differences(table)
     assert ("differs in layers 0-1" in difference, "no layer differs" in difference) == (claimed, not claimed)
-    band = stats.summarise(frame[frame.flow == "A"], simultaneous_over="layer")
+    band = stats.summarize(frame[frame.flow == "A"], simultaneous_over="layer")
     assert (band.ci_high < 0).all() == claimed
     (drop,) = findings.describe_strongest(band)
     assert ("largest drop" in drop, "no drop that" in drop) == (claimed, not claimed)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmflow_utils.flows import variants
+from benchmarks.speed import SIX_FLOWS, random_llava, random_prompt
+from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.sweep import run_sweep
-from mmflow_utils.sweep.speed import SIX_FLOWS, random_llava, random_prompt
+from mmflow_utils.prompts.flows import variants
 
 # Billions of parameters that the hub states for the safetensors of each repository.
 STATED = {
@@ -105,8 +105,6 @@ def test_the_bound_on_memory_is_near_the_recorded_peaks(costs):
             model = random_llava(n_layers=2, n_image=n_image)
         config = model.text.config
         config.num_hidden_layers = row.n_layers
-        planned = variants(
-            random_prompt(model, n_image=n_image).spans, SIX_FLOWS, window=9, n_layers=row.n_layers
-        )
+        planned = variants(random_prompt(model, n_image=n_image).positions, SIX_FLOWS, window=9, n_layers=row.n_layers)
         bound = costs.sweep_memory(config, planned, n_tokens=row.n_tokens, itemsize=4) / 2**20
         assert bound == pytest.approx(row.memory_mb, rel=0.25)

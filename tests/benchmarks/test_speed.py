@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mmflow_utils.flows import FLOW_TO_LAST, variants
-from mmflow_utils.models import text_inputs
-from mmflow_utils.plots import plot_costs
-from mmflow_utils.reference import run_reference
-from mmflow_utils.sweep import run_sweep
-from mmflow_utils.sweep.rivals import RIVALS, has_nnsight
-from mmflow_utils.sweep.speed import SIX_FLOWS, measure_speed, random_llava, random_prompt
+from benchmarks.baselines import RIVALS, has_nnsight
+from benchmarks.plots import plot_costs
+from benchmarks.speed import SIX_FLOWS, measure_speed, random_llava, random_prompt
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.models.adapter import text_inputs
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, variants
 
 SHAPE = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2}
 
@@ -21,7 +21,7 @@ SHAPE = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2}
 def race():
     model = random_llava(n_layers=4, n_image=16, **SHAPE)
     encoded = random_prompt(model, n_image=16)
-    planned = variants(encoded.spans, SIX_FLOWS, window=3, n_layers=4)
+    planned = variants(encoded.positions, SIX_FLOWS, window=3, n_layers=4)
     return model, encoded, planned, text_inputs(model, encoded.inputs)[0]
 
 

@@ -21,17 +21,12 @@ from test_vqa import ANNOTATIONS, AOKVQA
 from test_vqa import QUESTIONS as OKVQA
 from tiny import tiny_sample
 
+from mmflow_utils.data.authors import read_authors
+from mmflow_utils.data.gqa import read_gqa
+from mmflow_utils.data.sample import frame_to_samples, load_image, samples_to_frame
+from mmflow_utils.data.vqa import read_aokvqa, read_okvqa
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.params import read_yaml as read_parameters
-from mmflow_utils.samples import (
-    frame_to_samples,
-    load_image,
-    read_aokvqa,
-    read_authors,
-    read_gqa,
-    read_okvqa,
-    samples_to_frame,
-)
 
 fuzz = settings(
     max_examples=500,

@@ -11,24 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmflow_utils.positions import find_objects, find_options
-from mmflow_utils.samples import (
-    TASKS,
-    Box,
-    Sample,
-    SceneObject,
-    frame_to_samples,
-    load_image,
-    read_authors_csv,
-    read_gqa,
-    samples_to_frame,
-)
-from mmflow_utils.samples.fields import clipped_box
+from mmflow_utils.data.authors import read_authors_csv
+from mmflow_utils.data.fields import clipped_box
+from mmflow_utils.data.gqa import read_gqa
+from mmflow_utils.data.sample import Box, Sample, SceneObject, frame_to_samples, load_image, samples_to_frame
+from mmflow_utils.data.tasks import TASKS
+from mmflow_utils.prompts.positions import find_objects, find_options
 
 AUTHORS = Path(
-    os.environ.get(
-        "MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample"
-    )
+    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample")
 )
 needs_authors = pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' CSV files aren't at {AUTHORS}")
 
@@ -145,9 +136,7 @@ def test_a_question_keeps_all_that_is_studied(read, tmp_path):
         option_true="empty",
         option_false="full",
         # the box reached 21 pixels below the picture
-        objects=(
-            SceneObject(name="jar", object_id="11", box=Box(x=253.0, y=291.0, w=60.0, h=84.0), words=(2, 3)),
-        ),
+        objects=(SceneObject(name="jar", object_id="11", box=Box(x=253.0, y=291.0, w=60.0, h=84.0), words=(2, 3)),),
         full_answer="It is empty.",
         image_size=(500, 375),
     )
@@ -323,9 +312,7 @@ def test_no_image_id_leads_out_of_the_images_folder(read, image_id):
     assert "plain name" in skipped["reason"].iloc[0]
 
 
-@pytest.mark.parametrize(
-    "graph", [None, 7, {}, {"width": 0, "height": 9, "objects": {}}, {"width": 5, "height": 5}]
-)
+@pytest.mark.parametrize("graph", [None, 7, {}, {"width": 0, "height": 9, "objects": {}}, {"width": 5, "height": 5}])
 def test_a_broken_scene_graph_skips_its_questions_alone(read, graph):
     samples, skipped = read(changed("01", imageId="24"), GRAPHS | {"24": graph})
     assert len(samples) == 4
@@ -339,9 +326,7 @@ def test_options_that_the_answer_does_not_settle_are_recorded(read, argument):
     assert "options not used" in skipped["reason"].iloc[0]
 
 
-@pytest.mark.parametrize(
-    "annotations", [None, [], {"question": None}, {"question": {"x": "11", "1:2:3": "11"}}]
-)
+@pytest.mark.parametrize("annotations", [None, [], {"question": None}, {"question": {"x": "11", "1:2:3": "11"}}])
 def test_unusable_annotations_are_as_none(read, annotations):
     samples, skipped = read(changed(annotations=annotations))
     assert samples[0].objects[0].words is None
@@ -408,7 +393,7 @@ def sample_of(image, **more):
 def test_a_picture_is_rgb_whatever_is_stored(tmp_path):
     Image.new("LA", (8, 6), (200, 10)).save(tmp_path / "23.png")
     picture = load_image(sample_of(tmp_path / "23.png", image_size=(8, 6)))
-    # a grey of 200 that covers 10 of 255 parts of the white below it
+    # a gray of 200 that covers 10 of 255 parts of the white below it
     assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (8, 6), (253, 253, 253))
 
 

@@ -10,18 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmflow_utils.samples import (
-    Sample,
-    frame_to_samples,
-    read_aokvqa,
-    read_okvqa,
-    samples_to_frame,
-    vqa_accuracy,
-)
+from mmflow_utils.data.sample import Sample, frame_to_samples, samples_to_frame
+from mmflow_utils.data.vqa import read_aokvqa, read_okvqa, vqa_accuracy
 
-PONY = (
-    ["pony tail", "pony tail", "pony tail", "pony tail", "pony tail"] + ["braid"] * 3 + ["ponytail", "Tail"]
-)
+PONY = ["pony tail", "pony tail", "pony tail", "pony tail", "pony tail"] + ["braid"] * 3 + ["ponytail", "Tail"]
 HEAD = {
     "info": {"description": "This is v1.0 of the dataset."},
     "license": {"url": "http://creativecommons.org/licenses/by/4.0/", "name": "CC BY 4.0"},
@@ -163,9 +155,7 @@ def test_a_question_without_its_picture_is_left_out_and_counted(okvqa, tmp_path)
     assert left_out.sample_id.tolist() == ["425", "427"]
     assert set(left_out.reason) == {"no picture COCO_val2014_000000000042.jpg"}
     (tmp_path / "images" / "COCO_val2014_000000000008.jpg").unlink()
-    with pytest.raises(
-        ValueError, match="no question of 3 can be asked .no picture COCO_val2014_.*042.jpg in"
-    ):
+    with pytest.raises(ValueError, match="no question of 3 can be asked .no picture COCO_val2014_.*042.jpg in"):
         okvqa()
 
 
@@ -176,13 +166,9 @@ def test_pictures_of_another_name_are_found_by_their_pattern(okvqa, aokvqa, tmp_
         assert {s.image.name for s in samples} == {"00042.png"}
 
 
-@pytest.mark.parametrize(
-    "pattern", ["{id}.jpg", "picture.jpg", "{image_id:q}.jpg", "{image_id", "{0}.jpg", ""]
-)
+@pytest.mark.parametrize("pattern", ["{id}.jpg", "picture.jpg", "{image_id:q}.jpg", "{image_id", "{0}.jpg", ""])
 def test_a_pattern_that_tells_no_pictures_apart_is_refused(okvqa, aokvqa, pattern):
-    with pytest.raises(
-        ValueError, match="image_pattern .* should hold {image_id}, {data_subtype} and no other"
-    ):
+    with pytest.raises(ValueError, match="image_pattern .* should hold {image_id}, {data_subtype} and no other"):
         okvqa(image_pattern=pattern)
     with pytest.raises(ValueError, match="image_pattern .* should hold {image_id} and no other"):
         aokvqa(image_pattern=pattern)
@@ -214,9 +200,7 @@ def test_answers_survive_a_parquet_file(okvqa, tmp_path):
     ],
 )
 def test_a_malformed_question_stops_with_its_file_entry_and_field(okvqa, changes, message):
-    with pytest.raises(
-        ValueError, match=rf"questions\.json, questions\[[01]\].*: {message}.*; fetch the official"
-    ):
+    with pytest.raises(ValueError, match=rf"questions\.json, questions\[[01]\].*: {message}.*; fetch the official"):
         okvqa(with_first(QUESTIONS, "questions", **changes))
 
 
@@ -263,9 +247,7 @@ def test_files_of_another_layout_are_refused(okvqa, aokvqa):
     for entries in (None, {}, []):
         with pytest.raises(ValueError, match="questions.json: questions should be a list of entries"):
             okvqa(QUESTIONS | {"questions": entries})
-    with pytest.raises(
-        ValueError, match=r"aokvqa.json, questions\[0\]: expected an entry with fields, got 3"
-    ):
+    with pytest.raises(ValueError, match=r"aokvqa.json, questions\[0\]: expected an entry with fields, got 3"):
         aokvqa([3])
     for subtype in (None, "../val", ""):
         with pytest.raises(ValueError, match="questions.json: data_subtype should be a name such as val2014"):

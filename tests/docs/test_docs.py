@@ -39,18 +39,16 @@ def test_each_shared_parameter_has_a_row_with_its_default_and_meaning():
 
 def test_a_field_that_the_page_lacks_makes_it_stale(monkeypatch):
     class More(Params):
-        colour: str = mmflow_utils.params.Field("red", description="of everything")
+        color: str = mmflow_utils.params.Field("red", description="of everything")
 
     stored = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
     monkeypatch.setattr(make, "Params", More)
     page = make.parameters()
-    assert "| `colour` | text | `red` |  | of everything |" in page and page != stored
+    assert "| `color` | text | `red` |  | of everything |" in page and page != stored
 
 
 def test_each_notebooks_own_parameters_have_their_comment():
-    found = {
-        (cells[0], cells[1].strip("`")): cells[4] for cells in rows(make.parameters()) if len(cells) == 5
-    }
+    found = {(cells[0], cells[1].strip("`")): cells[4] for cells in rows(make.parameters()) if len(cells) == 5}
     for path in NOTEBOOKS:
         for name in set(declared(parameters_cell(read(path)))) - set(Params.model_fields):
             (line,) = re.findall(rf"^{name}:.*", parameters_cell(read(path)).source, re.M)
@@ -63,10 +61,7 @@ def test_the_map_shows_every_module_and_each_import_once():
     modules = mmflow_utils.MODULES
     assert [line.split()[1] for line in drawn] == list(modules)
     crosses = {
-        (line.split()[1], modules[n])
-        for line in drawn
-        for n, mark in enumerate(line.split()[2:])
-        if mark == "x"
+        (line.split()[1], modules[n]) for line in drawn for n, mark in enumerate(line.split()[2:]) if mark == "x"
     }
     made = {(_module(file), name) for file in FILES for name in _imports(file)}
     assert crosses == {(a, b) for a, b in made if a != b and a in modules}

@@ -14,7 +14,7 @@ import pytest
 from site_checks import CHECKS, DESK, Addresses, broken_links, broken_markdown_links, inspect, pages_of
 
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.store import manifest, save_frame
+from mmflow_utils.results.frames import manifest, save_frame
 
 NOTEBOOKS = ("00_tour", "02_flow_to_last", "14_compare_models")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -120,9 +120,7 @@ def test_a_page_with_every_fault_fails_every_check(tmp_path, browser):
 
 def test_every_link_of_the_site_leads_somewhere(site, tmp_path):
     assert broken_links(site) == []
-    (tmp_path / "a.html").write_text(
-        '<p id="here"><a href="#here"></a><a href="a.html#gone"></a><a href="b.html"></a>'
-    )
+    (tmp_path / "a.html").write_text('<p id="here"><a href="#here"></a><a href="a.html#gone"></a><a href="b.html"></a>')
     assert broken_links(tmp_path) == ["a.html -> a.html#gone", "a.html -> b.html"]
 
 
@@ -139,9 +137,7 @@ def main_figure(name: str) -> bytes:
     """Take the first picture that follows a notebook's heading Figure."""
     cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
     start = next(n for n, cell in enumerate(cells) if re.search(r"^## Figure", cell.source, flags=re.M))
-    outputs = [
-        output.data for cell in cells[start:] for output in cell.get("outputs", []) if "data" in output
-    ]
+    outputs = [output.data for cell in cells[start:] for output in cell.get("outputs", []) if "data" in output]
     return base64.b64decode(next(data["image/png"] for data in outputs if "image/png" in data))
 
 
@@ -160,9 +156,7 @@ def test_the_start_page_shows_the_main_figures_and_leads_on(site, page):
         title = figure.locator("figcaption a.internal").inner_text()
         said = figure.locator("figcaption").inner_text().removeprefix(f"{title}: ").replace("→", "->")
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        printed = [
-            " ".join(o.text.split()) for c in notebook.cells for o in c.get("outputs", []) if "text" in o
-        ]
+        printed = [" ".join(o.text.split()) for c in notebook.cells for o in c.get("outputs", []) if "text" in o]
         assert any(said.split(" (One of ")[0] in text for text in printed)
     for name in NOTEBOOKS:
         thumbnail = page.locator(f".nbsphinx-gallery a[href='mini/{name}.html'] img")
@@ -229,11 +223,10 @@ def test_the_dark_can_be_switched_on(site, page):
 
 
 def test_the_search_finds_words_and_only_those(site, page):
-    page.goto((site / "search.html?").as_uri().replace("%3F", "?q=renormalises"))
+    page.goto((site / "search.html?").as_uri().replace("%3F", "?q=renormalizes"))
     page.wait_for_selector("#search-results li a")
     found = {
-        link.get_attribute("href").split("?")[0].split("#")[0]
-        for link in page.locator("#search-results li a").all()
+        link.get_attribute("href").split("?")[0].split("#")[0] for link in page.locator("#search-results li a").all()
     }
     assert {"mini/00_tour.html", "mini/02_flow_to_last.html"} <= found
     assert "mini/14_compare_models.html" not in found

@@ -9,16 +9,18 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from mmflow_utils.curation import ask_questions, draw, read_questions
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, variants
-from mmflow_utils.miniature import FRAMES, NEXT_RECIPE, Recipe, begin
-from mmflow_utils.models import load_model
+from miniature.next import NEXT_RECIPE, begin
+from miniature.train import Recipe
+from miniature.world import FRAMES
+from mmflow_utils.data.tasks import TASKS
+from mmflow_utils.engine.pruning import Pruning, compare_to_knockout
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.experiments.curation import ask_questions, read_questions, stratified_sample
+from mmflow_utils.models.load import load_model
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.pruning import Pruning, compare_to_knockout
-from mmflow_utils.reference import run_reference
-from mmflow_utils.samples import TASKS
-from mmflow_utils.sweep import run_sweep
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, variants
 
 PARAMS = Params.from_yaml(ROOT / "params" / "mini-next.yaml")
 # Patches of the whole picture (8 x 8) and of its tiles, and a newline token for each row of the tiles.
@@ -64,7 +66,7 @@ def test_it_is_the_librarys_own_llava_next_with_tiles_and_grouped_heads():
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_picture_takes_as_many_tokens_as_its_shape_asks_for(frame):
-    spans = one_of(frame).spans
+    spans = one_of(frame).positions
     assert (len(spans["image"]), len(spans["image_newline"])) == TOKENS[frame]
 
 
@@ -78,7 +80,7 @@ def test_it_answers_nine_of_ten_questions_of_each_task_and_not_without_its_pictu
 
 def test_it_answers_so_where_the_notebooks_ask_it_too():
     model, questions = mini_next()
-    asked = ask_questions(model, draw(questions, n=12, seed=1, by=lambda s: s.task), progress=False)
+    asked = ask_questions(model, stratified_sample(questions, n=12, seed=1, by=lambda s: s.task), progress=False)
     assert len(asked) == 12 * len(TASKS)
     assert asked.correct.mean() > 0.9
 
@@ -121,7 +123,7 @@ def test_the_sweep_equals_plain_passes(frame):
     model, _ = mini_next()
     encoded = one_of(frame)
     flows = (*FLOW_TO_LAST, *IMAGE_TO_QUESTION)
-    every = variants(encoded.spans, flows, window=3, n_layers=model.n_layers)
+    every = variants(encoded.positions, flows, window=3, n_layers=model.n_layers)
     fast, slow = (run(model, encoded, every[::6]) for run in (run_sweep, run_reference))
     assert (fast.variants.softmax(-1) - slow.variants.softmax(-1)).abs().max() < 1e-5
     # Control: were two variants exchanged, it would show.

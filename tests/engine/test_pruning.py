@@ -10,30 +10,23 @@ from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
 
-from mmflow_utils.curation import answer, ask_questions
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import Variant
-from mmflow_utils.pruning import (
-    PARTS,
-    WAY_COLOURS,
+from benchmarks.pruning_timing import PARTS, cost_curves, measure_times, plan_times, summarize_times
+from mmflow_utils.engine.checks import attention_pattern, rounding
+from mmflow_utils.engine.pruning import (
     Pruning,
     compare_to_knockout,
-    cost_curves,
-    count_work,
-    equal_work,
+    continue_prompt,
     greedy_decode,
     image_tokens_removed,
-    measure_times,
-    picture_sweep,
-    plan_times,
-    prompt_lengths,
-    prune_sweep,
+    prompt_embeds,
     read_prompt,
-    summarise_times,
-    work_of,
 )
-from mmflow_utils.pruning.remove import continue_prompt, prompt_embeds
-from mmflow_utils.reference import attention_pattern, rounding, run_reference
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.work import count_work, equal_work, prompt_lengths, work_of
+from mmflow_utils.experiments.curation import answer, ask_questions
+from mmflow_utils.experiments.pruning import WAY_COLORS, picture_sweep, prune_sweep
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import Variant
 
 N_LAYERS, N_NEW = 4, 5
 FAMILIES = [("llava", None), ("llava", 2), ("llava_next", 1)]
@@ -47,12 +40,12 @@ def ready(folder, family="llava", n_kv_heads=None, **options):
 
 
 def image_of(encoded):
-    return sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
+    return sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
 
 
 def knocked_out(model, encoded, gone, *from_layers):
     """Give the last position's logits with some tokens blocked from every other token, the plain way."""
-    others = tuple(p for p in range(encoded.spans.n_tokens) if p not in gone)
+    others = tuple(p for p in range(encoded.positions.n_tokens) if p not in gone)
     planned = [Variant(layers=range(n, N_LAYERS), target=others, source=tuple(gone)) for n in from_layers]
     found = run_reference(model, encoded, planned).variants
     return found if len(from_layers) > 1 else found[0]
@@ -114,7 +107,7 @@ def test_fused_attention_stays_fused_no_layer_is_given_a_mask(tmp_path):
                 lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
             )
         _, cache = read_prompt(model, embeds)
-        continue_prompt(model, 7, cache, encoded.spans.n_tokens, 3)
+        continue_prompt(model, 7, cache, encoded.positions.n_tokens, 3)
     assert masks == [None] * (3 * N_LAYERS)
 
 
@@ -131,7 +124,7 @@ def test_decoding_is_starting_anew_for_each_token(from_layer, family, n_kv_heads
     pruning = Pruning(from_layer=from_layer)
     with model.attention_kernel(kernel), image_tokens_removed(model, encoded, pruning):
         logits, cache = read_prompt(model, prompt_embeds(model, encoded))
-        new = continue_prompt(model, int(logits.argmax()), cache, encoded.spans.n_tokens, N_NEW)
+        new = continue_prompt(model, int(logits.argmax()), cache, encoded.positions.n_tokens, N_NEW)
     assert new == anew
 
 
@@ -140,7 +133,7 @@ def test_a_wrong_rotary_position_would_show(tmp_path):
     with image_tokens_removed(model, encoded, Pruning(from_layer=0)) as removal:
         _, cache = read_prompt(model, prompt_embeds(model, encoded))
         right = [cache.layers[0].keys.clone()]
-        continue_prompt(model, 7, cache, encoded.spans.n_tokens, 2)
+        continue_prompt(model, 7, cache, encoded.positions.n_tokens, 2)
         right.append(cache.layers[0].keys[:, :, -1].clone())
         _, cache = read_prompt(model, prompt_embeds(model, encoded))
         continue_prompt(model, 7, cache, len(removal.kept), 2)  # counted without the image
@@ -151,11 +144,8 @@ def test_a_wrong_rotary_position_would_show(tmp_path):
 @every_family
 def test_removed_tokens_are_neither_computed_nor_cached(family, n_kv_heads, tmp_path):
     model, encoded = ready(tmp_path, family, n_kv_heads)
-    n_tokens, n_image, rows = encoded.spans.n_tokens, len(image_of(encoded)), []
-    hooks = [
-        model.mlp(i).register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1]))
-        for i in range(4)
-    ]
+    n_tokens, n_image, rows = encoded.positions.n_tokens, len(image_of(encoded)), []
+    hooks = [model.mlp(i).register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1])) for i in range(4)]
     embeds = prompt_embeds(model, encoded)
     rows.clear()
     with image_tokens_removed(model, encoded, Pruning(from_layer=3, n_kept=2)):
@@ -261,7 +251,7 @@ def test_sliding_windows_and_prompts_without_picture_are_refused(tmp_path):
 def test_counted_work_is_what_torch_counts(pruning, family, n_kv_heads, tmp_path):
     model, encoded = ready(tmp_path, family, n_kv_heads)
     config, embeds = model.text.config, prompt_embeds(model, encoded)
-    lengths = prompt_lengths(N_LAYERS, encoded.spans.n_tokens, len(image_of(encoded)), pruning)
+    lengths = prompt_lengths(N_LAYERS, encoded.positions.n_tokens, len(image_of(encoded)), pruning)
     work = count_work(config, lengths, n_new=3)
     # torch's counter knows plain matrix products everywhere, fused attention only on a GPU.
     with model.attention_kernel("eager"), image_tokens_removed(model, encoded, pruning):
@@ -274,7 +264,7 @@ def test_counted_work_is_what_torch_counts(pruning, family, n_kv_heads, tmp_path
             if n == 2:
                 assert n_bytes == work.cache_bytes
             with FlopCounterMode(display=False) as counter:
-                continue_prompt(model, int(logits.argmax()), cache, encoded.spans.n_tokens + n - 2, 2)
+                continue_prompt(model, int(logits.argmax()), cache, encoded.positions.n_tokens + n - 2, 2)
             counted.append(counter.get_total_flops())
     assert counted == [work.first_token_flops, *work.next_token_flops]
 
@@ -329,7 +319,7 @@ def swept(tmp_path_factory):
 def test_the_sweep_has_each_way_at_each_depth_that_it_can_reach(swept):
     _, samples, frame = swept
     ours, random, fastv, _ = ("No image in the last layers", "Random tokens", "FastV", "Smaller picture")
-    assert {ours, random, fastv} == {*frame.way} < {*WAY_COLOURS}
+    assert {ours, random, fastv} == {*frame.way} < {*WAY_COLORS}
     depths = {way: sorted({*part.n_layers_without}) for way, part in frame.groupby("way")}
     assert depths == {ours: [0, 1, 2, 4], random: [0, 1, 2], fastv: [0, 1, 2]}
     assert len(frame) == len(samples) * 10 and frame.attrs["max_check_diff"] < 1e-4
@@ -387,7 +377,7 @@ def test_times_are_measured_in_each_part_and_beside_what_is_counted(tmp_path):
     wide = times.pivot(index=["way", "round"], columns="part", values="seconds")
     total = wide["first token with image"] + wide["next tokens"]
     assert total.tolist() == pytest.approx(wide["end to end"].tolist())
-    table = summarise_times(times)
+    table = summarize_times(times)
     here = table[table.way == "no image in the last 1"].set_index("part").counted_pct
     own, full = (work_of(model, encoded, one, n_new=3) for one in (Pruning(from_layer=3), None))
     assert here["first token"] == 100 * own.first_token_flops / full.first_token_flops < 100
@@ -406,9 +396,9 @@ def test_times_are_compared_within_their_round():
         for way, several in seconds.items()
         for n, taken in enumerate(several)
     )
-    table = summarise_times(times).set_index("way")
+    table = summarize_times(times).set_index("way")
     found = table.loc["half", ["n", "ms", "pct", "pct_q1", "pct_q3", "counted_pct"]].tolist()
     assert found == pytest.approx([3, 1000, 50, 37.5, 55, 60])
     assert table.loc["intact", "pct"] == 100
     with pytest.raises(ValueError, match="'intact' among the ways timed, got half"):
-        summarise_times(times[times.way == "half"])
+        summarize_times(times[times.way == "half"])

@@ -7,10 +7,11 @@ import torch
 from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 from transformers import MistralConfig
 
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, Variant, variants
-from mmflow_utils.reference import attention_pattern, check_model, engine, run_reference
-from mmflow_utils.reference.engine import intervene
+from mmflow_utils.engine import reference as engine
+from mmflow_utils.engine.checks import attention_pattern, check_model
+from mmflow_utils.engine.reference import intervene, run_reference
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, Variant, variants
 
 EDGES = ["mask", "zero_value", "mean_value"]
 MODULES = ["attention_output", "mlp_output"]
@@ -61,7 +62,7 @@ def one_layer_by_hand(model, ids, variant):
     mixed = torch.zeros(len(ids), heads * width)
     for head in range(heads):
         own = slice(head * width, (head + 1) * width)
-        kv = head // (heads // kv_heads)  # neighbouring heads share keys and values
+        kv = head // (heads // kv_heads)  # neighboring heads share keys and values
         shared = slice(kv * width, (kv + 1) * width)
         query, key, value = turn(q[:, own], theta), turn(k[:, shared], theta), v[:, shared]
         for t in range(len(ids)):
@@ -72,9 +73,7 @@ def one_layer_by_hand(model, ids, variant):
                 scores[closed] = -math.inf
             elif closed:
                 values[closed] = values[closed].mean(0) if variant.intervention == "mean_value" else 0.0
-            weights = (
-                scores.exp() / scores.exp().sum() if len(closed) <= t or variant.intervention != "mask" else 0
-            )
+            weights = scores.exp() / scores.exp().sum() if len(closed) <= t or variant.intervention != "mask" else 0
             mixed[t, own] = weights @ values if torch.is_tensor(weights) else 0.0
     attended = mixed @ layer.self_attn.o_proj.weight.T
     if variant.intervention == "attention_output":
@@ -93,7 +92,7 @@ def one_layer_by_hand(model, ids, variant):
 @pytest.mark.parametrize("intervention", EDGES + MODULES)
 def test_one_layer_by_hand(intervention, n_kv_heads, tmp_path):
     model, encoded = ready(tmp_path, "llama", n_layers=1, n_kv_heads=n_kv_heads)
-    last, ids = encoded.spans.last, encoded.inputs["input_ids"][0]
+    last, ids = encoded.positions.last, encoded.inputs["input_ids"][0]
     source = () if intervention in MODULES else (0, 3, 4, 8, last)
     one = Variant(layers=range(1), target=(5, last), source=source, intervention=intervention)
     for read in (last, 5, 6):
@@ -107,7 +106,7 @@ def test_one_layer_by_hand(intervention, n_kv_heads, tmp_path):
 
 def test_a_target_with_nothing_left_gets_nothing_by_hand_too(tmp_path):
     model, encoded = ready(tmp_path, "llama", n_layers=1)
-    everything = tuple(range(encoded.spans.n_tokens))
+    everything = tuple(range(encoded.positions.n_tokens))
     variant = Variant(layers=range(1), target=(6,), source=everything)
     run = run_reference(model, encoded, [variant], read=6)
     by_hand = one_layer_by_hand(model, encoded.inputs["input_ids"][0], variant)[6]
@@ -118,8 +117,8 @@ def test_a_target_with_nothing_left_gets_nothing_by_hand_too(tmp_path):
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_a_starved_target_is_one_whose_attention_output_is_zeroed(kernel, family, tmp_path):
     model, encoded = ready(tmp_path, family, n_kv_heads=2)
-    layers, target = range(1, 3), encoded.spans["question"]
-    starved = Variant(layers=layers, target=target, source=tuple(range(encoded.spans.n_tokens)))
+    layers, target = range(1, 3), encoded.positions["question"]
+    starved = Variant(layers=layers, target=target, source=tuple(range(encoded.positions.n_tokens)))
     zeroed = Variant(layers=layers, target=target, intervention="attention_output")
     with model.attention_kernel(kernel):
         run = run_reference(model, encoded, [starved, zeroed])
@@ -141,9 +140,9 @@ def test_the_first_position_starves_when_it_loses_itself(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_patterns_lose_the_blocked_edges_and_renormalise(family, tmp_path):
+def test_patterns_lose_the_blocked_edges_and_renormalize(family, tmp_path):
     model, encoded = ready(tmp_path, family, n_kv_heads=2)
-    image, question = list(encoded.spans["image"]), list(encoded.spans["question"])
+    image, question = list(encoded.positions["image"]), list(encoded.positions["question"])
     variant = Variant(layers=range(1, 3), target=tuple(question), source=tuple(image))
     clean = [attention_pattern(model, encoded, n) for n in range(4)]
     blocked = [attention_pattern(model, encoded, n, variant) for n in range(4)]
@@ -163,7 +162,7 @@ def test_patterns_lose_the_blocked_edges_and_renormalise(family, tmp_path):
 @pytest.mark.parametrize("intervention", EDGES)
 def test_what_blocks_nothing_changes_nothing(intervention, tmp_path):
     model, encoded = ready(tmp_path)
-    last, every = encoded.spans["last"], range(4)
+    last, every = encoded.positions["last"], range(4)
     nothing = [
         Variant(layers=every, target=last, intervention=intervention),
         Variant(layers=range(2, 2), target=last, source=(1, 2), intervention=intervention),
@@ -175,7 +174,7 @@ def test_what_blocks_nothing_changes_nothing(intervention, tmp_path):
 
 def test_the_mean_of_one_value_is_itself_and_of_many_is_not(tmp_path):
     model, encoded = ready(tmp_path)
-    last, image = encoded.spans["last"], encoded.spans["image"]
+    last, image = encoded.positions["last"], encoded.positions["image"]
     one = Variant(layers=range(4), target=last, source=last, intervention="mean_value")
     many = Variant(layers=range(4), target=last, source=image, intervention="mean_value")
     run = run_reference(model, encoded, [one, many])
@@ -185,7 +184,7 @@ def test_the_mean_of_one_value_is_itself_and_of_many_is_not(tmp_path):
 
 def test_windows_interventions_and_targets_all_matter(tmp_path):
     model, encoded = ready(tmp_path)
-    spans = encoded.spans
+    spans = encoded.positions
     rows = [
         Variant(layers=range(0, 2), target=spans["last"], source=spans["image"]),
         Variant(layers=range(1, 3), target=spans["last"], source=spans["image"]),
@@ -201,8 +200,8 @@ def test_windows_interventions_and_targets_all_matter(tmp_path):
 
 def test_a_position_before_every_target_is_untouched_and_after_is_not(tmp_path):
     model, encoded = ready(tmp_path)
-    variant = Variant(layers=range(0, 3), target=encoded.spans["question"], source=encoded.spans["image"])
-    first, later = encoded.spans["question"][0], encoded.spans["question"][-1] + 2
+    variant = Variant(layers=range(0, 3), target=encoded.positions["question"], source=encoded.positions["image"])
+    first, later = encoded.positions["question"][0], encoded.positions["question"][-1] + 2
     for read, moved in ((first - 1, False), (first, True), (later, True)):
         run = run_reference(model, encoded, [variant], read=read)
         assert (not torch.allclose(run.variants[0], run.base, atol=1e-4)) == moved
@@ -211,7 +210,7 @@ def test_a_position_before_every_target_is_untouched_and_after_is_not(tmp_path):
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llama"])
 def test_base_and_stream_are_the_librarys_own(family, tmp_path):
     model, encoded = ready(tmp_path, family)
-    for read in (encoded.spans.last, 3):
+    for read in (encoded.positions.last, 3):
         run = run_reference(model, encoded, [], read=read)
         with torch.inference_mode():
             out = model.hf(**encoded.inputs, output_hidden_states=True)
@@ -226,7 +225,7 @@ def test_base_and_stream_are_the_librarys_own(family, tmp_path):
 def test_kernels_agree(intervention, tmp_path):
     model, encoded = ready(tmp_path, "llava_next", n_kv_heads=2)
     flows = FLOW_TO_LAST + IMAGE_TO_QUESTION
-    rows = variants(encoded.spans, flows, window=3, n_layers=4, layers=[0, 2], intervention=intervention)
+    rows = variants(encoded.positions, flows, window=3, n_layers=4, layers=[0, 2], intervention=intervention)
     fused = run_reference(model, encoded, rows)
     with model.attention_kernel("eager"):
         plain = run_reference(model, encoded, rows)
@@ -236,7 +235,7 @@ def test_kernels_agree(intervention, tmp_path):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_a_sliding_window_stays_closed_under_the_knockout(kernel, tmp_path):
     model, encoded = ready(tmp_path, text_config=sliding(8))
-    last, n = encoded.spans.last, encoded.spans.n_tokens
+    last, n = encoded.positions.last, encoded.positions.n_tokens
     near = Variant(layers=range(4), target=(last,), source=(last - 2, last - 1))
     pattern = attention_pattern(model, encoded, 1, near)
     far = torch.ones(n, n, dtype=torch.bool).tril(-8)
@@ -256,7 +255,7 @@ def test_a_sliding_window_stays_closed_under_the_knockout(kernel, tmp_path):
 def test_half_precision_runs_and_stays_near(tmp_path):
     model, encoded = ready(tmp_path)
     half, same = ready(tmp_path, dtype=torch.bfloat16)
-    rows = variants(encoded.spans, FLOW_TO_LAST, window=3, n_layers=4)
+    rows = variants(encoded.positions, FLOW_TO_LAST, window=3, n_layers=4)
     exact, rough = run_reference(model, encoded, rows), run_reference(half, same, rows)
     assert rough.variants.dtype == torch.float32 and rough.variants.isfinite().all()
     assert torch.allclose(exact.variants.softmax(-1), rough.variants.softmax(-1), atol=0.02)
@@ -287,11 +286,9 @@ def test_no_hook_outlives_an_error(intervention, tmp_path):
     model, encoded = ready(tmp_path)
     source = () if intervention in MODULES else (1,)
     variant = Variant(layers=range(4), target=(2,), source=source, intervention=intervention)
-    run_reference(
-        model, encoded, []
-    )  # the library installs hooks of its own in the vision tower, and keeps them
+    run_reference(model, encoded, [])  # the library installs hooks of its own in the vision tower, and keeps them
     before = hooks_of(model)
-    with pytest.raises(RuntimeError), intervene(model, variant, encoded.spans.n_tokens):
+    with pytest.raises(RuntimeError), intervene(model, variant, encoded.positions.n_tokens):
         raise RuntimeError
 
     def stop():
@@ -313,13 +310,13 @@ def test_the_checks_see_a_mask_that_does_nothing(tmp_path, monkeypatch):
     model, encoded = ready(tmp_path)
     monkeypatch.setattr(engine, "_mask_edges", lambda *_: None)
     failed = check_model(model, encoded).query("not passed")
-    assert failed["check"].tolist() == ["blocked attention is 0, the rest renormalises"]
+    assert failed["check"].tolist() == ["blocked attention is 0, the rest renormalizes"]
 
 
 def test_the_checks_see_a_wrong_head_and_wrong_positions(tmp_path, monkeypatch):
     model, encoded = ready(tmp_path)
-    moved = [p + 1 for p in encoded.spans["question"]]
-    object.__setattr__(encoded, "spans", encoded.spans.with_(question=moved))
+    moved = [p + 1 for p in encoded.positions["question"]]
+    object.__setattr__(encoded, "spans", encoded.positions.with_(question=moved))
     monkeypatch.setattr(type(model), "final_norm", torch.nn.Identity())
     failed = check_model(model, encoded).query("not passed")
     assert len(failed) == 2 and "question's positions read" in failed["detail"].iloc[1]

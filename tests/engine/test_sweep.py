@@ -12,10 +12,15 @@ import torch
 from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 from transformers import MistralConfig
 
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import (
+from mmflow_utils.engine.packed_pass import PackedPass
+from mmflow_utils.engine.plan import count_rows
+from mmflow_utils.engine.reference import Run, run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
     IMAGE_TO_QUESTION,
@@ -24,10 +29,6 @@ from mmflow_utils.flows import (
     variants,
     window_layers,
 )
-from mmflow_utils.reference import Run, run_reference
-from mmflow_utils.sweep import count_rows, run_sweep
-from mmflow_utils.sweep.ride import Ride
-from tests.tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 
 N_LAYERS = 4
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
@@ -96,7 +97,7 @@ def edits(draw, n_tokens: int) -> dict:
 @given(data=st.data())
 def test_random_edits_give_the_reference_numbers(kind, data):
     model, encoded = setting(kind)
-    n_tokens = encoded.spans.n_tokens
+    n_tokens = encoded.positions.n_tokens
     some = [Variant(**edit) for edit in data.draw(st.lists(edits(n_tokens), min_size=1, max_size=8))]
     read = data.draw(st.one_of(st.none(), st.integers(0, n_tokens - 1)))
     assert_same(
@@ -109,7 +110,7 @@ def test_random_edits_give_the_reference_numbers(kind, data):
 @pytest.mark.parametrize("window", (1, 3, 9))
 def test_all_flows_and_layers_in_one_go(intervention, window):
     model, encoded = setting("llava_next" if window == 3 else "llava")
-    some = variants(encoded.spans, FLOWS, window=window, n_layers=N_LAYERS, intervention=intervention)
+    some = variants(encoded.positions, FLOWS, window=window, n_layers=N_LAYERS, intervention=intervention)
     run = run_sweep(model, encoded, some)
     assert_same(run, run_reference(model, encoded, some))
     assert farthest(run.variants, run.base) > 1e-3  # and the knockouts bite
@@ -118,7 +119,7 @@ def test_all_flows_and_layers_in_one_go(intervention, window):
 @pytest.mark.parametrize("intervention", get_args(Intervention))
 def test_another_window_or_one_token_less_is_told_apart(intervention):
     model, encoded = setting("llava")
-    spans = encoded.spans
+    spans = encoded.positions
     edges = not intervention.endswith("output")
 
     def variant(layers, source, target):
@@ -141,7 +142,7 @@ def test_another_window_or_one_token_less_is_told_apart(intervention):
 @pytest.mark.parametrize("intervention", ("mask", "zero_value"))
 def test_a_target_with_nothing_left_to_attend_to_gets_nothing(intervention):
     model, encoded = setting("llava-gqa")
-    last = encoded.spans.last
+    last = encoded.positions.last
     everything = tuple(range(last + 1))
     edges = Variant(layers=range(1, 3), target=(last,), source=everything, intervention=intervention)
     # Without biases, attention that reads nothing adds nothing.
@@ -155,7 +156,7 @@ def test_a_target_with_nothing_left_to_attend_to_gets_nothing(intervention):
 
 def test_what_changes_nothing_gives_the_clean_logits():
     model, encoded = setting("llava")
-    last = encoded.spans.last
+    last = encoded.positions.last
     idle = [
         Variant(layers=range(2, 2), target=(last,), source=(0,)),
         Variant(layers=range(0, N_LAYERS), target=(3,), source=(4, 5)),  # acausal
@@ -172,7 +173,7 @@ def test_what_changes_nothing_gives_the_clean_logits():
 def test_in_float64_the_two_ways_agree_far_beyond_float32():
     # The library's norms work in float32, so a difference of exactly 0.0 would be luck, not proof.
     model, encoded = setting("llava", torch.float64)
-    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    some = variants(encoded.positions, FLOWS, window=3, n_layers=N_LAYERS)
     run, plain = run_sweep(model, encoded, some), run_reference(model, encoded, some)
     assert farthest(run.variants, plain.variants) < 1e-6
 
@@ -181,11 +182,10 @@ def test_in_float64_the_two_ways_agree_far_beyond_float32():
 def test_in_half_precision_no_further_from_float32_than_the_plain_way(dtype):
     exact_model, encoded = setting("llava")
     rough_model, rough = setting("llava", dtype)
-    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    some = variants(encoded.positions, FLOWS, window=3, n_layers=N_LAYERS)
     exact = probs(run_reference(exact_model, encoded, some).variants)
     errors = [
-        (probs(run(rough_model, rough, some).variants) - exact).abs().mean()
-        for run in (run_sweep, run_reference)
+        (probs(run(rough_model, rough, some).variants) - exact).abs().mean() for run in (run_sweep, run_reference)
     ]
     assert 0 < errors[0] < 1.25 * errors[1]
 
@@ -193,7 +193,7 @@ def test_in_half_precision_no_further_from_float32_than_the_plain_way(dtype):
 def test_layers_that_live_on_disk_are_fetched(tmp_path):
     """accelerate takes layers from where they are; on a machine with cards it spreads them the same way."""
     model, encoded = setting("llava-gqa")
-    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
+    some = variants(encoded.positions, FLOWS, window=3, n_layers=N_LAYERS)
     expected = run_reference(model, encoded, some)
     spread = replace(model, hf=deepcopy(model.hf))
     where = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
@@ -207,8 +207,8 @@ def test_layers_that_live_on_disk_are_fetched(tmp_path):
 
 def test_memory_that_runs_out_costs_time_only(monkeypatch):
     model, encoded = setting("llava")
-    some = variants(encoded.spans, FLOWS, window=3, n_layers=N_LAYERS)
-    sizes, whole = [], Ride.run
+    some = variants(encoded.positions, FLOWS, window=3, n_layers=N_LAYERS)
+    sizes, whole = [], PackedPass.run
 
     def small(ride, encoded):
         sizes.append(sum(len(branch.variants) for branch in ride.branches))
@@ -217,7 +217,7 @@ def test_memory_that_runs_out_costs_time_only(monkeypatch):
         return whole(ride, encoded)
 
     expected = run_sweep(model, encoded, some)
-    monkeypatch.setattr(Ride, "run", small)
+    monkeypatch.setattr(PackedPass, "run", small)
     assert farthest(run_sweep(model, encoded, some).variants, expected.variants) < TOLERANCE
     assert max(sizes) > 7 >= sizes[-1]
 
@@ -230,8 +230,8 @@ def test_other_errors_are_not_swallowed_and_nothing_is_left_behind(monkeypatch):
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a bug"):
-        patched.setattr(Ride, "_through", fail)
-        run_sweep(model, encoded, [Variant(layers=range(2), target=(encoded.spans.last,), source=(0,))])
+        patched.setattr(PackedPass, "_through", fail)
+        run_sweep(model, encoded, [Variant(layers=range(2), target=(encoded.positions.last,), source=(0,))])
     assert model.text.config._attn_implementation == kernel
     for i, layer in enumerate(model.layers):
         for module in (layer, model.attention(i), model.mlp(i)):
@@ -258,7 +258,7 @@ def test_variants_that_do_not_fit_are_refused(change, says):
 @given(data=st.data())
 def test_several_positions_are_read_as_each_alone(kind, data):
     model, encoded = setting(kind)
-    n_tokens = encoded.spans.n_tokens
+    n_tokens = encoded.positions.n_tokens
     some = [Variant(**data.draw(edits(n_tokens))) for _ in range(data.draw(st.integers(0, 4)))]
     read = sorted(data.draw(st.sets(st.integers(0, n_tokens - 1), min_size=1, max_size=4)))
     chunk = data.draw(st.sampled_from((None, 1, 3)))
@@ -273,8 +273,8 @@ def test_several_positions_are_read_as_each_alone(kind, data):
 
 def test_what_is_kept_of_the_logits_is_theirs():
     model, encoded = setting("llava")
-    read = encoded.spans["question"]
-    some = variants(encoded.spans, IMAGE_TO_QUESTION, window=3, n_layers=N_LAYERS)
+    read = encoded.positions["question"]
+    some = variants(encoded.positions, IMAGE_TO_QUESTION, window=3, n_layers=N_LAYERS)
     whole = run_sweep(model, encoded, some, read=read)
     words = run_sweep(model, encoded, some, read=read, keep=lambda logits: logits.topk(5).indices)
     assert words.variants.shape == (len(some), len(read), 5)
@@ -292,14 +292,14 @@ def test_bad_positions_to_read_are_refused(read):
 def test_bad_read_and_chunk_are_refused():
     model, encoded = setting("llava")
     with pytest.raises(ValueError, match="`read`"):
-        run_sweep(model, encoded, [], read=encoded.spans.n_tokens)
+        run_sweep(model, encoded, [], read=encoded.positions.n_tokens)
     with pytest.raises(ValueError, match="`chunk`"):
         run_sweep(model, encoded, [], chunk=0)
 
 
 def test_few_rows_are_computed():
     _, encoded = setting("llava")
-    spans, n_layers = encoded.spans, 16
+    spans, n_layers = encoded.positions, 16
     some = variants(spans, FLOWS, window=9, n_layers=n_layers)
     counts = count_rows(some, n_tokens=spans.n_tokens, n_layers=n_layers)
     full = len(some) * spans.n_tokens * n_layers

@@ -11,20 +11,20 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils import curation
-from mmflow_utils.curation import (
+from miniature.dataset import write_split
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.experiments import curation
+from mmflow_utils.experiments.curation import (
     answer,
     ask_questions,
     curate,
-    draw,
     group_accuracy,
     load_samples,
     read_questions,
+    stratified_sample,
 )
-from mmflow_utils.encode import encode
-from mmflow_utils.miniature import write_split
 from mmflow_utils.params import Params
-from mmflow_utils.samples import Sample
+from mmflow_utils.prompts.encoding import encode
 
 TASKS = ["ChooseAttr", "QueryAttr"]
 
@@ -63,7 +63,7 @@ def params(split, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Let the model answer every second question (by its id) as labelled; note which were asked."""
+    """Let the model answer every second question (by its id) as labeled; note which were asked."""
     heard = []
 
     def knows(model, encoded, **_):
@@ -81,14 +81,14 @@ def asked(monkeypatch):
 def test_a_draw_depends_neither_on_its_size_nor_on_other_kinds():
     reds, blues = ([a_sample(100 * k + i, task=t) for i in range(9)] for k, t in enumerate(TASKS))
     by = dict(seed=0, by=lambda s: s.task)
-    every = draw(reds + blues, n=None, **by)
+    every = stratified_sample(reds + blues, n=None, **by)
     assert {s.sample_id for s in every} == {s.sample_id for s in reds + blues}
     for n in (1, 4, 9, 20):
-        assert draw(reds + blues, n=n, **by) == every[:9][:n] + every[9:][:n]
-        assert draw(reds, n=n, **by) == every[:9][:n]
-        assert draw(blues, n=n, **by) == every[9:][:n]
-    assert draw(reversed(reds + blues), n=None, **by) == every  # nor on the file's order
-    assert draw(reds, n=None, seed=1, by=lambda s: s.task) != every[:9] != reds
+        assert stratified_sample(reds + blues, n=n, **by) == every[:9][:n] + every[9:][:n]
+        assert stratified_sample(reds, n=n, **by) == every[:9][:n]
+        assert stratified_sample(blues, n=n, **by) == every[9:][:n]
+    assert stratified_sample(reversed(reds + blues), n=None, **by) == every  # nor on the file's order
+    assert stratified_sample(reds, n=None, seed=1, by=lambda s: s.task) != every[:9] != reds
 
 
 # ---- answers -------------------------------------------------------------------------------------------
@@ -115,9 +115,7 @@ def test_a_record_has_every_question_and_every_reason(params, asked, split, tmp_
     cut_short = tmp_path / "cut.png"
     cut_short.write_bytes(right.image.read_bytes()[:200])
     gone = replace(right, sample_id="1", image=tmp_path / "gone.png")
-    record = ask_questions(
-        model(), iter([right, wrong, gone, replace(gone, image=cut_short)]), progress=False
-    )
+    record = ask_questions(model(), iter([right, wrong, gone, replace(gone, image=cut_short)]), progress=False)
     assert record.correct.tolist() == [True, False, False, False]
     assert record.prediction.tolist()[:2] == [right.answer.capitalize(), "Nonsense"]
     assert record.prediction.isna().tolist() == [False, False, True, True]
@@ -153,7 +151,7 @@ def test_curation_stops_when_it_has_enough(params, asked):
     for task in TASKS:
         mine = record[record.task == task]
         assert mine.correct.sum() == 3 and mine.correct.iloc[-1]  # not one question more than needed
-        order = [s.sample_id for s in draw(samples, n=None, seed=0, by=lambda s: s.task) if s.task == task]
+        order = [s.sample_id for s in stratified_sample(samples, n=None, seed=0, by=lambda s: s.task) if s.task == task]
         assert mine.sample_id.tolist() == order[: len(mine)]
 
 
@@ -231,6 +229,6 @@ def test_a_task_without_a_correct_answer_says_so(params, monkeypatch):
 def test_the_seed_alone_decides_the_order():
     some = [a_sample(i) for i in range(30)]
     np.random.seed(1)
-    first = draw(some, n=10, seed=3, by=lambda s: s.task)
+    first = stratified_sample(some, n=10, seed=3, by=lambda s: s.task)
     np.random.seed(2)
-    assert draw(some, n=10, seed=3, by=lambda s: s.task) == first
+    assert stratified_sample(some, n=10, seed=3, by=lambda s: s.task) == first

@@ -7,10 +7,10 @@ import ipywidgets as widgets
 import pytest
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.experiments.lens import logit_lens
 from mmflow_utils.explorer import FLOWS, Explorer
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.lens import logit_lens
+from mmflow_utils.prompts.encoding import encode
 
 RELATED = "Related image patches -> Question"
 
@@ -59,9 +59,7 @@ def test_the_words_are_those_of_the_lens(explorer, model, samples):
         assert len(explorer.words) == 5 and explorer.words["probability"].is_monotonic_decreasing
         assert explorer.words["token"].iloc[0] == there["top_token"].iloc[0]
         best = there[there["rank"] == 1]
-        assert best["probability"].tolist() == pytest.approx(
-            [explorer.words["probability"].iloc[0]] * len(best)
-        )
+        assert best["probability"].tolist() == pytest.approx([explorer.words["probability"].iloc[0]] * len(best))
 
 
 def test_it_opens_at_the_knockout_that_hurts_most(explorer):
@@ -108,7 +106,7 @@ def test_a_chosen_flow_stays_chosen_where_the_next_question_has_it(explorer):
 
 
 def test_the_patches_that_are_cut_off_are_drawn(explorer, model, samples):
-    spans = encode(model, samples[0]).spans
+    spans = encode(model, samples[0]).positions
     for flow, name in ((RELATED, "image_related"), ("Image -> Question", "image"), ("Last -> Last", "last")):
         explorer.flow.value = flow
         picture = explorer.figure.axes[0]

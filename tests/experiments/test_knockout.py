@@ -9,11 +9,17 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils import sweep
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow, variants
-from mmflow_utils.knockout import COLUMNS, knockout_sweep
-from mmflow_utils.reference import run_reference
+from mmflow_utils.engine import sweep
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.experiments.knockout import COLUMNS, knockout_sweep
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import (
+    FLOW_TO_LAST,
+    IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_TO_QUESTION,
+    Flow,
+    variants,
+)
 
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION
 
@@ -30,7 +36,7 @@ def test_each_row_is_what_its_logits_say(tmp_path):
     model, (sample,) = tiny_vlm("llava_next", n_kv_heads=2), samples_of(tmp_path, 1)
     frame = run(model, [sample], method="reference")
     assert tuple(frame.columns) == COLUMNS and len(frame) == len(FLOWS) * model.n_layers
-    spans = encode(model, sample).spans
+    spans = encode(model, sample).positions
     planned = variants(spans, FLOWS, window=3, n_layers=model.n_layers)
     logits = run_reference(model, encode(model, sample), planned)
     base, changed = logits.base.softmax(-1), logits.variants.softmax(-1)
@@ -81,9 +87,7 @@ def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
 
 def test_a_sweep_that_gives_no_numbers_is_caught(tmp_path, monkeypatch):
     right = sweep.run_sweep
-    monkeypatch.setattr(
-        sweep, "run_sweep", lambda *a: replace(right(*a), variants=right(*a).variants * math.nan)
-    )
+    monkeypatch.setattr(sweep, "run_sweep", lambda *a: replace(right(*a), variants=right(*a).variants * math.nan))
     with pytest.raises(ValueError, match="differ by nan"):
         run(tiny_vlm(), samples_of(tmp_path))
 
@@ -116,7 +120,7 @@ def test_nothing_left_is_an_empty_frame_with_the_same_columns(tmp_path):
 def test_logit_differences_compare_the_options_first_tokens(tmp_path):
     model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
     frame = run(model, [sample], FLOW_TO_LAST[0])
-    planned = variants(encode(model, sample).spans, FLOW_TO_LAST[:1], window=3, n_layers=4)
+    planned = variants(encode(model, sample).positions, FLOW_TO_LAST[:1], window=3, n_layers=4)
     logits = run_reference(model, encode(model, sample), planned)
     case = str.capitalize if frame.token[0].strip()[:1].isupper() else str.lower
     ids = [model.tokenizer.encode(case(w), add_special_tokens=False)[0] for w in ("left", "right")]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode
-from mmflow_utils.lens import (
+from mmflow_utils.analysis.stats import summarize
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.experiments.lens import (
     LENS_COLUMNS,
     LENS_WORDS,
     decision_curves,
@@ -18,9 +19,8 @@ from mmflow_utils.lens import (
     lens_logits,
     logit_lens,
 )
-from mmflow_utils.plots import WORD_COLOURS
-from mmflow_utils.reference import run_reference
-from mmflow_utils.stats import summarise
+from mmflow_utils.plots.style import WORD_COLORS
+from mmflow_utils.prompts.encoding import encode
 
 
 def run(model, samples, **options):
@@ -74,7 +74,7 @@ def test_the_protocols_part_everywhere_but_at_the_end(tmp_path):
     norms = frame[frame.word == LENS_WORDS[0]].groupby("protocol").norm.agg(list)
     assert norms["paper"] == ["none"] * 3 + ["final norm"] and norms["corrected"] == ["final norm"] * 4
     with pytest.raises(ValueError, match="mixes several values of 'protocol'"):
-        summarise(frame, "probability", by=("word", "layer"), n_boot=100)
+        summarize(frame, "probability", by=("word", "layer"), n_boot=100)
 
 
 def test_a_model_whose_layers_add_nothing_says_the_same_after_each(tmp_path):
@@ -178,16 +178,14 @@ def test_decision_curves_count_from_the_layer_on():
     assert share["a", "Was on top"] == [0, 100, 100, 100]
     assert share["a", "Stays on top"] == [0, 0, 0, 100]
     assert share["b", "Was on top"] == share["b", "Stays on top"] == [0] * 4
-    assert set(drawn.event) < set(WORD_COLOURS) and set(LENS_WORDS) < set(WORD_COLOURS)
+    assert set(drawn.event) < set(WORD_COLORS) and set(LENS_WORDS) < set(WORD_COLORS)
     assert len(drawn) == 2 * 2 * 4 and "settled_layer" not in drawn
 
 
 def test_decisions_are_described_with_n_and_a_null_result_as_one():
     settled = [ranks([9, 1, 5, 1], [2] * 4, "a"), ranks([9, 1, 1, 1], [2] * 4, "b").assign(image_id="j")]
     (line,) = describe_decisions(decision_layers(pd.concat([*settled, ranks([9] * 4, [2] * 4, "c")])))
-    assert line.startswith(
-        "T, paper lens: on average the answer first becomes the most probable word after layer"
-    )
+    assert line.startswith("T, paper lens: on average the answer first becomes the most probable word after layer")
     assert "after layer 1.0 and stays so from layer 2.0 on (95 % interval " in line
     assert line.endswith("2 of 3 samples, on 2 images).")
     (line,) = describe_decisions(decision_layers(ranks([9] * 4, [2] * 4)))

@@ -9,12 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import IMAGE_PATCHES_TO_QUESTION, Flow, Variant
-from mmflow_utils.modules import SEMANTICS_COLUMNS, jaccard, module_knockout, question_semantics, top_words
-from mmflow_utils.reference import run_reference
-from mmflow_utils.stats import summarise
-from mmflow_utils.sweep.ride import Ride
+from mmflow_utils.analysis.stats import summarize
+from mmflow_utils.engine.packed_pass import PackedPass
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.experiments.semantics import (
+    SEMANTICS_COLUMNS,
+    jaccard,
+    module_knockout,
+    question_semantics,
+    top_words,
+)
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow, Variant
 
 EVERY = range(4)
 
@@ -53,7 +59,7 @@ def test_jaccard_is_symmetric_bounded_and_blind_to_order(seed, n, pooled):
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_words_are_those_of_the_references_logits(family, tmp_path):
     model, encoded = ready(tmp_path, family, n_kv_heads=2)
-    spans = encoded.spans
+    spans = encoded.positions
     question = spans["question"]
     rows = [
         Variant(layers=range(1, 3), target=question, intervention="mlp_output"),
@@ -73,15 +79,13 @@ def test_a_position_without_modules_says_what_its_embedding_says(tmp_path):
     model, encoded = ready(tmp_path)
     for n in EVERY:
         model.mlp(n).down_proj.weight.zero_()  # so attention is all that moves a position
-    question = encoded.spans["question"]
+    question = encoded.positions["question"]
     zeroed = Variant(layers=EVERY, target=question, intervention="attention_output")
     base, changed = top_words(model, encoded, [zeroed], positions=question)
     ids = encoded.inputs["input_ids"][0, list(question)]
     alone = model.unembed(model.final_norm(model.text.embed_tokens.weight[ids])).topk(10).indices
     assert changed[0].tolist() == alone.tolist()
-    frame = module_knockout(
-        model, [encoded.sample], ["attention_output"], window=4, layers=[0], progress=False
-    )
+    frame = module_knockout(model, [encoded.sample], ["attention_output"], window=4, layers=[0], progress=False)
     common = sum(len({*a} & {*b}) for a, b in zip(base.tolist(), alone.tolist(), strict=True))
     assert frame.jaccard.tolist() == pytest.approx([common / (20 * len(question) - common)])
     assert 0 < frame.jaccard[0] < 1
@@ -89,7 +93,7 @@ def test_a_position_without_modules_says_what_its_embedding_says(tmp_path):
 
 def test_what_can_not_reach_the_question_changes_no_word(tmp_path):
     model, encoded = ready(tmp_path)
-    spans, question = encoded.spans, encoded.spans["question"]
+    spans, question = encoded.positions, encoded.positions["question"]
     rows = [
         Variant(layers=EVERY, target=spans["last"], intervention="mlp_output"),  # later than the question
         Variant(layers=EVERY, target=spans["last"], source=spans["image"]),
@@ -119,15 +123,15 @@ def test_frames_of_both_experiments(tmp_path):
     cut = question_semantics(model, samples, window=3, progress=False)
     for frame, n_knockouts, n_blocked in ((zeroed, 2, [3, 3, 2, 1]), (cut, 1, [2, 3, 3, 2])):
         assert tuple(frame.columns) == SEMANTICS_COLUMNS and len(frame) == 2 * n_knockouts * 4
-        assert frame.n_layers_blocked.tolist() == n_blocked * 2 * n_knockouts  # forward; centred
+        assert frame.n_layers_blocked.tolist() == n_blocked * 2 * n_knockouts  # forward; centered
         assert frame.layer.tolist() == [0, 1, 2, 3] * 2 * n_knockouts
         assert frame.jaccard.between(0, 1, inclusive="left").all()
         assert frame.attrs["skipped"] == [] and not frame.pooled.any()
     assert cut.knockout.unique().tolist() == ["Image -> Question"]
     assert zeroed.n_positions.tolist() == [
-        len(encode(model, s).spans["question"]) for s in samples for _ in range(8)
+        len(encode(model, s).positions["question"]) for s in samples for _ in range(8)
     ]
-    summary = summarise(zeroed, "jaccard", by=("task", "knockout", "layer"), n_boot=100)
+    summary = summarize(zeroed, "jaccard", by=("task", "knockout", "layer"), n_boot=100)
     assert (summary.n == 2).all() and (summary.n_clusters == 2).all()
 
 
@@ -155,12 +159,12 @@ def test_the_two_ways_find_the_same_and_a_wrong_sweep_is_stopped(tmp_path, monke
         assert np.allclose(ours.jaccard, plain.jaccard, atol=0.02)
         assert ours.attrs["max_check_diff"] <= 0.02 and plain.attrs["max_check_diff"] is None
         assert measure(model, [sample], window=3, n_check=0, progress=False).attrs["max_check_diff"] is None
-    monkeypatch.setattr(Ride, "_blocks", lambda ride, i, here, begins: whole(ride, 0, here, begins))
+    monkeypatch.setattr(PackedPass, "_blocks", lambda ride, i, here, begins: whole(ride, 0, here, begins))
     with pytest.raises(ValueError, match="method='reference'"):
         question_semantics(model, [sample], window=1, progress=False)
 
 
-whole = Ride._blocks  # as if every window began at layer 0
+whole = PackedPass._blocks  # as if every window began at layer 0
 
 
 def test_what_a_prompt_lacks_is_skipped_with_its_reason(tmp_path):

@@ -11,25 +11,22 @@ import torch
 from tiny import tiny_sample, tiny_vlm
 from transformers import AutoProcessor, LlamaForCausalLM
 
-from mmflow_utils.curation import read_questions
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import CAPTIONS_TO_LAST, FLOW_TO_LAST, Flow
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.miniature import (
-    PROMPT,
-    Recipe,
-    Trainer,
-    build_model,
-    sample_scene,
-    save_text_miniature,
-    task_accuracy,
-)
-from mmflow_utils.miniature.packing import pack
-from mmflow_utils.miniature.world import caption
-from mmflow_utils.models import load_model
+from miniature.build import PROMPT, build_model
+from miniature.packing import pack
+from miniature.save import save_text_miniature
+from miniature.score import task_accuracy
+from miniature.train import Recipe, Trainer
+from miniature.world import caption, sample_scene
+from mmflow_utils.data.captions import add_captions
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.data.tasks import TASKS
+from mmflow_utils.experiments.curation import read_questions
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.models.load import load_model
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.samples import TASKS, Sample, add_captions
-from mmflow_utils.store import manifest
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import CAPTIONS_TO_LAST, FLOW_TO_LAST, Flow
+from mmflow_utils.results.frames import manifest
 
 SHORT = Recipe(text_steps=2, read_steps=2, batch=2, joint_questions=7, eval_every=1, eval_scenes=2)
 TEXT_PROMPT = PROMPT.replace("<image>", "{caption}")
@@ -66,9 +63,7 @@ def params(folder, **changes):
 def test_reading_goes_on_from_the_text_stage_and_leaves_it_alone(trained, tmp_path):
     losses = [(row["stage"], row["step"]) for row in trained.curves if row["metric"] == "loss"]
     assert losses == [("text", 1), ("text", 2), ("read", 1), ("read", 2)]
-    again = Trainer(
-        build_model(processor().tokenizer, seed=5, n_layers=2), processor(), SHORT, trained.folder
-    )
+    again = Trainer(build_model(processor().tokenizer, seed=5, n_layers=2), processor(), SHORT, trained.folder)
     again.text()  # both are at their end: their checkpoints are loaded, and nothing is trained
     text = again.model.lm_head.weight.clone()
     again.read()
@@ -86,7 +81,7 @@ def test_reading_asks_for_descriptions_and_the_text_stage_does_not(trained, monk
         asked.append(pack(*args, **options))
         return asked[-1]
 
-    monkeypatch.setattr("mmflow_utils.miniature.train.pack", noted)
+    monkeypatch.setattr("miniature.train.pack", noted)
     trained._caption_loss(np.random.default_rng(0))
     trained._reading_loss(np.random.default_rng(0))
     described = [any(d.detailed == "describe" for drafts in b.drafts for d in drafts) for b in asked]
@@ -101,20 +96,16 @@ def test_another_scenes_caption_is_told_of_the_same_questions():
         pack(processor().tokenizer, scenes, np.random.default_rng(3), told=told, **options)
         for told in (None, scenes[::-1])
     )
-    assert [d.text for drafts in own.drafts for d in drafts] == [
-        d.text for drafts in other.drafts for d in drafts
-    ]
+    assert [d.text for drafts in own.drafts for d in drafts] == [d.text for drafts in other.drafts for d in drafts]
     for n, about in enumerate(scenes[::-1]):
         said = processor().tokenizer.decode(other.ids[n, other.segment[n] == 0])
-        assert all(
-            f"{thing.shape} {thing.category} made of {thing.material}" in said for thing in about.things
-        )
+        assert all(f"{thing.shape} {thing.category} made of {thing.material}" in said for thing in about.things)
 
 
 def test_accuracy_is_also_taken_with_another_scenes_caption(trained, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "mmflow_utils.miniature.score.packed_logits",
+        "miniature.score.packed_logits",
         lambda model, batch, pictures, *, half: (
             seen.append(batch) or torch.nn.functional.one_hot(batch.ids.roll(-1, 1), 440).float()
         ),
@@ -188,18 +179,14 @@ def regions(*entries):
 
 
 def sample(image_id="7", **changes):
-    fields = dict(
-        sample_id="1", image_id=image_id, image=ROOT / "none.png", question="Is it red?", answer="yes"
-    )
+    fields = dict(sample_id="1", image_id=image_id, image=ROOT / "none.png", question="Is it red?", answer="yes")
     return Sample(**fields, task=None, structural="verify", semantic="attr", detailed="verifyAttr", **changes)
 
 
 def test_phrases_become_sentences_as_in_the_authors_files(tmp_path):
     # Phrases have white space and full stops of their own; ids are numbers in Visual Genome, texts in GQA.
     path = tmp_path / "region_descriptions.json"
-    path.write_text(
-        regions((8, ["A hat"]), (7, ["Red plaid blanket ", "a jar of honey.", "  ", "it's 3.5 m"]))
-    )
+    path.write_text(regions((8, ["A hat"]), (7, ["Red plaid blanket ", "a jar of honey.", "  ", "it's 3.5 m"])))
     (found,) = add_captions([sample()], path)
     assert found.caption == "red plaid blanket. a jar of honey. it's 3.5 m."
 

@@ -20,8 +20,9 @@ import nbformat
 import pandas as pd
 import pyarrow as pa
 
-from mmflow_utils.parts import compute_in_parts, identity
-from mmflow_utils.samples import Sample
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.results import version as identity
+from mmflow_utils.results.resume import compute_in_parts
 
 MADE_FROM = {"depends_on": {"model": "tiny", "window": 3}, "made_by": {"device": "cpu"}}
 
@@ -65,9 +66,7 @@ def compute(folder, *, shard=None, made_from=MADE_FROM, rows=lambda frame: frame
     identity._code = lambda: "as it is"  # whoever edits the package meanwhile would make it another run
     slowly = slow_measure(str(folder / "measured.log"))
     options = {"part_size": 8, "shard": shard, "progress": False}
-    return compute_in_parts(
-        lambda some: rows(slowly(some)), SAMPLES, folder / "flow.parquet", made_from, **options
-    )
+    return compute_in_parts(lambda some: rows(slowly(some)), SAMPLES, folder / "flow.parquet", made_from, **options)
 
 
 def of_window(window, frame):

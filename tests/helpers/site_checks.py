@@ -11,8 +11,8 @@ CHECKS = ("console", "failed", "other hosts", "described", "contrast, light", "c
 # Text whose contrast with what lies behind it is below 4.5, as WCAG 2.2 counts it.
 FAINT = """() => {
   const dot = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = colour => {
-    dot.clearRect(0, 0, 1, 1); dot.fillStyle = colour; dot.fillRect(0, 0, 1, 1);
+  const rgba = color => {
+    dot.clearRect(0, 0, 1, 1); dot.fillStyle = color; dot.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = dot.getImageData(0, 0, 1, 1).data;
     return [r, g, b, a / 255];
   };
@@ -30,8 +30,8 @@ FAINT = """() => {
     const words = texts.currentNode.textContent.trim(), holder = texts.currentNode.parentElement;
     if (!words || holder.closest("svg, script, style, noscript, dialog:not([open])")) continue;
     if (!holder.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
-    const below = behind(holder), colour = rgba(getComputedStyle(holder).color);
-    const text = over([...colour.slice(0, 3), colour[3] * seen(holder)], below);
+    const below = behind(holder), color = rgba(getComputedStyle(holder).color);
+    const text = over([...color.slice(0, 3), color[3] * seen(holder)], below);
     const [dark, bright] = [light(text), light(below)].sort((a, b) => a - b);
     const ratio = (bright + 0.05) / (dark + 0.05);
     if (ratio < 4.5) found.push(`${ratio.toFixed(2)} for “${words.slice(0, 40)}”`);

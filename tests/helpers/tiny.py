@@ -30,8 +30,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from mmflow_utils.models import VLM
-from mmflow_utils.samples import Box, Sample, SceneObject
+from mmflow_utils.data.sample import Box, Sample, SceneObject
+from mmflow_utils.models.adapter import VLM
 
 PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
 QUESTION = "Is the cup to the left or to the right of the green ball?"
@@ -154,9 +154,7 @@ def _llava(family: str, text: object, tokenizer: PreTrainedTokenizerFast) -> Bui
     vision = CLIPVisionConfig(**VISION, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, projection_dim=16)
     shared = dict(text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id)
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    geometry = dict(
-        patch_size=PATCH_SIZE, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
+    geometry = dict(patch_size=PATCH_SIZE, vision_feature_select_strategy="default", num_additional_image_tokens=1)
     if family == "llava":
         images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
         processor = LlavaProcessor(images, tokenizer, **geometry)

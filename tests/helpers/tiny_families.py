@@ -110,9 +110,7 @@ def _gemma3(shape: Mapping[str, Any], tokenizer: Any) -> Built:
     )
     config = Gemma3Config(
         text_config=text,
-        vision_config=SiglipVisionConfig(
-            **VISION, image_size=side, patch_size=PATCH_SIZE, vision_use_head=False
-        ),
+        vision_config=SiglipVisionConfig(**VISION, image_size=side, patch_size=PATCH_SIZE, vision_use_head=False),
         mm_tokens_per_image=n_tokens,
         image_token_index=tokenizer.image_token_id,
         boi_token_index=tokenizer.boi_token_id,

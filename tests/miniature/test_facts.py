@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from mmflow_utils.miniature import write_factual, write_split
-from mmflow_utils.miniature.facts import IMAGE_PATTERN
-from mmflow_utils.miniature.questions import FACTS
-from mmflow_utils.samples import load_image, read_aokvqa, read_okvqa, vqa_accuracy
+from miniature.dataset import write_split
+from miniature.facts import IMAGE_PATTERN, write_factual
+from miniature.questions.extras import FACTS
+from mmflow_utils.data.sample import load_image
+from mmflow_utils.data.vqa import read_aokvqa, read_okvqa, vqa_accuracy
 
 N = 30
 

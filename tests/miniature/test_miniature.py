@@ -13,31 +13,22 @@ import torch
 from gqa_operations import MEMBERS, evaluate
 from PIL import Image
 
-from mmflow_utils.miniature import (
-    build_processor,
-    build_tokenizer,
-    draw_scene,
-    sample_scene,
-    write_factual,
-    write_split,
-)
-from mmflow_utils.miniature.build import IMAGE_SIZE, MEAN, STD
-from mmflow_utils.miniature.next import build_next_processor
-from mmflow_utils.miniature.questions import GENERATORS, TASK_GENERATORS, ask, describe, factual, gqa_record
-from mmflow_utils.miniature.score import held_out
-from mmflow_utils.miniature.tower import HEADS, patch_truth
-from mmflow_utils.miniature.views import look_at, windows_of
-from mmflow_utils.miniature.world import (
-    ATTRIBUTES,
-    CATEGORIES,
-    COLORS,
-    FRAMES,
-    SIZE,
-    beside,
-    scene_graph,
-)
+from miniature.build import IMAGE_SIZE, MEAN, STD, build_processor, build_tokenizer
+from miniature.dataset import write_split
+from miniature.drawing import draw_scene
+from miniature.facts import write_factual
+from miniature.next import build_next_processor
+from miniature.questions import GENERATORS, ask
+from miniature.questions.draft import gqa_record
+from miniature.questions.extras import describe, factual
+from miniature.questions.tasks import TASK_GENERATORS
+from miniature.score import held_out
+from miniature.tower import HEADS, patch_truth
+from miniature.views import look_at, windows_of
+from miniature.world import ATTRIBUTES, CATEGORIES, COLORS, FRAMES, SIZE, beside, sample_scene, scene_graph
+from mmflow_utils.data.gqa import read_gqa
+from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.params import ROOT
-from mmflow_utils.samples import TASKS, read_gqa
 
 ASSETS = ROOT / "assets/miniature"
 
@@ -148,7 +139,7 @@ def test_a_patch_is_taught_what_stands_there():
     truth = patch_truth(some, 8)
     assert {name: tuple(t.shape) for name, t in truth.items()} == {
         **dict.fromkeys(HEADS, (40, 64)),
-        "centre": (40, 64, 2),
+        "center": (40, 64, 2),
     }
     shares = {True: [], False: []}  # what is painted, of patches that are taught a thing and of the others
     for i, scene in enumerate(some):
@@ -157,9 +148,7 @@ def test_a_patch_is_taught_what_stands_there():
             here = int(thing.y * 8 / SIZE), int(thing.x * 8 / SIZE)
             assert taught[here] == 1 + CATEGORIES.index(thing.category)
             assert truth["color"][i].reshape(8, 8)[here] == list(COLORS).index(thing.color)
-            assert torch.allclose(
-                truth["centre"][i].reshape(8, 8, 2)[here] * SIZE, torch.tensor([thing.x, thing.y])
-            )
+            assert torch.allclose(truth["center"][i].reshape(8, 8, 2)[here] * SIZE, torch.tensor([thing.x, thing.y]))
         share = painted(scene, scene.things).reshape(8, 28, 8, 28).mean((1, 3))  # of each patch
         shares[False] += share[taught.numpy() == 0].tolist()
         shares[True] += share[taught.numpy() > 0].tolist()
@@ -195,7 +184,7 @@ def tiles():
 
 
 def places_shown(frame):
-    """Send a picture whose colours are its coordinates through the processor: x, y, and whether there."""
+    """Send a picture whose colors are its coordinates through the processor: x, y, and whether there."""
     width, height = frame
     picture = np.full((height, width, 3), 255, np.uint8)
     picture[:, :, 0] = np.round(255 * (np.arange(width) + 0.5) / width)
@@ -213,7 +202,7 @@ def test_windows_are_where_the_processor_looks(frame):
     middles = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
 
     def farthest(windows):
-        """From where the colours say, of all pixels but those that blend with the edge: in pixels."""
+        """From where the colors say, of all pixels but those that blend with the edge: in pixels."""
         off = []
         for (left, top, width, height), x, y, shown in zip(windows, xs, ys, there, strict=True):
             a, b = left + middles * width, top + middles * height
@@ -222,7 +211,7 @@ def test_windows_are_where_the_processor_looks(frame):
             off += [np.abs(x - a)[inside].max(), np.abs(y - b[:, None])[inside].max()]
         return max(off)
 
-    assert farthest(windows) < 2  # colours have 256 steps
+    assert farthest(windows) < 2  # colors have 256 steps
     if len(windows) > 3:
         with pytest.raises(AssertionError):  # control: tiles in another order
             assert farthest([windows[0], *windows[:0:-1]]) < 2
@@ -240,8 +229,8 @@ def test_a_patch_of_a_tile_is_taught_what_stands_there():
             if min(x, y) > 0 and max(x, y) < 1:
                 here = int(y * 8), int(x * 8)
                 assert taught[here] == 1 + CATEGORIES.index(thing.category)
-                centre = truth["centre"][i].reshape(8, 8, 2)[here]
-                assert torch.allclose(centre, torch.tensor([x, y], dtype=torch.float32))
+                center = truth["center"][i].reshape(8, 8, 2)[here]
+                assert torch.allclose(center, torch.tensor([x, y], dtype=torch.float32))
                 found += 1
     assert found == 2 * sum(len(scene.things) for scene in some)  # once as a whole, once in a tile
 
@@ -257,7 +246,7 @@ def test_answers_follow_from_the_scene_graphs():
 
 
 def test_other_facts_give_other_answers():
-    # The check above can fail: with every colour another one, no question for a colour keeps its answer.
+    # The check above can fail: with every color another one, no question for a color keeps its answer.
     after = dict(zip(COLORS, [*list(COLORS)[1:], "red"], strict=True))
     tried = 0
     for name, record, scene in asked():
@@ -377,9 +366,7 @@ def accuracy_of_guessers(questions):
     learn, test = questions[::2], questions[1::2]
     return {
         name: 100 * np.mean([guess(words, options) == target(options, a) for words, options, a in test])
-        for name, guess in dict(
-            template=by_template(learn), words=by_words(learn), option=by_option(learn)
-        ).items()
+        for name, guess in dict(template=by_template(learn), words=by_words(learn), option=by_option(learn)).items()
     }
 
 
@@ -419,9 +406,7 @@ def by_option(learn):
     )
     often = {o: true[o] / offered[o] for o in offered}
     most = true.most_common(1)[0][0]
-    return lambda _, options: (
-        target(options, max(options, key=lambda o: often.get(o, 0))) if options else most
-    )
+    return lambda _, options: target(options, max(options, key=lambda o: often.get(o, 0))) if options else most
 
 
 @pytest.mark.parametrize("task", TASK_GENERATORS)
@@ -472,9 +457,7 @@ def test_the_committed_split_is_what_the_code_writes(split):
 
 
 def test_the_split_reads_as_gqa(split):
-    samples, skipped = read_gqa(
-        split / "val_balanced_questions.json", split / "val_sceneGraphs.json", split / "images"
-    )
+    samples, skipped = read_gqa(split / "val_balanced_questions.json", split / "val_sceneGraphs.json", split / "images")
     assert len(skipped) == 0
     assert len({s.sample_id for s in samples}) == len(samples) > 3000
     assert len({(s.image_id, s.question) for s in samples}) == len(samples)  # none asked twice

@@ -10,32 +10,18 @@ import torch
 from tiny import fill_weights
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mmflow_utils.miniature import (
-    PROMPT,
-    Recipe,
-    Trainer,
-    build_model,
-    build_processor,
-    build_tokenizer,
-    draw_scene,
-    sample_scene,
-    save_miniature,
-    task_accuracy,
-)
-from mmflow_utils.miniature.next import build_next_processor, give_tiles
-from mmflow_utils.miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
-from mmflow_utils.miniature.projector import (
-    KINDS,
-    say_louder,
-    share_of_variance,
-    shown_features,
-    warm_projector,
-)
-from mmflow_utils.miniature.score import held_out
-from mmflow_utils.miniature.views import look_at
-from mmflow_utils.miniature.world import FRAMES
+from miniature.build import PROMPT, build_model, build_processor, build_tokenizer
+from miniature.drawing import draw_scene
+from miniature.next import build_next_processor, give_tiles
+from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
+from miniature.projector import KINDS, boost_attribute, share_of_variance, shown_features, warm_projector
+from miniature.save import save_miniature
+from miniature.score import held_out, task_accuracy
+from miniature.train import Recipe, Trainer
+from miniature.views import look_at
+from miniature.world import FRAMES, sample_scene
+from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.params import QUESTION_PROMPT, ROOT
-from mmflow_utils.samples import TASKS
 
 
 @cache
@@ -172,7 +158,7 @@ SHORT = Recipe(
 def few_held_out():
     """Let the projector begin from eight pictures, not 256."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmflow_utils.miniature.train.held_out", lambda n, *drawn: held_out(min(n, 8), *drawn))
+        patch.setattr("miniature.train.held_out", lambda n, *drawn: held_out(min(n, 8), *drawn))
         yield
 
 
@@ -239,15 +225,13 @@ def test_a_fact_is_said_louder_and_nothing_is_lost(tmp_path):
     made, views = trainer(tmp_path), look_at(list(scenes()[:48]), processor().image_processor)
     with torch.no_grad():
         before, truth = shown_features(made.model, views)
-        say_louder(made.model, views, "color", share=1.0, seed=0)
+        boost_attribute(made.model, views, "color", share=1.0, seed=0)
         after, _ = shown_features(made.model, views)
-    grown = {
-        kind: share_of_variance(after, truth[kind]) / share_of_variance(before, truth[kind]) for kind in KINDS
-    }
+    grown = {kind: share_of_variance(after, truth[kind]) / share_of_variance(before, truth[kind]) for kind in KINDS}
     assert max(grown, key=grown.get) == "color" and grown["color"] > 3
     # It is a linear map that loses nothing: the features before can be read off those after.
-    centred, wanted = after - after.mean(0), before - before.mean(0)
-    back = centred @ torch.linalg.lstsq(centred, wanted).solution
+    centered, wanted = after - after.mean(0), before - before.mean(0)
+    back = centered @ torch.linalg.lstsq(centered, wanted).solution
     assert (back - wanted).norm() < 0.05 * wanted.norm()
 
 
@@ -305,7 +289,7 @@ def test_accuracy_counts_whole_answers(monkeypatch):
             right[i, place - 1, 3] = 1
         return right
 
-    monkeypatch.setattr("mmflow_utils.miniature.score.packed_logits", oracle)
+    monkeypatch.setattr("miniature.score.packed_logits", oracle)
     accuracy = task_accuracy(model(), processor(), n_scenes=10, seed=0)
     assert accuracy.pop("ChooseAttr") == 0  # the first question of each scene
     assert set(accuracy.values()) == {100.0}

@@ -5,21 +5,21 @@ from functools import cache
 import pytest
 import torch
 
-from mmflow_utils.curation import answer
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import (
+from miniature.planted import ANSWER, PICK_UP, build_planted
+from mmflow_utils.data.gqa import read_gqa
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.experiments.curation import answer
+from mmflow_utils.models.load import load_model
+from mmflow_utils.params import ROOT, Params
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
     IMAGE_TO_QUESTION,
     Flow,
     variants,
 )
-from mmflow_utils.miniature.planted import ANSWER, PICK_UP, build_planted
-from mmflow_utils.models import load_model
-from mmflow_utils.params import ROOT, Params
-from mmflow_utils.reference import run_reference
-from mmflow_utils.samples import read_gqa
-from mmflow_utils.sweep import run_sweep
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 ENGINES = {"sweep": run_sweep, "reference": run_reference}
@@ -36,7 +36,7 @@ ROUTES = {
 
 @cache
 def planted():
-    """Give the model, as the notebooks load it, and questions about colours with their correct answers."""
+    """Give the model, as the notebooks load it, and questions about colors with their correct answers."""
     params = Params.from_yaml(ROOT / "params" / "planted.yaml")
     model = load_model(params)
     found, _ = read_gqa(params.path("questions"), params.path("scene_graphs"), params.path("images"))
@@ -46,7 +46,7 @@ def planted():
 
 @cache
 def answered():
-    """Give the prompts that it answers, and whose false colour nothing else in the picture has."""
+    """Give the prompts that it answers, and whose false color nothing else in the picture has."""
     model, asked = planted()
     right = [encoded for sample, encoded in asked if answer(model, encoded).lower() == sample.answer]
     sure = [encoded for encoded in right if run_sweep(model, encoded, []).base.softmax(-1).max() > 0.9]
@@ -56,7 +56,7 @@ def answered():
 def effects(encoded, *, window, intervention="mask", flows=tuple(ROUTES), engine=run_sweep):
     """Give the change in the answer's probability (%), flow by flow, for each layer."""
     model, _ = planted()
-    some = variants(encoded.spans, flows, window=window, n_layers=model.n_layers, intervention=intervention)
+    some = variants(encoded.positions, flows, window=window, n_layers=model.n_layers, intervention=intervention)
     run = engine(model, encoded, some)
     base, token = run.base.softmax(-1).max(-1)
     change = 100 * (run.variants.softmax(-1)[:, token] / base - 1)
@@ -71,9 +71,9 @@ def test_the_committed_weights_are_those_that_the_module_sets():
     assert processor.tokenizer.get_vocab() == planted()[0].tokenizer.get_vocab()
 
 
-def test_it_answers_questions_about_one_of_two_colours():
+def test_it_answers_questions_about_one_of_two_colors():
     right, sure = answered()
-    # The others have both colours in the picture.
+    # The others have both colors in the picture.
     assert len(right) >= 0.75 * len(planted()[1])
     assert len(sure) >= 15
 
@@ -83,12 +83,12 @@ def test_a_window_of_one_layer_finds_the_planted_layers_and_no_others(engine):
     prompts = answered()[1]
     for encoded in prompts[:12] if engine == "sweep" else prompts[:1]:
         for flow, found in effects(encoded, window=1, engine=ENGINES[engine]).items():
-            if flow.source == "image_other":  # something else of the same colour may stand there too
+            if flow.source == "image_other":  # something else of the same color may stand there too
                 assert all(abs(change) < 1 for change in found), flow
                 continue
             bites = {layer for layer, change in enumerate(found) if change < -1}
             assert bites <= ROUTES[flow], flow
-            # A second thing of that colour can stand in for the related one.
+            # A second thing of that color can stand in for the related one.
             if flow.source != "image_related":
                 assert bites == ROUTES[flow] and all(found[layer] < -95 for layer in bites), flow
 
@@ -117,7 +117,7 @@ def test_values_and_modules_tell_the_same():
     ):
         found = effects(encoded, window=1, intervention=intervention, flows=(flow,))[flow]
         assert [n for n, change in enumerate(found) if change < -20] == [layer], (intervention, flow)
-    # What the image tells is that it has the colour at all: that all patches have in common.
+    # What the image tells is that it has the color at all: that all patches have in common.
     same = effects(encoded, window=1, intervention="mean_value", flows=(image,))[image]
     assert all(abs(change) < 1 for change in same)
     module = effects(encoded, window=1, intervention="attention_output", flows=(image,))[image]

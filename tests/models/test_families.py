@@ -13,13 +13,21 @@ from PIL import Image
 from tiny import QUESTION, tiny_sample, tiny_vlm
 from tiny_families import FAMILIES, PATCH_SIZE, TOKEN_SIZE
 
-from mmflow_utils.encode import encode, find_image_patches
-from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Variant, variants
-from mmflow_utils.models import adapter, picture_features, text_inputs
-from mmflow_utils.patches import locate_image_patches
-from mmflow_utils.reference import attention_pattern, check_model, run_reference
-from mmflow_utils.samples import Box, SceneObject
-from mmflow_utils.sweep import run_sweep
+from mmflow_utils.data.sample import Box, SceneObject
+from mmflow_utils.engine.checks import attention_pattern, check_model
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.models import adapter
+from mmflow_utils.models.adapter import picture_features, text_inputs
+from mmflow_utils.prompts.encoding import encode, find_image_patches
+from mmflow_utils.prompts.flows import (
+    FLOW_TO_LAST,
+    IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_TO_QUESTION,
+    Variant,
+    variants,
+)
+from mmflow_utils.prompts.image_patches import locate_image_patches
 
 NEW = tuple(FAMILIES)
 LANDSCAPE, PORTRAIT, SQUARE, TINY, LARGE = (60, 28), (28, 60), (40, 40), (7, 5), (700, 500)
@@ -130,7 +138,7 @@ def test_each_name_stands_for_its_words(family, tmp_path):
     encoded = encode(tiny_vlm(family), tiny_sample(tmp_path))
 
     def spelled(name):
-        return "".join(encoded.tokens[p] for p in encoded.spans[name]).strip()
+        return "".join(encoded.tokens[p] for p in encoded.positions[name]).strip()
 
     assert spelled("question") == QUESTION
     assert [spelled(name) for name in ("option_true", "option_false", "objects")] == [
@@ -138,7 +146,7 @@ def test_each_name_stands_for_its_words(family, tmp_path):
         "right",
         "cup ball",
     ]
-    assert encoded.spans["last"] == (encoded.inputs["input_ids"].shape[1] - 1,)
+    assert encoded.positions["last"] == (encoded.inputs["input_ids"].shape[1] - 1,)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -149,9 +157,9 @@ def test_image_tokens_are_where_the_picture_enters_and_as_many_as_it_has_cells(f
     entered = text_inputs(model, encoded.inputs)[0]["inputs_embeds"][0]
     words = model.text.get_input_embeddings()(encoded.inputs["input_ids"])[0]
     differ = (entered != words).any(-1).nonzero().flatten().tolist()
-    assert differ == sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
-    assert len(encoded.spans["image"]) == len(expected_cells(family, size))
-    assert ("image_newline" in encoded.spans) == (family == "llava_next")
+    assert differ == sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
+    assert len(encoded.positions["image"]) == len(expected_cells(family, size))
+    assert ("image_newline" in encoded.positions) == (family == "llava_next")
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -161,9 +169,9 @@ def test_boxes_reach_the_image_tokens_whose_cell_they_overlap(family, size, tmp_
     places = [(0.1, 0.15, 0.2, 0.3), (0.55, 0.3, 0.4, 0.2), (0.3, 0.72, 0.1, 0.25)]
     for where in places[:1] if size == HUGE else places:  # which takes its time
         box = box_at(size, *where)
-        spans = encode(model, painted(tmp_path, size, box, "q")).spans
+        spans = encode(model, painted(tmp_path, size, box, "q")).positions
         share, related = shares(family, size, box), np.isin(spans["image"], spans["image_related"])
-        clear = (share > 0.005) | (share < 1e-9)  # a sliver may be rounded away with the colour
+        clear = (share > 0.005) | (share < 1e-9)  # a sliver may be rounded away with the color
         assert related.any() and (related == (share > 1e-9))[clear].all()
 
 
@@ -179,7 +187,7 @@ def test_the_patches_means_are_the_boxs_share_of_them(family, size, tmp_path):
     pictures = [painted(tmp_path, size, one, f"q{n}") for n, one in enumerate(boxes)]
     inputs = [encode(model, picture).inputs for picture in pictures]
     boxed, white, black = (model.tiles(one)[:, 0] for one in inputs)
-    shade = ((boxed - black) / (white - black)).nan_to_num(0)  # padding is of one colour in both
+    shade = ((boxed - black) / (white - black)).nan_to_num(0)  # padding is of one color in both
     side = TOKEN_SIZE if family in NEW else PATCH_SIZE
     means = shade.unfold(1, side, side).unfold(2, side, side).mean((-1, -2)).flatten(1)
     means = model.in_token_order(means[:, :, None], inputs[0])[:, 0]
@@ -203,20 +211,16 @@ def blinkered(model):
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, SQUARE, LARGE])
-def test_tower_and_projector_carry_the_boxs_pixels_to_the_related_tokens_and_no_others(
-    family, size, tmp_path
-):
+def test_tower_and_projector_carry_the_boxs_pixels_to_the_related_tokens_and_no_others(family, size, tmp_path):
     """The library's own patches, windows, merging and shuffling bear out the order that we take them in."""
     model, box = blinkered(deepcopy(as_trained(family))), box_at(size, 0.62, 0.12, 0.3, 0.3)
     model.processor.image_processor.resample = Image.Resampling.BOX  # the others spread beyond the box
     with_box, without = (painted(tmp_path, size, one, f"q{one.w}") for one in (box, replace(box, w=0.0)))
     encoded = encode(model, with_box)
-    entered = [
-        text_inputs(model, one.inputs)[0]["inputs_embeds"][0] for one in (encoded, encode(model, without))
-    ]
+    entered = [text_inputs(model, one.inputs)[0]["inputs_embeds"][0] for one in (encoded, encode(model, without))]
     changed = ((entered[0] - entered[1]).abs().amax(-1) > 1e-4).nonzero().flatten().tolist()
-    assert changed == list(encoded.spans["image_related"])
-    assert 0 < len(changed) < len(encoded.spans["image"])
+    assert changed == list(encoded.positions["image_related"])
+    assert 0 < len(changed) < len(encoded.positions["image"])
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -226,10 +230,10 @@ def test_any_boxes_can_be_looked_up_later_and_padding_is_a_parameter(family, tmp
         model = tiny_vlm(family, do_pad=do_pad)
         encoded = encode(model, sample)
         boxes = [thing.box for thing in sample.objects]
-        assert find_image_patches(model, encoded, boxes) == encoded.spans["image_related"]
+        assert find_image_patches(model, encoded, boxes) == encoded.positions["image_related"]
         everywhere = find_image_patches(model, encoded, [box_at(LANDSCAPE, 0, 0, 1, 1)])
         # Processors with tiles see to proportions themselves; with the others a square has black bands.
-        assert (len(everywhere) < len(encoded.spans["image"])) == (do_pad and not model.has_tiles)
+        assert (len(everywhere) < len(encoded.positions["image"])) == (do_pad and not model.has_tiles)
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -249,11 +253,11 @@ def test_an_answer_that_is_appended_goes_on_as_the_model_itself_would(family, tm
     model, sample = tiny_vlm(family), tiny_sample(tmp_path)
     encoded = encode(model, sample)
     inputs = encoded.inputs | {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    said = model.hf.generate(**inputs)[0, encoded.spans.n_tokens :].tolist()
+    said = model.hf.generate(**inputs)[0, encoded.positions.n_tokens :].tolist()
     for n in range(len(said)):
         longer = encode(model, sample, answer_prefix=said[:n])
         assert int(run_reference(model, longer, []).base.argmax()) == said[n]
-    assert len(said) == 4 and longer.spans.last == encoded.spans.last + 3
+    assert len(said) == 4 and longer.positions.last == encoded.positions.last + 3
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -274,12 +278,13 @@ def test_tokens_that_reach_across_the_pictures_edge_keep_their_own_words(tmp_pat
     processor.tokenizer = tokenizer
     plain = encode(model, tiny_sample(tmp_path))
     joined = encode(replace(model, processor=processor, tokenizer=tokenizer), tiny_sample(tmp_path))
-    assert (
-        joined.spans.n_tokens == plain.spans.n_tokens - 4
-    )  # before and after: three line ends are one token
-    assert len(joined.spans["image"]) == len(plain.spans["image"])
-    assert "".join(joined.tokens[p] for p in joined.spans["question"]).strip() == QUESTION
-    around = [joined.tokens[joined.spans["image"][0] - 2], joined.tokens[joined.spans["image"][-1] + 2]]
+    assert joined.positions.n_tokens == plain.positions.n_tokens - 4  # before and after: three line ends are one token
+    assert len(joined.positions["image"]) == len(plain.positions["image"])
+    assert "".join(joined.tokens[p] for p in joined.positions["question"]).strip() == QUESTION
+    around = [
+        joined.tokens[joined.positions["image"][0] - 2],
+        joined.tokens[joined.positions["image"][-1] + 2],
+    ]
     assert around == ["\n", "\n"]
 
 
@@ -306,11 +311,11 @@ def assert_same(run, plain):
 def test_the_sweep_is_exact_over_sliding_windows_and_an_image_that_sees_itself_whole(intervention, tmp_path):
     model, encoded = gemma(tmp_path)
     flows = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
-    some = variants(encoded.spans, flows, window=3, n_layers=model.n_layers, intervention=intervention)
+    some = variants(encoded.positions, flows, window=3, n_layers=model.n_layers, intervention=intervention)
     # Before the image too: then its tokens, which see one another, are computed again.
     source = () if intervention == "mlp_output" else (0, 1)
     some += [Variant(layers=range(1, 3), target=(1, 2), source=source, intervention=intervention)]
-    read = [encoded.spans["question"][0], encoded.spans.last]
+    read = [encoded.positions["question"][0], encoded.positions.last]
     run = run_sweep(model, encoded, some, read=read)
     assert_same(run, run_reference(model, encoded, some, read=read))
     assert (run.variants.softmax(-1) - run.base.softmax(-1)).abs().max() > 1e-3
@@ -319,8 +324,8 @@ def test_the_sweep_is_exact_over_sliding_windows_and_an_image_that_sees_itself_w
 @pytest.mark.parametrize("seed", range(4))
 def test_random_edits_about_the_image_give_the_reference_numbers(seed, tmp_path):
     model, encoded = gemma(tmp_path)
-    rng, n_tokens = np.random.default_rng(seed), encoded.spans.n_tokens
-    words = sorted({*range(n_tokens)} - {*encoded.spans["image"]})
+    rng, n_tokens = np.random.default_rng(seed), encoded.positions.n_tokens
+    words = sorted({*range(n_tokens)} - {*encoded.positions["image"]})
 
     def some_of(positions):
         return tuple(sorted(rng.choice(positions, rng.integers(1, len(positions)), replace=False).tolist()))
@@ -338,17 +343,17 @@ def test_random_edits_about_the_image_give_the_reference_numbers(seed, tmp_path)
 
 def test_the_image_does_see_itself_whole_and_windows_do_slide(tmp_path):
     model, encoded = gemma(tmp_path)
-    image = list(encoded.spans["image"])
+    image = list(encoded.positions["image"])
     sliding, full = (attention_pattern(model, encoded, layer) for layer in (0, 1))
     assert sliding[:, image[0], image[-1]].min() > 0 and full[:, image[0], image[-1]].min() > 0
-    assert full[:, encoded.spans.last, 0].min() > 0 and not sliding[:, encoded.spans.last, 0].any()
+    assert full[:, encoded.positions.last, 0].min() > 0 and not sliding[:, encoded.positions.last, 0].any()
 
 
 @pytest.mark.parametrize("place", [0, 7, -1])
 def test_rows_that_depend_on_later_ones_are_refused(place, tmp_path):
     model, encoded = gemma(tmp_path)
-    inside = encoded.spans["image"][place]
-    edit = Variant(layers=range(0, 2), target=(inside, encoded.spans.last), source=(0,))
+    inside = encoded.positions["image"][place]
+    edit = Variant(layers=range(0, 2), target=(inside, encoded.positions.last), source=(0,))
     with pytest.raises(ValueError, match=f"Position {inside} .*set method to reference"):
         run_sweep(model, encoded, [edit])
     with pytest.raises(ValueError, match="set method to reference"):

@@ -17,11 +17,13 @@ from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTo
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mmflow_utils.encode import encode
-from mmflow_utils.models import find_checkpoint, load, load_model, precision, text_inputs
+from mmflow_utils.engine.checks import check_model
+from mmflow_utils.models import load, precision
+from mmflow_utils.models.adapter import text_inputs
+from mmflow_utils.models.load import find_checkpoint, load_model
 from mmflow_utils.params import Params
-from mmflow_utils.reference import check_model
-from mmflow_utils.store import manifest
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.results.frames import manifest
 
 PICTURE_PATH = re.compile(r"vision|projector|connector|visual")
 
@@ -83,7 +85,7 @@ def test_a_stored_model_comes_back_as_it_was(family, tmp_path):
     back = load_model(wanted(save(model, tmp_path / "m")))
     sample = tiny_sample(tmp_path)
     ours, theirs = encode(model, sample), encode(back, sample)
-    assert ours.spans == theirs.spans
+    assert ours.positions == theirs.positions
     with torch.inference_mode():
         assert torch.allclose(model.hf(**ours.inputs).logits, back.hf(**theirs.inputs).logits, atol=1e-6)
     assert not back.hf.training and not any(p.requires_grad for p in back.hf.parameters())
@@ -139,7 +141,7 @@ def test_picture_processors_stored_apart_as_on_the_hub_are_read(family, ending, 
     file.write_text(json.dumps(config))
     sample, back = tiny_sample(tmp_path), load_model(wanted(folder))
     ours, theirs = encode(model, sample), encode(back, sample)
-    assert ours.spans == theirs.spans
+    assert ours.positions == theirs.positions
     assert torch.equal(ours.inputs["pixel_values"], theirs.inputs["pixel_values"])
 
 
@@ -175,11 +177,9 @@ def byte_level():
 
 
 def test_a_text_only_model_loads_without_a_processor(tmp_path):
-    back = load_model(
-        wanted(save(tiny_vlm("llama"), tmp_path / "m"), prompt="{caption} {question}", dtype="bfloat16")
-    )
+    back = load_model(wanted(save(tiny_vlm("llama"), tmp_path / "m"), prompt="{caption} {question}", dtype="bfloat16"))
     assert back.processor is None and back.dtype == torch.bfloat16
-    assert "captions" in encode(back, tiny_sample(tmp_path)).spans
+    assert "captions" in encode(back, tiny_sample(tmp_path)).positions
 
 
 def test_the_geometry_that_old_processor_files_leave_out_is_filled_in(stored, tmp_path):
@@ -190,7 +190,7 @@ def test_the_geometry_that_old_processor_files_leave_out_is_filled_in(stored, tm
         config.pop(name)
     file.write_text(json.dumps(config))
     model = load_model(wanted(folder))
-    assert len(encode(model, tiny_sample(tmp_path)).spans["image"]) == 16
+    assert len(encode(model, tiny_sample(tmp_path)).positions["image"]) == 16
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,20 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import accelerate as placement
 
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, variants
-from mmflow_utils.lens import lens_logits
-from mmflow_utils.models import compute_device, load_model
-from mmflow_utils.reference import check_model, run_reference
-from mmflow_utils.sweep import run_sweep
+from mmflow_utils.engine.checks import check_model
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.experiments.lens import lens_logits
+from mmflow_utils.models.adapter import compute_device
+from mmflow_utils.models.load import load_model
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, variants
 
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 
 
 def planned(model, encoded):
-    return variants(encoded.spans, FLOWS, window=3, n_layers=model.n_layers)
+    return variants(encoded.positions, FLOWS, window=3, n_layers=model.n_layers)
 
 
 def assert_same(one, other):
@@ -127,7 +129,7 @@ def test_nothing_but_the_result_outlives_a_sweep(family, tmp_path, monkeypatch):
     run_sweep(model, encoded, some)  # what the library keeps for good
     run, held, peak = still_held(lambda: run_sweep(model, encoded, some))
     result = sum(tensor.untyped_storage().nbytes() for tensor in (run.base, run.variants, run.resid_post))
-    n_picture = len(encoded.spans["image"]) * model.text.config.hidden_size * 4
+    n_picture = len(encoded.positions["image"]) * model.text.config.hidden_size * 4
     assert result <= held < result + n_picture < peak  # the picture's features alone would be seen
     _, kept, _ = still_held(lambda: (run_sweep(model, encoded, some), text_features(model, encoded)))
     assert kept >= held + n_picture  # and are, where they are kept
@@ -144,9 +146,9 @@ def test_a_sweep_holds_the_clean_states_of_a_layer_or_two_and_not_of_all(tmp_pat
     for n_layers in (4, 12):
         model = tiny_vlm("llava_next", n_layers=n_layers)
         encoded = encode(model, tiny_sample(tmp_path))
-        few = variants(encoded.spans, FLOW_TO_LAST, window=3, n_layers=n_layers, layers=[0])
+        few = variants(encoded.positions, FLOW_TO_LAST, window=3, n_layers=n_layers, layers=[0])
         run_sweep(model, encoded, few)
         run, _, peak = still_held(lambda: run_sweep(model, encoded, few))  # noqa: B023
         peaks.append(peak - run.resid_post.nbytes)
-    states = encoded.spans.n_tokens * model.text.config.hidden_size * 4
+    states = encoded.positions.n_tokens * model.text.config.hidden_size * 4
     assert peaks[1] - peaks[0] < 2 * states  # eight layers more

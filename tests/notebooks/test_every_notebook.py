@@ -3,8 +3,8 @@
 import nbformat
 import pytest
 
-from mmflow_utils.execute import run_notebook
 from mmflow_utils.params import ROOT
+from workflow.run_notebook import run_notebook
 
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 FEW = {"tasks": ["ChooseAttr", "QueryAttr"], "n_samples": 2, "n_boot": 100}

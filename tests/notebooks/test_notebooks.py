@@ -8,8 +8,8 @@ from types import UnionType
 import nbformat
 import pytest
 
-from mmflow_utils.execute import find_problems
 from mmflow_utils.params import ROOT, Params
+from workflow.run_notebook import find_problems
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST_CELL = 25
@@ -80,9 +80,7 @@ def test_it_has_outputs_and_a_picture(path):
 
 @every_notebook
 def test_nothing_went_to_stderr(path):
-    streams = [
-        output for cell in code_cells(read(path)) for output in cell.outputs if output.output_type == "stream"
-    ]
+    streams = [output for cell in code_cells(read(path)) for output in cell.outputs if output.output_type == "stream"]
     assert [stream.text for stream in streams if stream.name == "stderr"] == []
 
 
@@ -112,9 +110,7 @@ def test_it_declares_every_shared_parameter_with_the_default(path):
 def test_its_parameters_are_annotated_explained_and_validated_next(path):
     notebook = read(path)
     cell = parameters_cell(notebook)
-    assert [
-        name for name, (kind, value) in declared(cell).items() if kind is None and value is not None
-    ] == []
+    assert [name for name, (kind, value) in declared(cell).items() if kind is None and value is not None] == []
     assert "from_notebook(globals()" in code_cells(notebook)[code_cells(notebook).index(cell) + 1].source
     own = set(declared(cell)) - set(Params.model_fields)
     lines = cell.source.splitlines()

@@ -1,4 +1,4 @@
-"""Each kind of figure beside a stored picture of it: colours, labels, bands and panels stay as they are.
+"""Each kind of figure beside a stored picture of it: colors, labels, bands and panels stay as they are.
 
     python tests/test_figures.py      # store the pictures anew, then look at them
 
@@ -20,7 +20,8 @@ from matplotlib.testing.compare import calculate_rms
 from matplotlib.testing.exceptions import ImageComparisonFailure
 from PIL import Image, ImageOps
 
-from mmflow_utils import flows, plots
+from mmflow_utils import plots
+from mmflow_utils.prompts import flows
 
 STORED = Path(__file__).parent / "figures"
 DPI, REDUCED, TILE = 120, 3, 12  # drawn at 120 dots per inch, compared at 40, in tiles of 12 x 12
@@ -73,7 +74,7 @@ def draw_accuracy() -> Figure:
 
 def draw_choice() -> Figure:
     words = pd.DataFrame({"token": ["Red", "Blue", "red"], "probability": [0.6, 0.3, 0.1]})
-    chosen = {"flow": "Image -> Last", "layer": 4, "title": "What colour is it? → red", "subtitle": "mini"}
+    chosen = {"flow": "Image -> Last", "layer": 4, "title": "What color is it? → red", "subtitle": "mini"}
     related = patches().query("set == 'image_related'")
     return plots.plot_choice(picture(), related, knockouts(), words, **chosen)
 
@@ -90,9 +91,9 @@ def draw_costs() -> Figure:
 
 
 def draw_curves() -> Figure:
-    words = list(plots.WORD_COLOURS)[:4]
+    words = list(plots.WORD_COLORS)[:4]
     frame = summary(TASKS[:2], words, line="word").assign(lens="normed")
-    return plots.plot_curves(frame, line="word", across="lens", colours=plots.WORD_COLOURS, title="Lens")
+    return plots.plot_curves(frame, line="word", across="lens", colors=plots.WORD_COLORS, title="Lens")
 
 
 def draw_flow() -> Figure:
@@ -112,13 +113,11 @@ def draw_learning_curves() -> Figure:
             stages, range(0, 50, 10), ("loss", "accuracy_pct"), enumerate(TASKS[:3])
         )
     ]
-    return plots.plot_learning_curves(
-        pd.DataFrame(rows, columns=["stage", "step", "metric", "task", "value"])
-    )
+    return plots.plot_learning_curves(pd.DataFrame(rows, columns=["stage", "step", "metric", "task", "value"]))
 
 
 def draw_map() -> Figure:
-    return plots.plot_map(knockouts(), title="What colour is it? → red", subtitle="mini")
+    return plots.plot_map(knockouts(), title="What color is it? → red", subtitle="mini")
 
 
 def draw_norms() -> Figure:
@@ -140,9 +139,7 @@ def draw_stages() -> Figure:
     return plots.plot_stages(layers, found, title="Stages")
 
 
-DRAWN = {
-    name.removeprefix("draw_"): draw for name, draw in list(globals().items()) if name.startswith("draw_")
-}
+DRAWN = {name.removeprefix("draw_"): draw for name, draw in list(globals().items()) if name.startswith("draw_")}
 
 
 def small(figure: Figure) -> Image.Image:
@@ -180,7 +177,7 @@ def test_the_figure_looks_as_it_did(name, tmp_path):
 
 CHANGES = {
     "a band is missing": lambda axes: axes[2].collections[0].remove(),
-    "a curve has another colour": lambda axes: axes[0].lines[1].set_color("#117733"),
+    "a curve has another color": lambda axes: axes[0].lines[1].set_color("#117733"),
     "a curve is dashed": lambda axes: axes[0].lines[1].set_linestyle("--"),
     "a panel's title is another task's": lambda axes: axes[0].set_title(TASKS[1], loc="left"),
     "an axis has another label": lambda axes: axes[-1].set_xlabel("Step"),

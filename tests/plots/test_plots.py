@@ -14,9 +14,10 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from mmflow_utils import flows, plots
-from mmflow_utils.plots.style import TASK_COLOURS
-from mmflow_utils.positions import Spans
+from mmflow_utils import plots
+from mmflow_utils.plots.style import TASK_COLORS
+from mmflow_utils.prompts import flows
+from mmflow_utils.prompts.positions import PositionSets
 
 TASKS = plots.TASK_ORDER
 TO_LAST = [str(flow) for flow in flows.FLOW_TO_LAST]
@@ -25,10 +26,7 @@ TO_LAST = [str(flow) for flow in flows.FLOW_TO_LAST]
 def summary(tasks=TASKS, names=TO_LAST, n_layers: int = 12, n: int = 24) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = [
-        {"task": task, "flow": name, "layer": layer}
-        for task in tasks
-        for name in names
-        for layer in range(n_layers)
+        {"task": task, "flow": name, "layer": layer} for task in tasks for name in names for layer in range(n_layers)
     ]
     frame = pd.DataFrame(rows).assign(mean=lambda f: -60 * rng.random(len(f)), n=n, n_clusters=n // 2)
     return frame.assign(ci_low=frame["mean"] - 5 * rng.random(len(frame)), ci_high=frame["mean"] + 4)
@@ -73,16 +71,12 @@ def test_curves_and_bands_are_the_summary():
                 assert {(x, round(y, 9)) for x, y in zip(rows["layer"], rows[end], strict=True)} <= drawn
 
 
-def test_a_flow_has_one_colour_in_curve_band_legend_and_every_figure():
+def test_a_flow_has_one_color_in_curve_band_legend_and_every_figure():
     pair, alone = plots.plot_flow(summary()), plots.plot_flow(summary(TASKS[:1], TO_LAST[1:2]))
     seen = {to_hex(curves(axis)["Image → Last"].get_color()) for axis in (*pair.axes, *alone.axes)}
     seen |= {to_hex(bands(axis)["Image → Last"].get_facecolor()[0][:3]) for axis in pair.axes}
-    handles = dict(
-        zip([t.get_text() for t in pair.legends[0].texts], pair.legends[0].legend_handles, strict=True)
-    )
-    assert seen | {to_hex(handles["Image → Last"].get_color())} == {
-        plots.flow_colour("Image -> Last").lower()
-    }
+    handles = dict(zip([t.get_text() for t in pair.legends[0].texts], pair.legends[0].legend_handles, strict=True))
+    assert seen | {to_hex(handles["Image → Last"].get_color())} == {plots.flow_color("Image -> Last").lower()}
     assert len(pair.legends) == 1 and len(handles) == 3
 
 
@@ -93,20 +87,20 @@ def test_a_flow_has_one_colour_in_curve_band_legend_and_every_figure():
 )
 def test_each_flow_of_the_paper_is_told_apart_in_its_figure(figure_flows):
     names = [str(flow) for flow in figure_flows]
-    assert set(names) <= set(plots.FLOW_COLOURS)
+    assert set(names) <= set(plots.FLOW_COLORS)
     lines = curves(plots.plot_flow(summary(TASKS[:1], names)).axes[0]).values()
     assert len({(to_hex(line.get_color()), line.get_linestyle()) for line in lines}) == len(names)
 
 
-def test_two_flows_of_one_colour_differ_by_their_dashes():
+def test_two_flows_of_one_color_differ_by_their_dashes():
     names = ["Image -> True option", "Related image patches -> True option"]
     lines = list(curves(plots.plot_flow(summary(TASKS[:1], names)).axes[0]).values())
     assert lines[0].get_color() == lines[1].get_color()
     assert lines[0].get_linestyle() != lines[1].get_linestyle()
 
 
-def test_an_unknown_flow_keeps_its_colour():
-    assert plots.flow_colour("Cats -> Dogs") == plots.flow_colour("Cats -> Dogs")
+def test_an_unknown_flow_keeps_its_color():
+    assert plots.flow_color("Cats -> Dogs") == plots.flow_color("Cats -> Dogs")
     assert curves(plots.plot_flow(summary(TASKS[:1], ["Cats -> Dogs"])).axes[0])
 
 
@@ -126,8 +120,8 @@ DEFICIENCY = {
 }
 
 
-def lab(colour: str, deficiency: str) -> np.ndarray:
-    linear = [((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in to_rgb(colour)]
+def lab(color: str, deficiency: str) -> np.ndarray:
+    linear = [((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in to_rgb(color)]
     seen = np.clip(np.array(DEFICIENCY[deficiency]) @ linear, 0, 1)
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     x, y, z = np.cbrt(np.maximum(to_xyz @ seen / [0.9505, 1, 1.089], 0.00886))
@@ -135,13 +129,13 @@ def lab(colour: str, deficiency: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("deficiency", DEFICIENCY)
-def test_colours_stay_apart_under_colour_blindness(deficiency):
-    main = [plots.flow_colour(flow) for flow in (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION)]
-    patches = [plots.flow_colour(flow) for flow in flows.IMAGE_PATCHES_TO_QUESTION]
-    parts = [plots.flow_colour(flow) for flow in flows.PARTS_TO_LAST]
-    words, events = list(plots.WORD_COLOURS.values())[:3], list(plots.WORD_COLOURS.values())[-2:]
-    modules = list(plots.MODULE_COLOURS.values())
-    for group in (main, patches, parts, list(TASK_COLOURS.values()), words, events, modules):
+def test_colors_stay_apart_under_color_blindness(deficiency):
+    main = [plots.flow_color(flow) for flow in (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION)]
+    patches = [plots.flow_color(flow) for flow in flows.IMAGE_PATCHES_TO_QUESTION]
+    parts = [plots.flow_color(flow) for flow in flows.PARTS_TO_LAST]
+    words, events = list(plots.WORD_COLORS.values())[:3], list(plots.WORD_COLORS.values())[-2:]
+    modules = list(plots.MODULE_COLORS.values())
+    for group in (main, patches, parts, list(TASK_COLORS.values()), words, events, modules):
         for a, b in combinations(group, 2):
             assert np.linalg.norm(lab(a, deficiency) - lab(b, deficiency)) > 14, (a, b)
     assert np.linalg.norm(lab("#D55E00", "protan") - lab("#8B8B00", "protan")) < 14  # the check can fail
@@ -165,24 +159,22 @@ def test_two_columns_of_panels_stand_side_by_side_each_with_its_own_curves():
         plots.plot_curves(frame, across="lense")
 
 
-def test_the_words_of_the_lens_keep_their_colours_and_order():
-    words = list(plots.WORD_COLOURS)[:4]
+def test_the_words_of_the_lens_keep_their_colors_and_order():
+    words = list(plots.WORD_COLORS)[:4]
     frame = summary(TASKS[:1], sorted(words)).rename(columns={"flow": "word"})
-    lines = curves(plots.plot_curves(frame, line="word", colours=plots.WORD_COLOURS).axes[0])
+    lines = curves(plots.plot_curves(frame, line="word", colors=plots.WORD_COLORS).axes[0])
     assert list(lines) == words
-    assert [to_hex(line.get_color()).upper() for line in lines.values()] == [
-        plots.WORD_COLOURS[word] for word in words
-    ]
+    assert [to_hex(line.get_color()).upper() for line in lines.values()] == [plots.WORD_COLORS[word] for word in words]
     assert lines["False option"].get_linestyle() != lines["Capitalized false option"].get_linestyle()
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3, 4, 5])
-def test_missing_tasks_leave_no_empty_panel_and_every_column_has_a_labelled_foot(n_tasks):
+def test_missing_tasks_leave_no_empty_panel_and_every_column_has_a_labeled_foot(n_tasks):
     figure = plots.plot_flow(summary(TASKS[:n_tasks]))
     assert [axis.get_title("left") for axis in figure.axes] == list(TASKS[:n_tasks])
     columns = figure.axes[0].get_subplotspec().get_gridspec().ncols
-    labelled = [axis for axis in figure.axes if axis.get_xlabel() == "Layer"]
-    assert len(labelled) == min(columns, n_tasks)
+    labeled = [axis for axis in figure.axes if axis.get_xlabel() == "Layer"]
+    assert len(labeled) == min(columns, n_tasks)
     assert figure.axes[0].get_ylabel() == "Change in probability (%)"
 
 
@@ -357,29 +349,24 @@ class Page(HTMLParser):
             self.chips[-1][0] += data
 
 
-def prompt_spans(n_image: int = 16, **more) -> tuple[list[str], Spans]:
+def prompt_spans(n_image: int = 16, **more) -> tuple[list[str], PositionSets]:
     tokens = ["<s>", "▁USER", ":", *["<image>"] * n_image, "<0x0A>", "▁red", "Ġor", " blue", "?", "\n", ":"]
     q = 4 + n_image
     sets = {"image": range(3, 3 + n_image), "question": range(q, q + 4), "option_true": [q], "last": [q + 5]}
-    return tokens, Spans(n_tokens=len(tokens), sets=sets | more)
+    return tokens, PositionSets(n_tokens=len(tokens), sets=sets | more)
 
 
-def test_tokens_have_the_colour_of_the_smallest_set_that_holds_them():
+def test_tokens_have_the_color_of_the_smallest_set_that_holds_them():
     tokens, spans = prompt_spans(question_without_options=[21, 23], options=[20, 22], option_false=[22])
     chips = {text: (title, style) for text, title, style in Page(plots.plot_prompt(tokens, spans).data).chips}
-    assert (
-        chips["·red"][0] == "position 20: True option"
-        and plots.SET_COLOURS["option_true"] in chips["·red"][1]
-    )
-    assert chips["·or"][0] == "position 21: Question" and plots.SET_COLOURS["question"] in chips["·or"][1]
+    assert chips["·red"][0] == "position 20: True option" and plots.SET_COLORS["option_true"] in chips["·red"][1]
+    assert chips["·or"][0] == "position 21: Question" and plots.SET_COLORS["question"] in chips["·or"][1]
     assert chips["·blue"][0] == "position 22: False option"
     assert chips["<s>"][0] == "position 0" and "background" not in chips["<s>"][1]
 
 
 def test_a_long_run_of_image_tokens_is_one_chip_with_its_count():
-    tokens, spans = prompt_spans(
-        image_related=[5, 6, 9], image_other=[p for p in range(3, 19) if p not in (5, 6, 9)]
-    )
+    tokens, spans = prompt_spans(image_related=[5, 6, 9], image_other=[p for p in range(3, 19) if p not in (5, 6, 9)])
     page = Page(plots.plot_prompt(tokens, spans).data)
     image = [text for text, *_ in page.chips if "image" in text]
     assert image == ["16 image tokens = 13 other image patches + 3 related image patches"]
@@ -398,7 +385,7 @@ def test_hostile_text_stays_text():
         "\u202e",
         "",
     ]
-    spans = Spans(
+    spans = PositionSets(
         n_tokens=6, sets={"question": [0, 1], '"><b onclick="x': [2]}, missing={"image": "<iframe src='//x'>"}
     )
     page = Page(plots.plot_prompt(hostile, spans).data)
@@ -408,7 +395,7 @@ def test_hostile_text_stays_text():
     assert "<iframe src='//x'>" in page.text and not page.stack
 
 
-def test_text_keeps_the_pages_own_colour():
+def test_text_keeps_the_pages_own_color():
     html = plots.plot_prompt(*prompt_spans()).data
     assert ";color:" not in html and '"color:' not in html
 

@@ -1,4 +1,4 @@
-"""The patches drawn are the patches given, in their set's colour; every norm is in the histogram."""
+"""The patches drawn are the patches given, in their set's color; every norm is in the histogram."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from mmflow_utils import plots
-from mmflow_utils.plots.style import set_colour
+from mmflow_utils.plots.style import set_color
 
 PICTURE = np.zeros((20, 40, 3), dtype=np.uint8)
 
@@ -19,12 +19,12 @@ def table(view=0):
     return pd.DataFrame(rows, columns=["x", "y", "w", "h", "set"]).assign(view=view, position=range(4))
 
 
-def test_a_patch_is_drawn_where_it_lies_in_the_colour_of_its_set():
+def test_a_patch_is_drawn_where_it_lies_in_the_color_of_its_set():
     (axis,) = plots.plot_image_patches(PICTURE, table(), title="a title").axes
     drawn = {c.get_label(): c for c in axis.collections}
     assert set(drawn) == {"image_related", "image_other", "in no set"}
     for name in ("image_related", "image_other"):
-        assert tuple(drawn[name].get_facecolor()[0][:3]) == pytest.approx(to_rgb(set_colour(name)))
+        assert tuple(drawn[name].get_facecolor()[0][:3]) == pytest.approx(to_rgb(set_color(name)))
         assert len(drawn[name].get_paths()) == 1
     assert drawn["image_other"].get_paths()[0].get_extents().bounds == (9.5, -0.5, 10, 10)
     assert len(drawn["in no set"].get_facecolor()) == 0

@@ -7,16 +7,16 @@ from PIL import Image
 from tiny import IMAGE_SIZE, PATCH_SIZE, PROMPT, QUESTION, tiny_sample, tiny_vlm
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mmflow_utils.encode import encode, find_image_patches
-from mmflow_utils.models import text_inputs
-from mmflow_utils.samples import Box, SceneObject
+from mmflow_utils.data.sample import Box, SceneObject
+from mmflow_utils.models.adapter import text_inputs
+from mmflow_utils.prompts.encoding import encode, find_image_patches
 
 FAMILIES = ["llava", "llava_next"]
 SIDE = IMAGE_SIZE // PATCH_SIZE
 
 
 def spelled(encoded, name):
-    return "".join(encoded.tokens[p] for p in encoded.spans[name]).strip()
+    return "".join(encoded.tokens[p] for p in encoded.positions[name]).strip()
 
 
 def box_of(x, y, w, h):
@@ -33,9 +33,9 @@ def test_each_name_stands_for_its_words(family, tmp_path):
     assert spelled(encoded, "question") == QUESTION
     assert [spelled(encoded, name) for name in ("option_true", "option_false")] == ["left", "right"]
     assert spelled(encoded, "objects") == "cup ball"
-    assert encoded.spans["last"] == (encoded.inputs["input_ids"].shape[1] - 1,)
-    assert {encoded.tokens[p] for p in encoded.spans["image"]} == {"<image>"}
-    text = "".join(t for p, t in enumerate(encoded.tokens) if p not in encoded.spans["image"][1:])
+    assert encoded.positions["last"] == (encoded.inputs["input_ids"].shape[1] - 1,)
+    assert {encoded.tokens[p] for p in encoded.positions["image"]} == {"<image>"}
+    text = "".join(t for p, t in enumerate(encoded.tokens) if p not in encoded.positions["image"][1:])
     assert text.replace("<image>" * (text.count("<image>") - 1), "").endswith(PROMPT[-40:])
 
 
@@ -45,11 +45,11 @@ def test_newline_positions_hold_the_newline_embedding_and_no_others_do(size, tmp
     encoded = encode(model, tiny_sample(tmp_path, size=size))
     embeddings = text_inputs(model, encoded.inputs)[0]["inputs_embeds"][0]
     is_newline = (embeddings == model.hf.model.image_newline).all(-1)
-    assert tuple(is_newline.nonzero().flatten().tolist()) == encoded.spans["image_newline"]
-    parts = [encoded.spans[name] for name in ("image_related", "image_other", "image_newline")]
+    assert tuple(is_newline.nonzero().flatten().tolist()) == encoded.positions["image_newline"]
+    parts = [encoded.positions[name] for name in ("image_related", "image_other", "image_newline")]
     placeholders = (encoded.inputs["input_ids"][0] == model.image_token_id).nonzero().flatten().tolist()
     assert sorted(sum(parts, ())) == placeholders
-    assert sorted(parts[0] + parts[1]) == sorted(encoded.spans["image"])
+    assert sorted(parts[0] + parts[1]) == sorted(encoded.positions["image"])
 
 
 def changed_tokens(model, sample, box):
@@ -63,7 +63,7 @@ def changed_tokens(model, sample, box):
     change = (encoded.inputs["pixel_values"] - before).abs().reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).amax(1)
     patches = change.reshape(-1, SIDE, PATCH_SIZE, SIDE, PATCH_SIZE).amax((2, 4)).flatten(1)
     order = model.in_token_order(patches[:, :, None], encoded.inputs)[:, 0]
-    image = sorted(encoded.spans["image"] + encoded.spans.get("image_newline"))
+    image = sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
     return encoded, {p for p, value in zip(image, order.tolist(), strict=True) if value > 0}
 
 
@@ -71,17 +71,17 @@ def changed_tokens(model, sample, box):
 def test_boxes_reach_exactly_the_patches_whose_pixels_they_cover(box, tmp_path):
     sample = tiny_sample(tmp_path, size=(IMAGE_SIZE, IMAGE_SIZE), objects=with_box(*box))
     encoded, changed = changed_tokens(tiny_vlm("llava"), sample, sample.objects[0].box)
-    assert set(encoded.spans["image_related"]) == changed
+    assert set(encoded.positions["image_related"]) == changed
     rows = {r // PATCH_SIZE for r in range(box[1], box[1] + box[3])}
     columns = {c // PATCH_SIZE for c in range(box[0], box[0] + box[2])}
-    start = encoded.spans["image"][0]
+    start = encoded.positions["image"][0]
     assert changed == {start + r * SIDE + c for r in rows for c in columns}
 
 
 def test_boxes_reach_the_tiles_of_the_next_generation_too(tmp_path):
     sample = tiny_sample(tmp_path, size=(48, 48), objects=with_box(13, 25, 4, 10))
     encoded, changed = changed_tokens(tiny_vlm("llava_next"), sample, sample.objects[0].box)
-    related, base_end = set(encoded.spans["image_related"]), encoded.spans["image"][0] + SIDE**2
+    related, base_end = set(encoded.positions["image_related"]), encoded.positions["image"][0] + SIDE**2
     tiles = {p for p in related if p >= base_end}
     assert tiles and tiles == {p for p in changed if p >= base_end}  # tiles are not resampled here
     assert related - tiles and related <= changed  # the base image is, and its filter spreads
@@ -93,23 +93,23 @@ def test_padding_and_cropping_move_boxes_with_the_picture(do_pad, size, tmp_path
     middle = box_of(size[0] / 2 - 3, size[1] / 2 - 3, 6, 6)
     sample = tiny_sample(tmp_path, size=size, objects=(SceneObject(name="cup", box=middle),))
     encoded, changed = changed_tokens(tiny_vlm("llava", do_pad=do_pad), sample, middle)
-    related = {p - encoded.spans["image"][0] for p in encoded.spans["image_related"]}
+    related = {p - encoded.positions["image"][0] for p in encoded.positions["image_related"]}
     assert related == {5, 6, 9, 10}
-    assert set(encoded.spans["image_related"]) <= changed
+    assert set(encoded.positions["image_related"]) <= changed
 
 
 def test_a_cropped_box_is_missing_with_its_reason_and_padding_brings_it_back(tmp_path):
     sample = tiny_sample(tmp_path, size=(60, 20), objects=with_box(0, 0, 5, 20))
-    spans = encode(tiny_vlm("llava", do_pad=False), sample).spans
+    spans = encode(tiny_vlm("llava", do_pad=False), sample).positions
     assert "image_related" not in spans and "outside" in spans.why_missing("image_related")
-    assert "image_related" in encode(tiny_vlm("llava", do_pad=True), sample).spans
+    assert "image_related" in encode(tiny_vlm("llava", do_pad=True), sample).positions
 
 
-def test_the_square_is_filled_with_the_processors_mean_colour(tmp_path):
+def test_the_square_is_filled_with_the_processors_mean_color(tmp_path):
     model = tiny_vlm("llava")
     pixels = encode(model, tiny_sample(tmp_path, size=(48, 24))).inputs["pixel_values"][0]
     band = pixels[:, : IMAGE_SIZE // 8]
-    assert band.abs().max() < 0.02  # the mean, normalised, is 0 but for rounding to whole colours
+    assert band.abs().max() < 0.02  # the mean, normalized, is 0 but for rounding to whole colors
     assert pixels[:, IMAGE_SIZE // 2].abs().max() > 0.5
 
 
@@ -121,19 +121,19 @@ def test_a_processor_that_would_pad_by_itself_follows_the_parameter_too(do_pad, 
     )
     one, other = (encode(model, tiny_sample(tmp_path, size=(48, 24))) for model in (plain, padding))
     assert torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
-    assert one.spans == other.spans
+    assert one.positions == other.positions
 
 
 def test_a_thin_box_in_a_large_picture_is_not_lost(tmp_path):
     sample = tiny_sample(tmp_path, size=(192, 192), objects=with_box(100, 10, 1, 90))
-    assert len(encode(tiny_vlm("llava"), sample).spans["image_related"]) == 3
+    assert len(encode(tiny_vlm("llava"), sample).positions["image_related"]) == 3
 
 
 def test_boxes_that_say_nothing_leave_a_reason(tmp_path):
     model = tiny_vlm("llava")
-    spans = encode(model, tiny_sample(tmp_path, objects=(SceneObject(name="cup"),))).spans
+    spans = encode(model, tiny_sample(tmp_path, objects=(SceneObject(name="cup"),))).positions
     assert "no object" in spans.why_missing("image_other") and "image" in spans
-    spans = encode(model, tiny_sample(tmp_path, size=(30, 30), objects=with_box(0, 0, 30, 30))).spans
+    spans = encode(model, tiny_sample(tmp_path, size=(30, 30), objects=with_box(0, 0, 30, 30))).positions
     assert "whole picture" in spans.why_missing("image_other")
     assert spans["image_related"] == spans["image"]
 
@@ -142,23 +142,21 @@ def test_boxes_that_say_nothing_leave_a_reason(tmp_path):
 def test_any_boxes_can_be_looked_up_later(family, tmp_path):
     model, sample = tiny_vlm(family), tiny_sample(tmp_path)
     encoded = encode(model, sample)
-    assert (
-        find_image_patches(model, encoded, [o.box for o in sample.objects]) == encoded.spans["image_related"]
-    )
+    assert find_image_patches(model, encoded, [o.box for o in sample.objects]) == encoded.positions["image_related"]
     assert find_image_patches(model, encoded, []) == ()
     beyond = box_of(-10, -10, 1000, 1000)
-    assert find_image_patches(model, encoded, [beyond]) == encoded.spans["image"]
+    assert find_image_patches(model, encoded, [beyond]) == encoded.positions["image"]
 
 
 def test_answered_tokens_move_last_and_nothing_else(tmp_path):
     model, sample = tiny_vlm("llava_next"), tiny_sample(tmp_path)
     plain, longer = encode(model, sample), encode(model, sample, answer_prefix=[7, 9])
-    assert longer.spans.last == plain.spans.last + 2
+    assert longer.positions.last == plain.positions.last + 2
     assert longer.inputs["input_ids"][0, -2:].tolist() == [7, 9]
     assert longer.inputs["attention_mask"].shape == longer.inputs["input_ids"].shape
-    assert longer.spans.with_(last=[plain.spans.last]).sets == plain.spans.sets
+    assert longer.positions.with_(last=[plain.positions.last]).sets == plain.positions.sets
     written = encode(model, sample, answer_prefix=" Left")
-    assert written.tokens[-1] == " Left" and written.spans["question"] == plain.spans["question"]
+    assert written.tokens[-1] == " Left" and written.positions["question"] == plain.positions["question"]
 
 
 def test_a_question_full_of_braces_is_left_alone(tmp_path):
@@ -170,15 +168,15 @@ def test_a_question_full_of_braces_is_left_alone(tmp_path):
 def test_a_question_that_also_stands_in_the_prompt_is_found_where_it_was_filled_in(tmp_path):
     model = tiny_vlm(prompt="the left? <image>\n{question} Is it the left? ASSISTANT:")
     encoded = encode(model, tiny_sample(tmp_path, question="the left?", objects=()))
-    assert encoded.spans["question"][0] > encoded.spans["image"][-1]
-    assert encoded.spans["question"][-1] < encoded.spans.last - 5
+    assert encoded.positions["question"][0] > encoded.positions["image"][-1]
+    assert encoded.positions["question"][-1] < encoded.positions.last - 5
 
 
 def test_captions_take_the_place_of_the_picture_in_a_text_only_model(tmp_path):
     model = tiny_vlm("llama", prompt="Picture: {caption}\n{question} ASSISTANT:")
     encoded = encode(model, tiny_sample(tmp_path))
     assert spelled(encoded, "captions") == "A red cup stands to the left of a green ball."
-    assert "no picture" in encoded.spans.why_missing("image_related")
+    assert "no picture" in encoded.positions.why_missing("image_related")
     assert set(encoded.inputs) == {"input_ids", "attention_mask"}
     with pytest.raises(ValueError, match="has none"):
         encode(model, tiny_sample(tmp_path, caption=None))

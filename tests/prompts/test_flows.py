@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmflow_utils import flows
-from mmflow_utils.flows import Flow, Variant, flow_problem, variants, window_layers, window_sizes
-from mmflow_utils.positions import Spans
+from mmflow_utils.prompts import flows
+from mmflow_utils.prompts.flows import Flow, Variant, flow_problem, variants, window_layers, window_sizes
+from mmflow_utils.prompts.positions import PositionSets
 
-SPANS = Spans(
+SPANS = PositionSets(
     n_tokens=9,
     sets={"image": range(1, 4), "question": (5, 6, 7), "last": [8], "option_true": [6], "options": [6, 7]},
     missing={"objects": "object 'phone' is not a whole word of the question"},
@@ -21,13 +21,13 @@ few = settings(max_examples=60, deadline=None, derandomize=True)
     ("layer", "window", "expected"),
     [(0, 1, [0]), (0, 9, [0, 1, 2, 3, 4]), (5, 3, [4, 5, 6]), (5, 4, [3, 4, 5, 6]), (9, 9, [5, 6, 7, 8, 9])],
 )
-def test_centred_windows_of_ten_layers(layer, window, expected):
+def test_centered_windows_of_ten_layers(layer, window, expected):
     assert list(window_layers(layer, window=window, n_layers=10)) == expected
 
 
 @few
 @given(SIZES)
-def test_centred_window_is_the_protocols_formula(size):
+def test_centered_window_is_the_protocols_formula(size):
     n_layers, layer, window = size
     held = window_layers(layer, window=window, n_layers=n_layers)
     assert held == range(max(0, layer - window // 2), min(n_layers, layer + -(-window // 2)))
@@ -42,9 +42,7 @@ def test_forward_window_starts_at_its_layer(size):
     assert held == range(layer, min(layer + window, n_layers))
 
 
-@pytest.mark.parametrize(
-    ("layer", "window", "match"), [(0, 0, "window"), (-1, 3, "0 to 3"), (4, 3, "0 to 3")]
-)
+@pytest.mark.parametrize(("layer", "window", "match"), [(0, 0, "window"), (-1, 3, "0 to 3"), (4, 3, "0 to 3")])
 def test_windows_outside_the_model_are_refused(layer, window, match):
     with pytest.raises(ValueError, match=match):
         window_layers(layer, window=window, n_layers=4)
@@ -70,7 +68,7 @@ def test_module_variants_have_no_source_and_look_forward():
     made = variants(SPANS, [flow], window=9, n_layers=4, intervention="mlp_output")
     assert [v.layers for v in made] == [range(i, 4) for i in range(4)]
     assert all(v.source == () and v.target == (5, 6, 7) for v in made)
-    assert variants(SPANS, [flow], window=1, n_layers=4, intervention="mlp_output", placement="centred")
+    assert variants(SPANS, [flow], window=1, n_layers=4, intervention="mlp_output", placement="centered")
 
 
 @pytest.mark.parametrize(

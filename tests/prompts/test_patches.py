@@ -6,9 +6,11 @@ import pytest
 from PIL import Image
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode, find_image_patches
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.patches import (
+from mmflow_utils.analysis.stats import paired_difference
+from mmflow_utils.data.sample import Box, SceneObject
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.prompts.encoding import encode, find_image_patches
+from mmflow_utils.prompts.image_patches import (
     control_flows,
     count_image_patches,
     encode_random_patches,
@@ -16,9 +18,7 @@ from mmflow_utils.patches import (
     merge_draws,
     random_boxes,
 )
-from mmflow_utils.positions import Spans
-from mmflow_utils.samples import Box, SceneObject
-from mmflow_utils.stats import paired_difference
+from mmflow_utils.prompts.positions import PositionSets
 
 SIZES = [(40, 28), (28, 40), (24, 24), (70, 31)]
 
@@ -29,16 +29,12 @@ def objects(*boxes):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("family", "do_pad"), [("llava", True), ("llava", False), ("llava_next", False)], ids=str
-)
-def test_a_box_inside_a_patch_is_found_at_that_patch_and_nowhere_else_in_its_view(
-    family, do_pad, size, tmp_path
-):
+@pytest.mark.parametrize(("family", "do_pad"), [("llava", True), ("llava", False), ("llava_next", False)], ids=str)
+def test_a_box_inside_a_patch_is_found_at_that_patch_and_nowhere_else_in_its_view(family, do_pad, size, tmp_path):
     model = tiny_vlm(family, do_pad=do_pad)
     encoded = encode(model, tiny_sample(tmp_path, size=size))
     patches = locate_image_patches(model, encoded)
-    assert sorted(patches.position) == sorted(encoded.spans["image"])
+    assert sorted(patches.position) == sorted(encoded.positions["image"])
     seen = patches[(patches.w > 3) & (patches.h > 3)]  # room for a whole pixel, away from the edges
     assert len(seen) >= 4
     for patch in seen.itertuples():
@@ -64,9 +60,7 @@ def test_without_cropping_the_patches_of_a_view_cover_the_picture_once(size, tmp
 def test_a_cropped_picture_has_no_patch_beyond_the_crop(tmp_path):
     model = tiny_vlm(do_pad=False)
     patches = locate_image_patches(model, encode(model, tiny_sample(tmp_path, size=(60, 20))))
-    assert patches.x.min() == pytest.approx(20, abs=0.5) and (patches.x + patches.w).max() == pytest.approx(
-        40, abs=0.5
-    )
+    assert patches.x.min() == pytest.approx(20, abs=0.5) and (patches.x + patches.w).max() == pytest.approx(40, abs=0.5)
 
 
 def test_a_large_picture_is_located_finer_than_its_256_shades(tmp_path):
@@ -79,10 +73,10 @@ def test_each_patch_names_its_set_and_the_first_name_wins(tmp_path):
     model = tiny_vlm()
     encoded = encode(model, tiny_sample(tmp_path))
     patches = locate_image_patches(model, encoded)
-    assert set(patches.position[patches.set == "image_related"]) == set(encoded.spans["image_related"])
+    assert set(patches.position[patches.set == "image_related"]) == set(encoded.positions["image_related"])
     assert set(locate_image_patches(model, encoded, ["image", "image_related"]).set) == {"image"}
     assert locate_image_patches(model, encoded, ["image_related"]).set.isna().sum() == len(
-        encoded.spans["image_other"]
+        encoded.positions["image_other"]
     )
 
 
@@ -121,13 +115,13 @@ def test_random_patches_are_apart_from_the_related_and_like_them_in_number(famil
     model = tiny_vlm(family)
     sample = tiny_sample(tmp_path, size=(96, 96), objects=objects((5, 5, 20, 20)))
     encoded = encode_random_patches(model, sample, n_draws=4)
-    related = set(encoded.spans["image_related"])
-    draws = [set(encoded.spans[f"image_random_{k}"]) for k in range(1, 5)]
+    related = set(encoded.positions["image_related"])
+    draws = [set(encoded.positions[f"image_random_{k}"]) for k in range(1, 5)]
     for draw in draws:
-        assert draw and draw <= set(encoded.spans["image_other"])
+        assert draw and draw <= set(encoded.positions["image_other"])
         assert abs(len(draw) - len(related)) <= 0.25 * len(related)
     assert len(set(map(frozenset, draws))) > 1
-    counts = count_image_patches(encoded.spans)
+    counts = count_image_patches(encoded.positions)
     assert counts["image_random"] == np.mean([len(draw) for draw in draws])
     assert counts["image_related"] == len(related)
 
@@ -137,7 +131,7 @@ def test_places_depend_on_the_seed_and_the_sample_alone(tmp_path):
     one = tiny_sample(tmp_path, size=(96, 96), objects=objects((5, 5, 20, 20)))
     other = tiny_sample(tmp_path, size=(96, 96), objects=one.objects, sample_id="q2")
     sets = [
-        encode_random_patches(model, sample, n_draws=6, seed=seed).spans.sets
+        encode_random_patches(model, sample, n_draws=6, seed=seed).positions.sets
         for sample, seed in ((one, 0), (one, 0), (one, 1), (other, 0))
     ]
     drawn = [[held[f"image_random_{k}"] for k in range(1, 7)] for held in sets]
@@ -149,7 +143,7 @@ def test_places_depend_on_the_seed_and_the_sample_alone(tmp_path):
 )
 def test_a_sample_without_a_control_is_skipped_for_a_reason(boxes, reason, tmp_path):
     sample = tiny_sample(tmp_path, size=(96, 96), objects=objects(*boxes))
-    spans = encode_random_patches(tiny_vlm(), sample, n_draws=2).spans
+    spans = encode_random_patches(tiny_vlm(), sample, n_draws=2).positions
     assert reason in spans.why_missing("image_random_1") and reason in spans.why_missing("image_random_2")
 
 
@@ -159,17 +153,13 @@ def test_draws_are_averaged_within_the_sample_before_they_are_compared(tmp_path)
         tiny_sample(tmp_path, size=(96, 96), objects=objects((5, 5, 20, 20)), sample_id=f"q{k}", seed=k)
         for k in range(2)
     ]
-    frame = knockout_sweep(
-        model, samples, control_flows(3), window=2, encoder=encode_random_patches, progress=False
-    )
+    frame = knockout_sweep(model, samples, control_flows(3), window=2, encoder=encode_random_patches, progress=False)
     merged = merge_draws(frame)
     assert set(merged.flow) == {f"{k} image patches -> Question" for k in ("Related", "Other", "Random")}
     assert len(merged) == 2 * 3 * model.n_layers and list(merged.columns) == list(frame.columns)
     assert merged.attrs == frame.attrs
     at = merged[(merged.source == "image_random") & (merged.sample_id == "q1") & (merged.layer == 1)]
-    draws = frame[
-        frame.source.str.startswith("image_random") & (frame.sample_id == "q1") & (frame.layer == 1)
-    ]
+    draws = frame[frame.source.str.startswith("image_random") & (frame.sample_id == "q1") & (frame.layer == 1)]
     assert at.rel_change_pct.item() == pytest.approx(draws.rel_change_pct.mean())
     assert at.p_base.item() == draws.p_base.iloc[0]
     table = paired_difference(
@@ -181,7 +171,7 @@ def test_draws_are_averaged_within_the_sample_before_they_are_compared(tmp_path)
 def test_a_frame_without_draws_is_left_as_it_is(tmp_path):
     frame = knockout_sweep(tiny_vlm(), [tiny_sample(tmp_path)], control_flows(0), window=2, progress=False)
     pd.testing.assert_frame_equal(merge_draws(frame), frame)
-    assert np.isnan(count_image_patches(Spans(n_tokens=2, sets={"image": (0,)}))["image_random"])
+    assert np.isnan(count_image_patches(PositionSets(n_tokens=2, sets={"image": (0,)}))["image_random"])
 
 
 def test_the_picture_on_disk_is_left_alone(tmp_path):

@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmflow_utils.positions import Spans, find_objects, find_options, find_phrase, question_sets, tokens_in
-from mmflow_utils.samples import read_authors_csv
+from mmflow_utils.data.authors import read_authors_csv
+from mmflow_utils.prompts.positions import (
+    PositionSets,
+    find_objects,
+    find_options,
+    find_phrase,
+    question_sets,
+    tokens_in,
+)
 
 AUTHORS = Path(
-    os.environ.get(
-        "MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample"
-    )
+    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample")
 )
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -23,11 +28,11 @@ def words(text, ranges):
     return [text[start:end] for start, end in ranges]
 
 
-# Spans
+# PositionSets
 
 
 def test_spans_sort_and_deduplicate_and_know_the_last():
-    spans = Spans(n_tokens=6, sets={"image": [3, 1, 1], "last": [5]})
+    spans = PositionSets(n_tokens=6, sets={"image": [3, 1, 1], "last": [5]})
     assert spans["image"] == (1, 3)
     assert spans.last == 5
     assert "image" in spans and "question" not in spans
@@ -36,11 +41,11 @@ def test_spans_sort_and_deduplicate_and_know_the_last():
 @pytest.mark.parametrize("positions", [[-1], [0, 6]])
 def test_spans_outside_the_prompt_are_refused(positions):
     with pytest.raises(ValueError, match="prompt has 6 tokens"):
-        Spans(n_tokens=6, sets={"image": positions})
+        PositionSets(n_tokens=6, sets={"image": positions})
 
 
 def test_a_missing_set_says_why():
-    spans = Spans(n_tokens=6, sets={"last": [5], "image_newline": []}, missing={"objects": "none is named"})
+    spans = PositionSets(n_tokens=6, sets={"last": [5], "image_newline": []}, missing={"objects": "none is named"})
     with pytest.raises(KeyError, match="none is named"):
         spans["objects"]
     with pytest.raises(KeyError, match="no such token"):
@@ -51,7 +56,7 @@ def test_a_missing_set_says_why():
 
 
 def test_with_replaces_a_set_or_its_reason_and_leaves_the_original():
-    spans = Spans(n_tokens=6, sets={"last": [4]}, missing={"objects": "none is named"})
+    spans = PositionSets(n_tokens=6, sets={"last": [4]}, missing={"objects": "none is named"})
     moved = spans.with_(last=[5], objects=[2])
     assert (moved.last, moved["objects"], dict(moved.missing)) == (5, (2,), {})
     assert (spans.last, "objects" in spans) == (4, False)
@@ -212,9 +217,7 @@ def metaspace():
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>"])
-    )
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>"]))
     return tokenizer
 
 
@@ -281,9 +284,7 @@ def test_the_sets_of_a_question_part_it_without_remainder(tokenizer):
     prompt = f"USER: {question} \nAnswer the question using a single word ASSISTANT:"
     encoding = tokenizer.encode(prompt)
     objects = [("trash can", None), ("hat", None)]
-    sets, missing = question_sets(
-        prompt, question, encoding.offsets, options=("right", "left"), objects=objects
-    )
+    sets, missing = question_sets(prompt, question, encoding.offsets, options=("right", "left"), objects=objects)
     assert missing == {}
     assert decode(tokenizer, encoding, sets["question"]) == question
     assert decode(tokenizer, encoding, sets["option_true"]) == "right"
@@ -291,7 +292,7 @@ def test_the_sets_of_a_question_part_it_without_remainder(tokenizer):
     for whole in ("options", "objects"):
         rest = sets[f"question_without_{whole}"]
         assert sorted([*sets[whole], *rest]) == list(sets["question"])
-    Spans(n_tokens=len(encoding.ids), sets=sets, missing=missing)
+    PositionSets(n_tokens=len(encoding.ids), sets=sets, missing=missing)
 
 
 def test_parts_that_are_not_there_are_recorded():

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.models import picture_features, text_inputs
-from mmflow_utils.sinks import (
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.models.adapter import picture_features, text_inputs
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.norms import (
     PAPER_SHARE,
     SINK_FLOWS,
     encode_by_norm,
@@ -27,7 +27,7 @@ def test_projected_features_are_the_embeddings_at_the_positions_of_their_norms(f
     features = picture_features(model, encoded.inputs)
     projected = model.hf.base_model.multi_modal_projector(features)
     ordered = model.in_token_order(projected, encoded.inputs)
-    image = list(encoded.spans["image"])
+    image = list(encoded.positions["image"])
     embeddings = text_inputs(model, encoded.inputs)[0]["inputs_embeds"][0, image]
     torch.testing.assert_close(ordered[~ordered.isnan().any(-1)], embeddings)
     by_hand = model.in_token_order(features, encoded.inputs).norm(dim=-1)
@@ -45,9 +45,7 @@ def test_no_hook_is_left_even_after_an_error(tmp_path):
 
 def test_a_picture_of_several_questions_is_measured_once(tmp_path):
     model = tiny_vlm()
-    samples = [
-        tiny_sample(tmp_path, sample_id=f"q{k}", image_id=f"image-{k // 2}", seed=k // 2) for k in range(4)
-    ]
+    samples = [tiny_sample(tmp_path, sample_id=f"q{k}", image_id=f"image-{k // 2}", seed=k // 2) for k in range(4)]
     norms = measure_norms(model, samples, progress=False)
     assert list(norms.columns) == ["image_id", "image_patch", "norm"]
     assert (norms.groupby("image_id").size() == 16).all() and norms.image_id.nunique() == 2
@@ -93,10 +91,10 @@ def test_norms_and_thresholds_that_cannot_be_are_refused(norms, given, said):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sets_part_the_image_patches_by_norm(family, tmp_path):
     model, sample = tiny_vlm(family), tiny_sample(tmp_path, size=(48, 48))
-    plain = encode(model, sample).spans
+    plain = encode(model, sample).positions
     norms = dict(zip(plain["image"], patch_norms(model, encode(model, sample)), strict=True))
     threshold = float(np.quantile(list(norms.values()), 0.7))
-    spans = encode_by_norm(model, sample, threshold=threshold).spans
+    spans = encode_by_norm(model, sample, threshold=threshold).positions
     high = set(spans["image_high_norm"])
     assert high == {p for p, norm in norms.items() if norm > threshold} and high
     for name in ("image_related", "image_other"):
@@ -106,13 +104,13 @@ def test_the_sets_part_the_image_patches_by_norm(family, tmp_path):
 
 def test_an_empty_set_is_missing_for_a_reason(tmp_path):
     model = tiny_vlm()
-    spans = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e9).spans
+    spans = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e9).positions
     assert "above" in spans.why_missing("image_high_norm")
     assert spans["image_related_low_norm"] == spans["image_related"]
-    spans = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e-9).spans
+    spans = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e-9).positions
     assert "high norm" in spans.why_missing("image_related_low_norm")
     assert spans["image_high_norm"] == spans["image"]
-    spans = encode_by_norm(model, tiny_sample(tmp_path, objects=()), threshold=1e9).spans
+    spans = encode_by_norm(model, tiny_sample(tmp_path, objects=()), threshold=1e9).positions
     assert "no object" in spans.why_missing("image_other_low_norm")
 
 
@@ -120,9 +118,7 @@ def test_without_high_norms_the_experiment_is_experiment_04_to_the_last_digit(tm
     def encoder(model, sample):
         return encode_by_norm(model, sample, threshold=1e9)
 
-    frame = knockout_sweep(
-        tiny_vlm(), [tiny_sample(tmp_path)], SINK_FLOWS, window=2, encoder=encoder, progress=False
-    )
+    frame = knockout_sweep(tiny_vlm(), [tiny_sample(tmp_path)], SINK_FLOWS, window=2, encoder=encoder, progress=False)
     tables = frame.pivot(index="layer", columns="source", values="p_knockout")
     np.testing.assert_allclose(tables.image_related_low_norm, tables.image_related, rtol=1e-5)
     assert [row["flow"] for row in frame.attrs["skipped"]] == ["High-norm image patches -> Question"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import FLOW_TO_LAST
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.subwords import (
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST
+from mmflow_utils.prompts.subwords import (
     SUBWORD_COLUMNS,
     answer_subwords,
     answer_tokens,
@@ -73,11 +73,9 @@ def test_the_knockout_is_measured_on_the_last_sub_word(family, tmp_path):
     assert len(tokens) == 3
     encoder = at_last_subword(said)
     first, last = encode(model, sample), encoder(model, sample)
-    assert last.spans.last == first.spans.last + 2 and last.spans["question"] == first.spans["question"]
+    assert last.positions.last == first.positions.last + 2 and last.positions["question"] == first.positions["question"]
     assert last.inputs["input_ids"][0, -2:].tolist() == tokens[:2]
-    frame = knockout_sweep(
-        model, [sample], FLOW_TO_LAST, window=2, encoder=encoder, n_check=1, progress=False
-    )
+    frame = knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, encoder=encoder, n_check=1, progress=False)
     assert set(frame.token) == {said.subwords[0][-1]}
     plain = knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, n_check=0, progress=False)
     assert set(plain.token) == {said.subwords[0][0]}
@@ -105,8 +103,6 @@ def test_a_sample_without_an_answer_is_refused(tokens, message, tmp_path):
 
 def test_long_answers_are_those_the_tokenizer_cuts(tmp_path):
     model = tiny_vlm()
-    samples = [
-        tiny_sample(tmp_path, sample_id=word, answer=word) for word in ("left", "xylophone", "red wood")
-    ]
+    samples = [tiny_sample(tmp_path, sample_id=word, answer=word) for word in ("left", "xylophone", "red wood")]
     assert len(ids(model, "Left")) == 1
     assert [sample.sample_id for sample in long_answers(model, samples)] == ["xylophone", "red wood"]

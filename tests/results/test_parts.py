@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed_runs import MADE_FROM, SAMPLES, make_sample, measure, of_window
 
-from mmflow_utils import store
-from mmflow_utils.flows import Flow
-from mmflow_utils.parts import compute_in_parts
-from mmflow_utils.parts.identity import describe_measure
-from mmflow_utils.store import load_frame, read_manifest
+from mmflow_utils.prompts.flows import Flow
+from mmflow_utils.results import frames as store
+from mmflow_utils.results.frames import load_frame, read_manifest
+from mmflow_utils.results.resume import compute_in_parts
+from mmflow_utils.results.version import describe_measure
 
 FEW = SAMPLES[:10]
 
@@ -321,9 +321,7 @@ def test_a_shard_without_a_part_gives_a_frame_without_rows(compute):
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "1/0", "a/b", "1/2/3", "-1/2", "1 / 2", ""])
 def test_a_bad_shard_is_one_sentence(compute, shard):
-    with pytest.raises(
-        ValueError, match=f"shard must be of the form 2/8, the second of eight, got '{shard}'"
-    ):
+    with pytest.raises(ValueError, match=f"shard must be of the form 2/8, the second of eight, got '{shard}'"):
         compute(shard=shard)
 
 
@@ -357,9 +355,7 @@ def test_the_first_samples_are_checked_however_the_work_is_cut(tmp_path, n_check
 def test_parts_and_shards_together_equal_one_call(tmp_path_factory, data):
     kinds = [st.none() | kind for kind in (st.integers(-5, 5), st.floats(), st.sampled_from("aü"))]
     n_rows = data.draw(st.lists(st.integers(0, 3), max_size=12), label="rows of each sample")
-    table = {
-        f"q{n}": [[data.draw(kind) for kind in kinds] for _ in range(count)] for n, count in enumerate(n_rows)
-    }
+    table = {f"q{n}": [[data.draw(kind) for kind in kinds] for _ in range(count)] for n, count in enumerate(n_rows)}
     samples = [make_sample(name) for name in table]
 
     def measure(some):

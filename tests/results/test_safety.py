@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.encode import encode
+from mmflow_utils.data.sample import SceneObject
 from mmflow_utils.explorer import Explorer
 from mmflow_utils.params import ROOT
-from mmflow_utils.plots import plot_prompt
-from mmflow_utils.samples import SceneObject
+from mmflow_utils.plots.prompt import plot_prompt
+from mmflow_utils.prompts.encoding import encode
 
 
 def test_no_pickle_is_loaded():
@@ -68,7 +68,7 @@ def hostile(tmp_path):
     explorer = Explorer(model, [replace(sample, answer="<script>alert(1)</script>")], window=1)
     frame = pd.DataFrame({"question": [sample.question], "object": [sample.objects[0].name]})
     return {
-        "prompt": plot_prompt(encoded.tokens, encoded.spans).data,
+        "prompt": plot_prompt(encoded.tokens, encoded.positions).data,
         "missing": plot_prompt(["a"], {"<b onclick=x>cup</b>": [0]}).data,
         "table": frame.to_html(),
         "what was said": explorer.said.value + explorer.view.value,

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmflow_utils import store
 from mmflow_utils.params import Params
-from mmflow_utils.store import load_frame, manifest, read_manifest, save_frame
+from mmflow_utils.results import frames as store
+from mmflow_utils.results.frames import load_frame, manifest, read_manifest, save_frame
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def test_the_manifest_is_inside_and_beside(tmp_path, frame, params):
     assert made_by["packages"]["torch"].startswith("2.")
 
 
-@pytest.mark.parametrize(
-    "change", [{"window": 5}, {"seed": 1}, {"tasks": ["ChooseRel"]}, {"dtype": "float16"}]
-)
+@pytest.mark.parametrize("change", [{"window": 5}, {"seed": 1}, {"tasks": ["ChooseRel"]}, {"dtype": "float16"}])
 def test_a_frame_of_other_parameters_is_refused_by_name(tmp_path, frame, params, change):
     path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
     other = params.model_copy(update=change)
@@ -70,9 +68,7 @@ def test_what_changes_no_number_is_no_reason_to_refuse(tmp_path, frame, params, 
     assert len(load_frame(path, manifest(params.model_copy(update=change)))) == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "key"), [("model.safetensors", "weights_sha256"), ("graphs.json", "data_sha256")]
-)
+@pytest.mark.parametrize(("file", "key"), [("model.safetensors", "weights_sha256"), ("graphs.json", "data_sha256")])
 def test_other_weights_and_other_data_are_noticed(tmp_path, frame, params, file, key):
     path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
     (tmp_path / file).write_text("something else")
@@ -158,8 +154,7 @@ def test_a_file_that_one_notebook_alone_reads_counts_too(tmp_path, frame, params
     (tmp_path / "okvqa.json").write_text("one")
     own = Own(**params.model_dump())
     assert (
-        manifest(own, fields=["model"])["depends_on"].keys()
-        == manifest(params, fields=["model"])["depends_on"].keys()
+        manifest(own, fields=["model"])["depends_on"].keys() == manifest(params, fields=["model"])["depends_on"].keys()
     )  # what all notebooks share must not depend on what one of them reads
     path = save_frame(frame, tmp_path / "flow.parquet", manifest(own))
     assert len(load_frame(path, manifest(own))) == 2

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from tiny import PROMPT, tiny_sample, tiny_vlm
 
-from mmflow_utils.curation import ask_questions
-from mmflow_utils.encode import encode
-from mmflow_utils.flows import FLOW_TO_LAST
-from mmflow_utils.knockout import knockout_sweep
-from mmflow_utils.lens import logit_lens
+from mmflow_utils.analysis.collect import read_results
+from mmflow_utils.data.sample import SceneObject, load_image
+from mmflow_utils.experiments.curation import ask_questions
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.experiments.lens import logit_lens
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.samples import SceneObject, load_image
-from mmflow_utils.stages import read_results
-from mmflow_utils.store import manifest, save_frame
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST
+from mmflow_utils.results.frames import manifest, save_frame
 
 # Pictures
 
@@ -41,28 +41,26 @@ def test_cmyk_is_converted(stored):
 
 @pytest.mark.parametrize("kind", ["<u2", ">u2"])
 def test_sixteen_bits_are_scaled_and_not_clipped_to_white(stored, kind):
-    grey = np.array([[0, 128, 257, 32768, 65407, 65535]], dtype=kind)
-    loaded = np.asarray(stored(Image.fromarray(grey), "tiff"))
+    gray = np.array([[0, 128, 257, 32768, 65407, 65535]], dtype=kind)
+    loaded = np.asarray(stored(Image.fromarray(gray), "tiff"))
     assert loaded.tolist() == [[[v] * 3 for v in (0, 0, 1, 128, 255, 255)]]
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_numbers_without_a_range_are_refused(stored, mode):
-    with pytest.raises(
-        ValueError, match=r"sample q1: picture .*23.tiff .* known range; store it with 8 bits"
-    ):
+    with pytest.raises(ValueError, match=r"sample q1: picture .*23.tiff .* known range; store it with 8 bits"):
         stored(Image.new(mode, (8, 8), 3000), "tiff")
 
 
 def test_an_animated_picture_shows_its_first_frame(stored):
-    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     for ending in ("gif", "png"):
         loaded = stored(first, ending, save_all=True, append_images=[second])
         assert loaded.getpixel((4, 4)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(("mode", "clear"), [("P", 0), ("RGB", (9, 9, 9)), ("L", 9)])
-def test_what_is_clear_is_white_and_not_the_colour_below(stored, mode, clear):
+def test_what_is_clear_is_white_and_not_the_color_below(stored, mode, clear):
     picture = Image.new(mode, (8, 8), clear)
     assert stored(picture, transparency=clear).getpixel((4, 4)) == (255, 255, 255)
     assert stored(picture).getpixel((4, 4)) != (255, 255, 255)
@@ -93,7 +91,7 @@ def test_a_picture_of_one_pixel_is_a_picture(tmp_path, family, size):
     Image.new("RGB", size, "red").save(file)
     model = tiny_vlm(family)
     encoded = encode(model, tiny_sample(tmp_path, image=file, objects=()))
-    assert len(encoded.spans["image"]) >= 16
+    assert len(encoded.positions["image"]) >= 16
     assert model.hf(**encoded.inputs).logits.isfinite().all()
 
 
@@ -150,17 +148,15 @@ def test_words_are_found_beside_emoji_and_text_from_right_to_left(tmp_path, fami
     model = tiny_vlm(family)
     encoded = encode(model, tiny_sample(tmp_path, question=question, objects=(SceneObject(name="cup"),)))
     for name, word in (("option_true", "left"), ("option_false", "right"), ("objects", "cup")):
-        assert "".join(encoded.tokens[p] for p in encoded.spans[name]).strip() == word
+        assert "".join(encoded.tokens[p] for p in encoded.positions[name]).strip() == word
     assert encoded.prompt == PROMPT.replace("{question}", question)
 
 
 def test_a_question_longer_than_the_context_is_refused(tmp_path):
     model, long = tiny_vlm(), "Is it left or right? " * 200
-    with pytest.raises(
-        ValueError, match=r"Sample q1: its prompt has \d+ tokens, but tiny-llava takes 512: short"
-    ):
+    with pytest.raises(ValueError, match=r"Sample q1: its prompt has \d+ tokens, but tiny-llava takes 512: short"):
         encode(model, tiny_sample(tmp_path, question=long))
-    n_tokens = encode(model, sample := tiny_sample(tmp_path)).spans.n_tokens
+    n_tokens = encode(model, sample := tiny_sample(tmp_path)).positions.n_tokens
     encode(model, sample, answer_prefix=[5] * (512 - n_tokens))
     with pytest.raises(ValueError, match="has 513 tokens"):
         encode(model, sample, answer_prefix=[5] * (513 - n_tokens))
@@ -171,9 +167,7 @@ def test_a_question_longer_than_the_context_is_refused(tmp_path):
 
 def test_a_window_wider_than_the_model_is_all_of_its_layers(tmp_path):
     model, sample = tiny_vlm(n_layers=2), tiny_sample(tmp_path)
-    wide, whole = (
-        knockout_sweep(model, [sample], FLOW_TO_LAST, window=window, progress=False) for window in (9, 4)
-    )
+    wide, whole = (knockout_sweep(model, [sample], FLOW_TO_LAST, window=window, progress=False) for window in (9, 4))
     assert set(wide.n_layers_blocked) == {2} and sorted(set(wide.layer)) == [0, 1]
     assert np.allclose(wide.p_knockout, whole.p_knockout, atol=1e-6)
 
@@ -205,9 +199,7 @@ def test_results_of_different_runs_are_not_compared(tmp_path):
     store(tmp_path, "logit_lens", Params(window=3, n_boot=500))
     assert set(read_results(tmp_path)) == {"flow_to_last", "logit_lens"}
     store(tmp_path, "image_to_question", Params(window=5))
-    said = (
-        r"m/image_to_question.parquet and flow_to_last.parquet are of different runs \(window was 3, now 5\)"
-    )
+    said = r"m/image_to_question.parquet and flow_to_last.parquet are of different runs \(window was 3, now 5\)"
     with pytest.raises(ValueError, match=f"{said}: run the notebooks 02 and 03 again"):
         read_results(tmp_path)
 

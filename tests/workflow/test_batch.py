@@ -1,6 +1,6 @@
 """Many notebooks: the Snakefile runs each once, shards at once, and a failure stops only what depends on it.
 
-The Snakefile and its profile are the real ones; `mmflow_utils.execute` has a stand-in that notes when it ran.
+The Snakefile and its profile are the real ones; `workflow.run_notebook` has a stand-in that notes when it ran.
 """
 
 import re
@@ -44,9 +44,7 @@ sys.exit(fails)
 def batch(tmp_path):
     """A project of notebooks, two of which compute in parts; a call runs its Snakefile and gives the log."""
     shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
-    files = {
-        f"notebooks/{name}.ipynb": "" for name in ("01_dataset_curation", "02_flow", "04_tour", "90_train")
-    }
+    files = {f"notebooks/{name}.ipynb": "" for name in ("01_dataset_curation", "02_flow", "04_tour", "90_train")}
     files |= dict.fromkeys(("notebooks/02_flow.ipynb", "notebooks/03_image.ipynb"), "mm.compute_in_parts(")
     files |= {"params/mini.yaml": "", "params/big.yaml": "", "fail": "", "meet": "", "pause": "0"}
     files |= {"mmflow_utils/__init__.py": "", "mmflow_utils/execute.py": EXECUTE}

@@ -19,22 +19,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_vlm
 
-from mmflow_utils import download
-from mmflow_utils.curation import ask_questions, read_questions
-from mmflow_utils.download import Archive, fetch
-from mmflow_utils.encode import encode
+from mmflow_utils.data import entries
+from mmflow_utils.data.authors import compare_with_authors, read_authors, read_authors_csv
+from mmflow_utils.data.entries import read_entries
+from mmflow_utils.data.fields import read_json
+from mmflow_utils.data.gqa import read_gqa
+from mmflow_utils.experiments.curation import ask_questions, read_questions
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.samples import entries
-from mmflow_utils.samples.authors import compare_with_authors, read_authors, read_authors_csv
-from mmflow_utils.samples.entries import read_entries
-from mmflow_utils.samples.fields import read_json
-from mmflow_utils.samples.gqa import read_gqa
-from mmflow_utils.store import manifest
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.results.frames import manifest
+from workflow import download
+from workflow.download import Archive, fetch
 
 AUTHORS = Path(
-    os.environ.get(
-        "MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample"
-    )
+    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample")
 )
 needs_authors = pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' CSV files aren't at {AUTHORS}")
 
@@ -233,9 +231,7 @@ def test_curation_reads_from_gqa_what_the_authors_files_hold(both):
 
 def test_each_difference_is_found(both):
     ours, authors = both
-    chosen, related = (
-        next(i for i, s in enumerate(ours) if s.task == t) for t in ("ChooseAttr", "ChooseRel")
-    )
+    chosen, related = (next(i for i, s in enumerate(ours) if s.task == t) for t in ("ChooseAttr", "ChooseRel"))
     wrong = list(ours)
     wrong[chosen] = replace(ours[chosen], option_true=ours[chosen].option_false, option_false="x")
     first, *rest = ours[related].objects
@@ -301,7 +297,7 @@ def test_the_authors_questions_become_the_samples_of_a_run(tmp_path):
     assert all(s.caption for s in samples)  # theirs: Visual Genome's file isn't needed
     model = tiny_vlm(n_layers=2)
     for sample in samples[:8]:
-        spans = encode(model, sample).spans
+        spans = encode(model, sample).positions
         assert spans["image_related"] and spans["options"]
     record = ask_questions(model, samples[:2], progress=False)
     assert record.prediction.notna().all()
@@ -384,9 +380,7 @@ def served():
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    kind.archive = Archive(
-        url=f"http://127.0.0.1:{server.server_port}/a.zip", members="val.json", to="gqa", size=""
-    )
+    kind.archive = Archive(url=f"http://127.0.0.1:{server.server_port}/a.zip", members="val.json", to="gqa", size="")
     yield kind
     server.shutdown()
     thread.join()

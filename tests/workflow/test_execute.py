@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mmflow_utils import execute
-from mmflow_utils.execute import find_problems, main, run_notebook
+from workflow import run_notebook as execute
+from workflow.run_notebook import find_problems, main, run_notebook
 
 DECLARED = """
 model: str = "mini"  # which
@@ -34,9 +34,7 @@ def write(tmp_path, monkeypatch):
         parameters = new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
         code = [new_code_cell(cell) for cell in cells]
         path = tmp_path / "02_flow.ipynb"
-        nbformat.write(
-            new_notebook(cells=[new_markdown_cell(title), parameters, *code], metadata=KERNEL), path
-        )
+        nbformat.write(new_notebook(cells=[new_markdown_cell(title), parameters, *code], metadata=KERNEL), path)
         return path
 
     return write
@@ -104,9 +102,7 @@ def test_a_missing_notebook_or_model_is_one_sentence(write, capsys, arguments):
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "place", ["elsewhere/02_flow.ipynb", "notebooks/../02_flow.ipynb", "notebooks/link.ipynb"]
-)
+@pytest.mark.parametrize("place", ["elsewhere/02_flow.ipynb", "notebooks/../02_flow.ipynb", "notebooks/link.ipynb"])
 @pytest.mark.parametrize("more", [[], ["--in-place"]])
 def test_a_notebook_from_elsewhere_is_not_run(tmp_path, write, capsys, monkeypatch, place, more):
     (tmp_path / "notebooks").mkdir()

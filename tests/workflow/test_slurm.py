@@ -66,11 +66,9 @@ def start(project, *command):
 
 
 def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names_what_failed(project):
-    execute = (sys.executable, "-m", "mmflow_utils.execute", "02_flow_to_last", "small")
+    execute = (sys.executable, "-m", "workflow.run_notebook", "02_flow_to_last", "small")
     snakemake = (sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/slurm", *IN_HASTE)
-    batch = start(
-        project, SLURM, "bash", "-c", AND_LIST_JOBS, "-", *snakemake, "--config", "model=small", "shards=2"
-    )
+    batch = start(project, SLURM, "bash", "-c", AND_LIST_JOBS, "-", *snakemake, "--config", "model=small", "shards=2")
     alone = start(project, *execute, "-p", "outputs", "alone")
     _, said = batch.communicate(timeout=1800)
     if batch.returncode == NO_SLURM:
@@ -89,8 +87,7 @@ def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names
 
     # To the last digit: what two shards measured and a third run joined is what one run measured.
     joined, whole = (
-        pd.read_parquet(project / outputs / "small" / "flow_to_last.parquet")
-        for outputs in ("outputs", "alone")
+        pd.read_parquet(project / outputs / "small" / "flow_to_last.parquet") for outputs in ("outputs", "alone")
     )
     assert whole.sample_id.nunique() > 16, "all samples were in one part: only one shard had work"
     pd.testing.assert_frame_equal(joined, whole, check_exact=True)

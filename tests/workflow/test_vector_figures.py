@@ -4,8 +4,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mmflow_utils import execute
-from mmflow_utils.plots.files import VECTORS
+from workflow import run_notebook as execute
+from workflow.vector_figures import VECTORS
 
 DECLARED = 'model: str = "mini"\noutputs: str = "outputs"\nshard: str = None'
 DRAW = """import mmflow_utils as mm, pandas as pd

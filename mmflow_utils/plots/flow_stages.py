@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
-from mmflow_utils.findings import fixed
+from mmflow_utils.analysis.sentences import format_number
 from mmflow_utils.plots.style import (
-    WORD_COLOURS,
+    WORD_COLORS,
     add_title,
-    flow_colour,
+    flow_color,
     legend_handle,
     need,
     ordered,
-    set_colour,
+    set_color,
     shown,
     styled,
 )
@@ -87,7 +87,7 @@ def plot_stages(
 
 
 def _handle(line: str):
-    return legend_handle(shown(line), WORD_COLOURS.get(line) or flow_colour(line), "-")
+    return legend_handle(shown(line), WORD_COLORS.get(line) or flow_color(line), "-")
 
 
 def _lines_of(found: Iterable[str]) -> list[str]:
@@ -104,9 +104,7 @@ def _absent(stages: pd.DataFrame, lines: list[str]) -> list[str]:
 def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame) -> None:
     n_layers = int(stages["n_layers"].max())
     for at, (name, label) in enumerate(_LANES.items()):
-        axis.plot(
-            [at, at], [0, n_layers - 1], color=set_colour(name), linewidth=11, alpha=0.25, label="_lane"
-        )
+        axis.plot([at, at], [0, n_layers - 1], color=set_color(name), linewidth=11, alpha=0.25, label="_lane")
         axis.text(at, -0.045, label, transform=axis.get_xaxis_transform(), ha="center", va="top")
     lines = _lines_of(stages.index)
     for line in lines:
@@ -123,25 +121,25 @@ def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame) -> N
 
 def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series) -> None:
     start, end = _ENDS.get(line, (0, 1))
-    colour, aside = flow_colour(line), 0.18 * (line == _PARTED[0]) - 0.18 * (line == _PARTED[1])
+    color, aside = flow_color(line), 0.18 * (line == _PARTED[0]) - 0.18 * (line == _PARTED[1])
     for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
         ends = (start + 0.09, layer + aside), (end - 0.09, layer + aside)
         look = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 0.6 + 0.034 * min(effect, 100)}
-        axis.add_patch(FancyArrowPatch(*ends, color=colour, shrinkA=0, shrinkB=0, label=line, **look))
+        axis.add_patch(FancyArrowPatch(*ends, color=color, shrinkA=0, shrinkB=0, label=line, **look))
     if pd.notna(stage["strongest"]):
         at, low, high = (stage[name] for name in ("strongest", "strongest_low", "strongest_high"))
         axis.plot([_MARK_AT[line]] * 2, [low, high], color="#1A1A1A", linewidth=1.2, label=f"_{line}")
-        axis.plot(_MARK_AT[line], at + aside, "D", color=colour, markeredgecolor="white", markersize=6)
+        axis.plot(_MARK_AT[line], at + aside, "D", color=color, markeredgecolor="white", markersize=6)
         text = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#1A1A1A"}
         above = (_MARK_AT[line], max(high, layers["layer"].max() + aside))
-        axis.annotate(f"−{fixed(stage['effect'], 0)} %", above, (0, 4), textcoords="offset points", **text)
+        axis.annotate(f"−{format_number(stage['effect'], 0)} %", above, (0, 4), textcoords="offset points", **text)
 
 
 def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series) -> None:
     if pd.isna(stage["strongest"]):
         return
-    at, colour = _WORD_AT[line], WORD_COLOURS[line]
+    at, color = _WORD_AT[line], WORD_COLORS[line]
     for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
-        axis.plot(at, layer, "s", color=colour, markersize=3 + 0.05 * min(effect, 100), label=f"_{line}")
+        axis.plot(at, layer, "s", color=color, markersize=3 + 0.05 * min(effect, 100), label=f"_{line}")
     word = "Answer" if line == _WORDS[1] else "answer"
-    axis.text(at + 0.09, stage["strongest"], word, fontsize=8, color=colour, va="center")
+    axis.text(at + 0.09, stage["strongest"], word, fontsize=8, color=color, va="center")

@@ -1,0 +1,1 @@
+"""From a frame to a claim: intervals, sentences, the stages of a flow, the paper's claims."""

@@ -1,0 +1,1 @@
+"""How an edit runs: the plain way, the packed pass that does all edits at once, and tokens really removed."""

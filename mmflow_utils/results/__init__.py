@@ -1,0 +1,1 @@
+"""Frames on disk with their manifest, and long measurements that go on where they stopped."""
