@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmflow_utils import params as module
-from mmflow_utils import samples
+from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.params import ROOT, Params
 
 FILES = sorted((ROOT / "params").glob("*.yaml"))
@@ -89,8 +89,8 @@ def test_a_missing_file_names_those_that_exist(tmp_path):
 
 
 def test_the_samples_module_knows_the_same_tasks():
-    assert list(samples.TASKS) == list(typing.get_args(module.Task))
-    assert set(module.TASKS) <= set(samples.TASKS)  # the paper's six, whatever else there is
+    assert list(TASKS) == list(typing.get_args(module.Task))
+    assert set(module.TASKS) <= set(TASKS)  # the paper's six, whatever else there is
 
 
 def test_paths_start_at_the_project_not_at_the_working_directory(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.prompts.positions import find_objects, find_options
 
 AUTHORS = Path(
-    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample")
+    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[3] / "shared" / "authors_csv_sample")
 )
 needs_authors = pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' CSV files aren't at {AUTHORS}")
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import tiny_sample, tiny_tokenizer, tiny_vlm
+from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
 from transformers import MistralConfig
 
 from mmflow_utils.engine.packed_pass import PackedPass

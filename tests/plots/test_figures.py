@@ -20,7 +20,14 @@ from matplotlib.testing.compare import calculate_rms
 from matplotlib.testing.exceptions import ImageComparisonFailure
 from PIL import Image, ImageOps
 
-from mmflow_utils import plots
+from benchmarks.plots import plot_costs
+from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.explorer import plot_choice
+from mmflow_utils.plots.flow_stages import plot_stages
+from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
+from mmflow_utils.plots.maps import plot_map
+from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
+from mmflow_utils.plots.style import TASK_ORDER, WORD_COLORS
 from mmflow_utils.prompts import flows
 
 STORED = Path(__file__).parent / "figures"
@@ -28,7 +35,7 @@ DPI, REDUCED, TILE = 120, 3, 12  # drawn at 120 dots per inch, compared at 40, i
 TOLERANCE = 9.0  # root mean square over a tile, in steps of 0 to 255
 
 TO_LAST = [str(flow) for flow in flows.FLOW_TO_LAST]
-TASKS = plots.TASK_ORDER
+TASKS = TASK_ORDER
 
 
 def wave(*numbers: float) -> float:
@@ -69,40 +76,40 @@ def draw_accuracy() -> Figure:
     kinds = product(("verify", "query", "choose"), ("obj", "attr", "rel"))
     rows = [(a, b, 100 * wave(i), 40 + i) for i, (a, b) in enumerate(kinds)]
     frame = pd.DataFrame(rows, columns=["structural", "semantic", "accuracy_pct", "n"])
-    return plots.plot_accuracy(frame, subtitle="a model")
+    return plot_accuracy(frame, subtitle="a model")
 
 
 def draw_choice() -> Figure:
     words = pd.DataFrame({"token": ["Red", "Blue", "red"], "probability": [0.6, 0.3, 0.1]})
     chosen = {"flow": "Image -> Last", "layer": 4, "title": "What color is it? → red", "subtitle": "mini"}
     related = patches().query("set == 'image_related'")
-    return plots.plot_choice(picture(), related, knockouts(), words, **chosen)
+    return plot_choice(picture(), related, knockouts(), words, **chosen)
 
 
 def draw_contact_sheet() -> Figure:
-    return plots.plot_contact_sheet([picture()] * 3, ["one", "two", "three"], title="Pictures")
+    return plot_contact_sheet([picture()] * 3, ["one", "two", "three"], title="Pictures")
 
 
 def draw_costs() -> Figure:
     cells = product((8, 32), enumerate(("sweep", "clean cache", "full forwards")))
     rows = [(n, way, n ** (0.4 + k), 1.5 if k == 0 else np.nan) for n, (k, way) in cells]
     frame = pd.DataFrame(rows, columns=["n_layers", "way", "clean_passes", "bound"])
-    return plots.plot_costs(frame, panel="n_layers", title="What a sample costs")
+    return plot_costs(frame, panel="n_layers", title="What a sample costs")
 
 
 def draw_curves() -> Figure:
-    words = list(plots.WORD_COLORS)[:4]
+    words = list(WORD_COLORS)[:4]
     frame = summary(TASKS[:2], words, line="word").assign(lens="normed")
-    return plots.plot_curves(frame, line="word", across="lens", colors=plots.WORD_COLORS, title="Lens")
+    return plot_curves(frame, line="word", across="lens", colors=WORD_COLORS, title="Lens")
 
 
 def draw_flow() -> Figure:
-    return plots.plot_flow(summary(), model="mini", window=3)
+    return plot_flow(summary(), model="mini", window=3)
 
 
 def draw_image_patches() -> Figure:
     two = {"boxes": patches(), "control": patches().assign(set=lambda f: f["set"][::-1].to_numpy())}
-    return plots.plot_image_patches(picture(), two, objects=things(), title="Image patches")
+    return plot_image_patches(picture(), two, objects=things(), title="Image patches")
 
 
 def draw_learning_curves() -> Figure:
@@ -113,20 +120,20 @@ def draw_learning_curves() -> Figure:
             stages, range(0, 50, 10), ("loss", "accuracy_pct"), enumerate(TASKS[:3])
         )
     ]
-    return plots.plot_learning_curves(pd.DataFrame(rows, columns=["stage", "step", "metric", "task", "value"]))
+    return plot_learning_curves(pd.DataFrame(rows, columns=["stage", "step", "metric", "task", "value"]))
 
 
 def draw_map() -> Figure:
-    return plots.plot_map(knockouts(), title="What color is it? → red", subtitle="mini")
+    return plot_map(knockouts(), title="What color is it? → red", subtitle="mini")
 
 
 def draw_norms() -> Figure:
     norms = pd.Series([40 * wave(n) + 60 * (n % 97 == 0) for n in range(600)])
-    return plots.plot_norms(norms, threshold=57.0)
+    return plot_norms(norms, threshold=57.0)
 
 
 def draw_sample() -> Figure:
-    return plots.plot_sample(picture(), things(), title="Where is the cup?", subtitle="left", width=3.0)
+    return plot_sample(picture(), things(), title="Where is the cup?", subtitle="left", width=3.0)
 
 
 def draw_stages() -> Figure:
@@ -136,7 +143,7 @@ def draw_stages() -> Figure:
     strongest = layers.sort_values("mean").groupby(["model", "line"]).last().reset_index()
     found = strongest.assign(n_layers=12, effect=strongest["mean"], strongest=strongest["layer"])
     found = found.assign(strongest_low=found["layer"] - 1, strongest_high=found["layer"] + 1)
-    return plots.plot_stages(layers, found, title="Stages")
+    return plot_stages(layers, found, title="Stages")
 
 
 DRAWN = {name.removeprefix("draw_"): draw for name, draw in list(globals().items()) if name.startswith("draw_")}
@@ -208,7 +215,7 @@ def test_noise_as_between_machines_is_none_to_the_eye():
 
 
 def test_every_kind_of_figure_is_stored_once_and_small():
-    kinds = {name.removeprefix("plot_") for name in plots.__all__ if name.startswith("plot_")}
+    kinds = {name.removeprefix("plot_") for name in PUBLIC if name.startswith("plot_")}
     assert set(DRAWN) == kinds - {"prompt"}  # that one is HTML
     assert {file.stem for file in STORED.glob("*.png")} == set(DRAWN)
     assert sum(file.stat().st_size for file in STORED.glob("*")) < 400_000

@@ -14,12 +14,24 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from mmflow_utils import plots
-from mmflow_utils.plots.style import TASK_COLORS
+from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.maps import plot_map
+from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
+from mmflow_utils.plots.prompt import plot_prompt
+from mmflow_utils.plots.style import (
+    FLOW_COLORS,
+    MODULE_COLORS,
+    SET_COLORS,
+    TASK_COLORS,
+    TASK_ORDER,
+    WORD_COLORS,
+    flow_color,
+    set_style,
+)
 from mmflow_utils.prompts import flows
 from mmflow_utils.prompts.positions import PositionSets
 
-TASKS = plots.TASK_ORDER
+TASKS = TASK_ORDER
 TO_LAST = [str(flow) for flow in flows.FLOW_TO_LAST]
 
 
@@ -48,7 +60,7 @@ def texts(figure: Figure) -> str:
 
 
 def test_panels_stand_in_the_papers_order_whatever_the_order_of_rows():
-    figure = plots.plot_flow(summary().sample(frac=1, random_state=0), model="mini", window=3)
+    figure = plot_flow(summary().sample(frac=1, random_state=0), model="mini", window=3)
     assert [axis.get_title("left") for axis in figure.axes] == list(TASKS)
     assert {axis.get_title("right") for axis in figure.axes} == {"n = 24"}
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 3)
@@ -58,7 +70,7 @@ def test_panels_stand_in_the_papers_order_whatever_the_order_of_rows():
 
 def test_curves_and_bands_are_the_summary():
     frame = summary()
-    figure = plots.plot_flow(frame.sample(frac=1, random_state=1))
+    figure = plot_flow(frame.sample(frac=1, random_state=1))
     for axis, task in zip(figure.axes, TASKS, strict=True):
         assert list(curves(axis)) == ["Question → Last", "Image → Last", "Last → Last"]
         for name in TO_LAST:
@@ -72,11 +84,11 @@ def test_curves_and_bands_are_the_summary():
 
 
 def test_a_flow_has_one_color_in_curve_band_legend_and_every_figure():
-    pair, alone = plots.plot_flow(summary()), plots.plot_flow(summary(TASKS[:1], TO_LAST[1:2]))
+    pair, alone = plot_flow(summary()), plot_flow(summary(TASKS[:1], TO_LAST[1:2]))
     seen = {to_hex(curves(axis)["Image → Last"].get_color()) for axis in (*pair.axes, *alone.axes)}
     seen |= {to_hex(bands(axis)["Image → Last"].get_facecolor()[0][:3]) for axis in pair.axes}
     handles = dict(zip([t.get_text() for t in pair.legends[0].texts], pair.legends[0].legend_handles, strict=True))
-    assert seen | {to_hex(handles["Image → Last"].get_color())} == {plots.flow_color("Image -> Last").lower()}
+    assert seen | {to_hex(handles["Image → Last"].get_color())} == {flow_color("Image -> Last").lower()}
     assert len(pair.legends) == 1 and len(handles) == 3
 
 
@@ -87,21 +99,21 @@ def test_a_flow_has_one_color_in_curve_band_legend_and_every_figure():
 )
 def test_each_flow_of_the_paper_is_told_apart_in_its_figure(figure_flows):
     names = [str(flow) for flow in figure_flows]
-    assert set(names) <= set(plots.FLOW_COLORS)
-    lines = curves(plots.plot_flow(summary(TASKS[:1], names)).axes[0]).values()
+    assert set(names) <= set(FLOW_COLORS)
+    lines = curves(plot_flow(summary(TASKS[:1], names)).axes[0]).values()
     assert len({(to_hex(line.get_color()), line.get_linestyle()) for line in lines}) == len(names)
 
 
 def test_two_flows_of_one_color_differ_by_their_dashes():
     names = ["Image -> True option", "Related image patches -> True option"]
-    lines = list(curves(plots.plot_flow(summary(TASKS[:1], names)).axes[0]).values())
+    lines = list(curves(plot_flow(summary(TASKS[:1], names)).axes[0]).values())
     assert lines[0].get_color() == lines[1].get_color()
     assert lines[0].get_linestyle() != lines[1].get_linestyle()
 
 
 def test_an_unknown_flow_keeps_its_color():
-    assert plots.flow_color("Cats -> Dogs") == plots.flow_color("Cats -> Dogs")
-    assert curves(plots.plot_flow(summary(TASKS[:1], ["Cats -> Dogs"])).axes[0])
+    assert flow_color("Cats -> Dogs") == flow_color("Cats -> Dogs")
+    assert curves(plot_flow(summary(TASKS[:1], ["Cats -> Dogs"])).axes[0])
 
 
 # How the eye's receptors of people with a strong deficiency mix linear RGB (Machado et al. 2009, severity 1).
@@ -130,11 +142,11 @@ def lab(color: str, deficiency: str) -> np.ndarray:
 
 @pytest.mark.parametrize("deficiency", DEFICIENCY)
 def test_colors_stay_apart_under_color_blindness(deficiency):
-    main = [plots.flow_color(flow) for flow in (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION)]
-    patches = [plots.flow_color(flow) for flow in flows.IMAGE_PATCHES_TO_QUESTION]
-    parts = [plots.flow_color(flow) for flow in flows.PARTS_TO_LAST]
-    words, events = list(plots.WORD_COLORS.values())[:3], list(plots.WORD_COLORS.values())[-2:]
-    modules = list(plots.MODULE_COLORS.values())
+    main = [flow_color(flow) for flow in (*flows.FLOW_TO_LAST, *flows.IMAGE_TO_QUESTION)]
+    patches = [flow_color(flow) for flow in flows.IMAGE_PATCHES_TO_QUESTION]
+    parts = [flow_color(flow) for flow in flows.PARTS_TO_LAST]
+    words, events = list(WORD_COLORS.values())[:3], list(WORD_COLORS.values())[-2:]
+    modules = list(MODULE_COLORS.values())
     for group in (main, patches, parts, list(TASK_COLORS.values()), words, events, modules):
         for a, b in combinations(group, 2):
             assert np.linalg.norm(lab(a, deficiency) - lab(b, deficiency)) > 14, (a, b)
@@ -145,7 +157,7 @@ def test_two_columns_of_panels_stand_side_by_side_each_with_its_own_curves():
     lenses = [summary(TASKS[:3]).assign(lens=lens) for lens in ("paper", "normed")]
     lenses[1]["mean"] /= 2
     frame = pd.concat(lenses)
-    figure = plots.plot_curves(frame, across="lens")
+    figure = plot_curves(frame, across="lens")
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (3, 2)
     titles = [f"{task} · {lens}" for task in TASKS[:3] for lens in ("paper", "normed")]
     assert [axis.get_title("left") for axis in figure.axes] == titles
@@ -154,23 +166,23 @@ def test_two_columns_of_panels_stand_side_by_side_each_with_its_own_curves():
         rows = frame[(frame["task"] == task) & (frame["lens"] == lens) & (frame["flow"] == TO_LAST[0])]
         assert np.allclose(curves(axis)["Question → Last"].get_xydata(), rows[["layer", "mean"]])
     with pytest.raises(ValueError, match="several rows have the same task, flow and layer"):
-        plots.plot_curves(frame)
+        plot_curves(frame)
     with pytest.raises(ValueError, match="lense"):
-        plots.plot_curves(frame, across="lense")
+        plot_curves(frame, across="lense")
 
 
 def test_the_words_of_the_lens_keep_their_colors_and_order():
-    words = list(plots.WORD_COLORS)[:4]
+    words = list(WORD_COLORS)[:4]
     frame = summary(TASKS[:1], sorted(words)).rename(columns={"flow": "word"})
-    lines = curves(plots.plot_curves(frame, line="word", colors=plots.WORD_COLORS).axes[0])
+    lines = curves(plot_curves(frame, line="word", colors=WORD_COLORS).axes[0])
     assert list(lines) == words
-    assert [to_hex(line.get_color()).upper() for line in lines.values()] == [plots.WORD_COLORS[word] for word in words]
+    assert [to_hex(line.get_color()).upper() for line in lines.values()] == [WORD_COLORS[word] for word in words]
     assert lines["False option"].get_linestyle() != lines["Capitalized false option"].get_linestyle()
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3, 4, 5])
 def test_missing_tasks_leave_no_empty_panel_and_every_column_has_a_labeled_foot(n_tasks):
-    figure = plots.plot_flow(summary(TASKS[:n_tasks]))
+    figure = plot_flow(summary(TASKS[:n_tasks]))
     assert [axis.get_title("left") for axis in figure.axes] == list(TASKS[:n_tasks])
     columns = figure.axes[0].get_subplotspec().get_gridspec().ncols
     labeled = [axis for axis in figure.axes if axis.get_xlabel() == "Layer"]
@@ -180,7 +192,7 @@ def test_missing_tasks_leave_no_empty_panel_and_every_column_has_a_labeled_foot(
 
 @pytest.mark.parametrize("n_layers", [1, 4, 12, 40])
 def test_the_layer_axis_is_whole_numbers_from_zero(n_layers):
-    figure = plots.plot_flow(summary(n_layers=n_layers))
+    figure = plot_flow(summary(n_layers=n_layers))
     figure.canvas.draw()
     for axis in figure.axes:
         low, high = axis.get_xlim()
@@ -191,7 +203,7 @@ def test_the_layer_axis_is_whole_numbers_from_zero(n_layers):
 
 
 def test_all_panels_share_one_range_that_holds_zero_and_a_zero_line():
-    figure = plots.plot_flow(summary())
+    figure = plot_flow(summary())
     assert len({axis.get_ylim() for axis in figure.axes}) == 1
     for axis in figure.axes:
         assert axis.get_ylim()[0] < 0 < axis.get_ylim()[1]
@@ -203,19 +215,19 @@ def test_missing_and_boundless_intervals_do_not_swallow_the_curves():
     frame.loc[0, ["ci_low", "ci_high"]] = [np.nan, np.nan]
     frame.loc[1, ["ci_low", "ci_high"]] = [-np.inf, np.inf]
     frame.loc[2, "ci_high"] = 1e6
-    low, high = plots.plot_flow(frame).axes[0].get_ylim()
+    low, high = plot_flow(frame).axes[0].get_ylim()
     assert -140 < low < frame["mean"].min() and 0 < high < 80
 
 
 def test_n_is_a_range_where_flows_differ():
     frame = summary(TASKS[:1])
     frame.loc[frame["flow"] == "Image -> Last", "n"] = 20
-    assert plots.plot_flow(frame).axes[0].get_title("right") == "n = 20 to 24"
+    assert plot_flow(frame).axes[0].get_title("right") == "n = 20 to 24"
 
 
 def test_numbers_as_lines_get_an_ordered_scale():
     frame = pd.concat([summary(TASKS[:1], TO_LAST[:1]).assign(window=w) for w in (9, 1, 15)])
-    figure = plots.plot_curves(frame, line="window", panel="flow")
+    figure = plot_curves(frame, line="window", panel="flow")
     assert [text.get_text() for text in figure.legends[0].texts] == ["window 1", "window 9", "window 15"]
     lightness = [lab(to_hex(line.get_color()), "none")[0] for line in curves(figure.axes[0]).values()]
     assert lightness == sorted(lightness)
@@ -232,7 +244,7 @@ def test_numbers_as_lines_get_an_ordered_scale():
 )
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
-        plots.plot_flow(change(summary()))
+        plot_flow(change(summary()))
 
 
 # --- learning curves, accuracy ---
@@ -249,7 +261,7 @@ def training_log(restart: bool = True) -> pd.DataFrame:
 
 @pytest.mark.parametrize("restart", [True, False])
 def test_learning_curves_lay_stages_end_to_end(restart):
-    figure = plots.plot_learning_curves(training_log(restart))
+    figure = plot_learning_curves(training_log(restart))
     loss, accuracy = figure.axes
     assert [loss.get_title("left"), accuracy.get_title("left")] == ["Loss", "Accuracy (%)"]
     assert set(curves(loss)) == {"all"} and list(curves(accuracy)) == list(TASKS)
@@ -269,7 +281,7 @@ def test_accuracy_prints_each_group_once_with_n():
             "n": [1200, 24, 0],
         }
     )
-    figure = plots.plot_accuracy(frame, title="Accuracy")
+    figure = plot_accuracy(frame, title="Accuracy")
     axis = figure.axes[0]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["Object", "Attribute"]
     assert [text.get_text() for text in axis.get_yticklabels()] == ["Query", "Choose", "Compare"]
@@ -278,9 +290,9 @@ def test_accuracy_prints_each_group_once_with_n():
         cells[text.get_position()[0], round(text.get_position()[1])].append(text.get_text())
     assert cells == {(1, 0): ["71.3 %", "n = 1,200"], (0, 1): ["90.2 %", "n = 24"], (1, 2): ["–", "n = 0"]}
     fractions = frame.drop(columns="accuracy_pct").assign(accuracy=frame["accuracy_pct"] / 100)
-    assert texts(plots.plot_accuracy(fractions, title="Accuracy")) == texts(figure)
+    assert texts(plot_accuracy(fractions, title="Accuracy")) == texts(figure)
     with pytest.raises(ValueError, match="stands twice"):
-        plots.plot_accuracy(pd.concat([frame, frame]))
+        plot_accuracy(pd.concat([frame, frame]))
 
 
 # --- pictures ---
@@ -293,17 +305,17 @@ def test_a_sample_shows_each_box_where_it_is_and_names_what_is_absent():
         SimpleNamespace(name="cup", box=SimpleNamespace(x=10, y=20, w=30, h=15)),
         SimpleNamespace(name="tree", box=None),
     ]
-    figure = plots.plot_sample(PICTURE, boxes, title="Is it $5 or $6?", subtitle="left")
+    figure = plot_sample(PICTURE, boxes, title="Is it $5 or $6?", subtitle="left")
     (patch,) = figure.axes[0].patches
     assert patch.get_label() == "cup" and patch.get_bbox().bounds == (9.5, 19.5, 30, 15)
     assert "not in the picture: tree" in texts(figure) and "Is it $5 or $6?" in texts(figure)
     figure.canvas.draw()  # a lone "$" would be read as the start of a formula
-    same = plots.plot_sample(PICTURE, {"cup": (10, 20, 30, 15)})
+    same = plot_sample(PICTURE, {"cup": (10, 20, 30, 15)})
     assert same.axes[0].patches[0].get_bbox().bounds == patch.get_bbox().bounds
 
 
 def test_labels_of_boxes_on_one_spot_do_not_cover_each_other():
-    figure = plots.plot_sample(PICTURE, [("a", (5, 20, 9, 9)), ("b", (5, 20, 9, 9)), ("c", (5, 20, 9, 9))])
+    figure = plot_sample(PICTURE, [("a", (5, 20, 9, 9)), ("b", (5, 20, 9, 9)), ("c", (5, 20, 9, 9))])
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
@@ -311,13 +323,13 @@ def test_labels_of_boxes_on_one_spot_do_not_cover_each_other():
 
 def test_a_contact_sheet_keeps_pictures_and_captions_together():
     pictures = [np.full((20, 20, 3), i, dtype=np.uint8) for i in range(5)]
-    figure = plots.plot_contact_sheet(pictures, [f"picture {i}" for i in range(5)], columns=3)
+    figure = plot_contact_sheet(pictures, [f"picture {i}" for i in range(5)], columns=3)
     drawn = [(int(a.images[0].get_array()[0, 0, 0]), a.texts[0].get_text()) for a in figure.axes if a.images]
     assert drawn == [(i, f"picture {i}") for i in range(5)]
     with pytest.raises(ValueError, match="got 5 and 2"):
-        plots.plot_contact_sheet(pictures, ["one", "two"])
+        plot_contact_sheet(pictures, ["one", "two"])
     with pytest.raises(ValueError, match="expected pictures"):
-        plots.plot_contact_sheet([])
+        plot_contact_sheet([])
 
 
 # --- the prompt ---
@@ -358,21 +370,21 @@ def prompt_spans(n_image: int = 16, **more) -> tuple[list[str], PositionSets]:
 
 def test_tokens_have_the_color_of_the_smallest_set_that_holds_them():
     tokens, spans = prompt_spans(question_without_options=[21, 23], options=[20, 22], option_false=[22])
-    chips = {text: (title, style) for text, title, style in Page(plots.plot_prompt(tokens, spans).data).chips}
-    assert chips["·red"][0] == "position 20: True option" and plots.SET_COLORS["option_true"] in chips["·red"][1]
-    assert chips["·or"][0] == "position 21: Question" and plots.SET_COLORS["question"] in chips["·or"][1]
+    chips = {text: (title, style) for text, title, style in Page(plot_prompt(tokens, spans).data).chips}
+    assert chips["·red"][0] == "position 20: True option" and SET_COLORS["option_true"] in chips["·red"][1]
+    assert chips["·or"][0] == "position 21: Question" and SET_COLORS["question"] in chips["·or"][1]
     assert chips["·blue"][0] == "position 22: False option"
     assert chips["<s>"][0] == "position 0" and "background" not in chips["<s>"][1]
 
 
 def test_a_long_run_of_image_tokens_is_one_chip_with_its_count():
     tokens, spans = prompt_spans(image_related=[5, 6, 9], image_other=[p for p in range(3, 19) if p not in (5, 6, 9)])
-    page = Page(plots.plot_prompt(tokens, spans).data)
+    page = Page(plot_prompt(tokens, spans).data)
     image = [text for text, *_ in page.chips if "image" in text]
     assert image == ["16 image tokens = 13 other image patches + 3 related image patches"]
     assert len(page.chips) == len(tokens) - 16 + 1
     assert "Related image patches (3)" in page.text and "Image (16)" in page.text
-    few = Page(plots.plot_prompt(*prompt_spans(n_image=2)).data)
+    few = Page(plot_prompt(*prompt_spans(n_image=2)).data)
     assert [text for text, *_ in few.chips].count("<image>") == 2
 
 
@@ -388,7 +400,7 @@ def test_hostile_text_stays_text():
     spans = PositionSets(
         n_tokens=6, sets={"question": [0, 1], '"><b onclick="x': [2]}, missing={"image": "<iframe src='//x'>"}
     )
-    page = Page(plots.plot_prompt(hostile, spans).data)
+    page = Page(plot_prompt(hostile, spans).data)
     shown = [hostile[0], hostile[1].replace(" ", "·"), "&amp;", "\\u001b[31m", "\\u202e", "∅"]
     assert page.tags == {"div", "span", "wbr"} and page.attributes == {"class", "style", "title"}
     assert [chip[0] for chip in page.chips] == shown
@@ -396,13 +408,13 @@ def test_hostile_text_stays_text():
 
 
 def test_text_keeps_the_pages_own_color():
-    html = plots.plot_prompt(*prompt_spans()).data
+    html = plot_prompt(*prompt_spans()).data
     assert ";color:" not in html and '"color:' not in html
 
 
 def test_the_prompt_refuses_positions_it_does_not_have():
     with pytest.raises(ValueError, match="position 9, but there are 3 tokens"):
-        plots.plot_prompt(["a", "b", "c"], {"question": [9]})
+        plot_prompt(["a", "b", "c"], {"question": [9]})
 
 
 # --- manners ---
@@ -410,12 +422,12 @@ def test_the_prompt_refuses_positions_it_does_not_have():
 
 def test_drawing_leaves_matplotlib_as_it_was():
     before = dict(mpl.rcParams)
-    plots.plot_flow(summary())
+    plot_flow(summary())
     with pytest.raises(ValueError, match="empty"):
-        plots.plot_flow(summary()[:0])
+        plot_flow(summary()[:0])
     assert dict(mpl.rcParams) == before and plt.get_fignums() == []
     with mpl.rc_context():
-        plots.set_style()
+        set_style()
         assert not mpl.rcParams["axes.spines.top"]
 
 
@@ -433,9 +445,9 @@ def test_map_shows_every_cell_and_prints_the_large_ones():
         ],
         columns=["flow", "layer", "rel_change_pct"],
     )
-    axis = plots.plot_map(frame, title="T").axes[0]
+    axis = plot_map(frame, title="T").axes[0]
     assert [text.get_text() for text in axis.texts] == ["−80", "−80"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Question → Last", "Image → Last"]
     assert axis.collections[0].get_array().ravel().tolist() == [-1.0, -80.0, -1.0, -80.0]
     with pytest.raises(ValueError, match="layer"):
-        plots.plot_map(frame.drop(columns="layer"))
+        plot_map(frame.drop(columns="layer"))

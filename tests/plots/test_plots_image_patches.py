@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from mmflow_utils import plots
+from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
 from mmflow_utils.plots.style import set_color
 
 PICTURE = np.zeros((20, 40, 3), dtype=np.uint8)
@@ -20,7 +20,7 @@ def table(view=0):
 
 
 def test_a_patch_is_drawn_where_it_lies_in_the_color_of_its_set():
-    (axis,) = plots.plot_image_patches(PICTURE, table(), title="a title").axes
+    (axis,) = plot_image_patches(PICTURE, table(), title="a title").axes
     drawn = {c.get_label(): c for c in axis.collections}
     assert set(drawn) == {"image_related", "image_other", "in no set"}
     for name in ("image_related", "image_other"):
@@ -32,7 +32,7 @@ def test_a_patch_is_drawn_where_it_lies_in_the_color_of_its_set():
 
 def test_tiles_and_named_tables_have_panels_of_their_own():
     two = pd.concat([table(0), table(1)])
-    figure = plots.plot_image_patches(PICTURE, {"boxes": two, "control": table()}, columns=2)
+    figure = plot_image_patches(PICTURE, {"boxes": two, "control": table()}, columns=2)
     titles = [axis.get_title("left") for axis in figure.axes if axis.get_title("left")]
     assert titles == ["boxes · Whole picture", "boxes · Tiles", "control"]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -41,14 +41,14 @@ def test_tiles_and_named_tables_have_panels_of_their_own():
 
 def test_boxes_are_outlined_in_every_panel_and_an_absent_one_in_none():
     things = [SimpleNamespace(box=SimpleNamespace(x=3, y=4, w=5, h=6)), SimpleNamespace(box=None)]
-    figure = plots.plot_image_patches(PICTURE, {"a": table(), "b": table()}, objects=iter(things))
+    figure = plot_image_patches(PICTURE, {"a": table(), "b": table()}, objects=iter(things))
     for axis in figure.axes:
         assert [patch.get_bbox().bounds for patch in axis.patches] == [(2.5, 3.5, 5, 6)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_pictures_keep_their_shape_and_fill_their_panels(n):
-    figure = plots.plot_image_patches(PICTURE, {str(k): table() for k in range(n)}, columns=2, title="t")
+    figure = plot_image_patches(PICTURE, {str(k): table() for k in range(n)}, columns=2, title="t")
     figure.canvas.draw()
     for axis in figure.axes[:n]:
         given, used = axis.get_position(original=True), axis.get_position()
@@ -57,15 +57,15 @@ def test_pictures_keep_their_shape_and_fill_their_panels(n):
 
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="view"):
-        plots.plot_image_patches(PICTURE, table().drop(columns="view"))
+        plot_image_patches(PICTURE, table().drop(columns="view"))
     with pytest.raises(ValueError, match="none"):
-        plots.plot_norms(pd.Series(dtype=float), threshold=1.0)
+        plot_norms(pd.Series(dtype=float), threshold=1.0)
 
 
 @pytest.mark.parametrize("threshold", [5.0, 9.99, 57.0])
 def test_every_norm_is_counted_once_on_its_side_of_the_threshold(threshold):
     norms = pd.Series(np.random.default_rng(0).uniform(1, 10, 500))
-    (axis,) = plots.plot_norms(norms, threshold=threshold).axes
+    (axis,) = plot_norms(norms, threshold=threshold).axes
     bars = [bar for bar in axis.patches if bar.get_height() > 0]
     assert sum(bar.get_height() for bar in bars) == 500
     above = sum(bar.get_height() for bar in bars if bar.get_x() >= threshold - 1e-9)
@@ -76,4 +76,4 @@ def test_every_norm_is_counted_once_on_its_side_of_the_threshold(threshold):
 
 
 def test_norms_that_are_all_alike_are_drawn():
-    plots.plot_norms(pd.Series([3.0, 3.0]), threshold=3.0)
+    plot_norms(pd.Series([3.0, 3.0]), threshold=3.0)

@@ -19,7 +19,7 @@ from mmflow_utils.prompts.positions import (
 )
 
 AUTHORS = Path(
-    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample")
+    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[3] / "shared" / "authors_csv_sample")
 )
 few = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -102,7 +102,7 @@ PART_SIZE = 8  # of killed_runs
 
 def run_and_kill(folder, kinds):
     """Kill and resume in a process of its own; say what it cost, and hold it against an undisturbed run."""
-    script = Path(__file__).with_name("killed_runs.py")
+    script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "kill", str(folder), json.dumps(kinds)], check=True, timeout=900)
     assert equal(load_frame(folder / "flow.parquet"), measure(SAMPLES))
     assert not (folder / "flow.parts").exists()
@@ -126,7 +126,7 @@ def test_a_killed_kernel_papermill_or_snakemake_loses_nothing(tmp_path):
 
 
 def test_different_runs_at_once_under_one_name_each_get_their_own(tmp_path):
-    script = Path(__file__).with_name("killed_runs.py")
+    script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "windows", str(tmp_path), "[5, 7, 5]"], check=True)
     window = read_manifest(tmp_path / "flow.parquet")["depends_on"]["window"]
     assert window in (5, 7)
@@ -135,7 +135,7 @@ def test_different_runs_at_once_under_one_name_each_get_their_own(tmp_path):
 
 @pytest.mark.parametrize("shards", [[None, None], ["1/3", "2/3", "3/3", None]])
 def test_processes_that_run_at_once_do_no_harm(tmp_path, shards):
-    script = Path(__file__).with_name("killed_runs.py")
+    script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "together", str(tmp_path), json.dumps(shards)], check=True)
     assert equal(load_frame(tmp_path / "flow.parquet"), measure(SAMPLES))
 

@@ -32,7 +32,7 @@ from workflow import download
 from workflow.download import Archive, fetch
 
 AUTHORS = Path(
-    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[2] / "shared" / "authors_csv_sample")
+    os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[3] / "shared" / "authors_csv_sample")
 )
 needs_authors = pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' CSV files aren't at {AUTHORS}")
 

@@ -16,7 +16,7 @@ import pytest
 
 from mmflow_utils.params import ROOT
 
-SLURM = Path(__file__).with_name("slurm.sh")
+SLURM = Path(__file__).parents[1] / "helpers" / "slurm.sh"
 NO_SLURM = 77  # its exit code where there can't be a Slurm
 # Enough samples for two parts of sixteen, and little else.
 SMALL = {"model": "small", "tasks": "[ChooseAttr, QueryAttr]", "n_samples": "9", "n_boot": "100"}
