@@ -32,14 +32,14 @@ class Encoded:
 
     Attributes:
         inputs: the model's keyword arguments, a batch of one on its device.
-        spans: the named positions, counted with image tokens expanded.
+        positions: the named positions, counted with image tokens expanded.
         prompt: the text, with one placeholder for the picture.
         tokens: the text of each position, for display.
     """
 
     sample: Sample
     inputs: dict[str, Tensor]
-    spans: PositionSets
+    positions: PositionSets
     prompt: str
     tokens: tuple[str, ...]
 
