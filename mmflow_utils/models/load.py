@@ -3,14 +3,12 @@
 model = load_model(params)
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PROCESSOR_MAPPING,
@@ -28,12 +26,11 @@ from transformers import (
 from transformers.utils import logging
 
 from mmflow_utils.models.adapter import FAMILIES, VLM, compute_device
+from mmflow_utils.models.partial import adapter_base, language_weights, merge_adapter
 from mmflow_utils.models.precision import find_device, weights_options
-from mmflow_utils.params import ROOT
+from mmflow_utils.models.sources import find_checkpoint, gguf_file
 
-__all__ = ["find_checkpoint", "load_model", "pictures_only"]
-
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+__all__ = ["load_model", "pictures_only"]
 
 
 def load_model(params: Any) -> VLM:
@@ -42,20 +39,25 @@ def load_model(params: Any) -> VLM:
     It comes in evaluation mode, without gradients, with PyTorch's fused attention and the PIL picture
     backend (pixels must not depend on whether torchvision is installed). Weights are read from safetensors
     only and code from a checkpoint is never run. A copy that is already on this machine is used as it is:
-    the hub is asked only for what is missing.
+    the hub is asked only for what is missing. A PEFT adapter is merged into its base; a LLaVA that was stored
+    without its language model gets it from `language_model`.
 
     Args:
         params: anything with the attributes `model, checkpoint, revision, prompt, do_pad, dtype, device,
-            device_map` of `Params`.
+            device_map` of `Params`, and optionally `language_model`.
 
     Raises:
         ValueError: no such folder and no such name on the hub; the hub can't be reached; a folder without
             configuration, weights, tokenizer or processor; a family or a decoder that is not served; a device
-            that isn't there; 8 or 4 bits where they can't be had.
+            that isn't there; 8 or 4 bits where they can't be had; an adapter that can't be merged exactly.
     """
     device = find_device(params)
-    folder = find_checkpoint(params.checkpoint, params.revision)
-    config = _read_part(AutoConfig, folder, "a model configuration (config.json)")
+    adapter = folder = find_checkpoint(params.checkpoint, params.revision)
+    base = adapter_base(adapter)
+    if base and not (folder / "config.json").is_file():
+        folder = find_checkpoint(base)
+    gguf = gguf_file(folder)
+    config = _read_part(AutoConfig, folder, "a model configuration (config.json)", gguf_file=gguf)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if sees and config.model_type not in FAMILIES:
         raise ValueError(
@@ -64,9 +66,16 @@ def load_model(params: Any) -> VLM:
             "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
         )
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    hf = _read_weights(kind, folder, weights_options(params, device, kind, config))
+    options = weights_options(params, device, kind, config) | {"gguf_file": gguf}
+    if language_model := getattr(params, "language_model", None):
+        state = load_file(folder / "model.safetensors") | language_weights(language_model)
+        kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        options |= {"config": config, "state_dict": state}
+    hf = _read_weights(kind, folder, options)
+    if base:
+        hf = merge_adapter(hf, adapter)
     processor = _read_processor(folder, config) if sees else None
-    tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer")
+    tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer", gguf_file=gguf)
     model = VLM(
         name=params.model,
         hf=hf,
@@ -81,69 +90,12 @@ def load_model(params: Any) -> VLM:
     return model
 
 
-def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
-    """Give the local folder of a checkpoint; fetch it from the hub if it is on neither disk nor cache.
-
-    One short question to the hub comes before any download, so that without a network there is one clear
-    sentence at once and not a series of retries. `HF_HUB_OFFLINE=1` skips the question.
-
-    Raises:
-        ValueError: see `load_model`.
-    """
-    folder = ROOT / checkpoint
-    if folder.is_dir():
-        if problem := _incomplete(folder):
-            raise ValueError(f"Expected a model in the folder {folder}, but it has no {problem}.")
-        return folder
-    commit = f" (revision {revision})" if revision else ""
-    where = f"{checkpoint!r}{commit} is neither a folder ({folder}) nor"
-    try:
-        cached = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
-        if not _incomplete(cached):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError:
-        raise ValueError(f"{where} a name that the Hugging Face hub could know (owner/name).") from None
-    where += " complete in the local Hugging Face cache"
-    advice = "download it once on a machine with a network, or set `checkpoint` to a folder that holds it."
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{where}, and HF_HUB_OFFLINE forbids asking the hub: {advice}")
-    try:
-        HfApi().model_info(checkpoint, revision=revision, timeout=10)
-        fetched = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_FILES))
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{where}, and the hub refuses it (is the name right, and the revision?): {reason}") from None
-    except (HTTPError, OSError) as error:
-        raise ValueError(f"{where}, and the hub can't be reached ({type(error).__name__}): {advice}") from None
-    if problem := _incomplete(fetched):
-        raise ValueError(
-            f"The hub's {checkpoint!r} has no {problem}: store it once with save_pretrained, which writes "
-            "what is missing, and set `checkpoint` to that folder."
-        )
-    return fetched
-
-
-def _incomplete(folder: Path) -> str | None:
-    """Name the first thing a model folder lacks, or None."""
-    if not (folder / "config.json").is_file():
-        return "config.json"
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        return f"{missing[0]} (weights are read from safetensors only)"
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    return None if any((folder / name).is_file() for name in tokenizers) else "tokenizer.json"
-
-
 def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:
     """Read one part of a checkpoint, or say in one sentence which part could not be read."""
+    options = {name: value for name, value in options.items() if value is not None}
+    source = None if "state_dict" in options else folder  # weights that were put together have no folder
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        return kind.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # what a broken file raises depends on where it is broken
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"Expected {what} in {folder}, but it can't be read: {reason}") from error
@@ -165,6 +117,13 @@ def _read_weights(kind: type, folder: Path, options: dict[str, Any]) -> PreTrain
         raise ValueError(
             f"Expected all of the model's weights in {folder}, but {len(missing)} are missing, {missing[0]} "
             "among them: is this checkpoint of the architecture that its config.json names?"
+        )
+    strays = [name for name in info["unexpected_keys"] if "layers." in name and "vision" not in name]
+    strays = [name for name in strays if not name.endswith("inv_freq")]  # old checkpoints store a constant
+    if strays:  # it would read a decoder of fewer layers, or of other ones, without a word
+        raise ValueError(
+            f"{folder} holds {len(strays)} decoder weights that its config.json has no place for, {sorted(strays)[0]} "
+            "among them: is config.json another model's, or are these an adapter's without adapter_config.json?"
         )
     # An answer is what the model itself finds likeliest: checkpoints bring penalties and temperatures along.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

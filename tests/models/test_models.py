@@ -18,9 +18,10 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mmflow_utils.engine.checks import check_model
-from mmflow_utils.models import load, precision
+from mmflow_utils.models import load, precision, sources
 from mmflow_utils.models.adapter import text_inputs
-from mmflow_utils.models.load import find_checkpoint, load_model
+from mmflow_utils.models.load import load_model
+from mmflow_utils.models.sources import find_checkpoint
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.results.frames import manifest
@@ -243,16 +244,16 @@ def test_a_missing_shard_and_a_cut_file_are_named(stored, tmp_path):
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "assets/nowhere", "/no/such/folder", "a b c"])
 def test_offline_an_unknown_checkpoint_is_one_sentence(name, monkeypatch):
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a folder") as caught:
         load_model(wanted(name))
     assert "\n" not in str(caught.value)
 
 
 def test_without_a_network_there_is_no_storm_of_retries(monkeypatch):
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(load, "HfApi", lambda: __import__("huggingface_hub").HfApi("http://127.0.0.1:9"))
+    monkeypatch.setattr(sources, "HfApi", lambda: __import__("huggingface_hub").HfApi("http://127.0.0.1:9"))
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="can't be reached"):
         find_checkpoint("nobody/no-such-model")
@@ -264,8 +265,8 @@ def test_a_name_that_the_hub_refuses_is_said_to_be_wrong(monkeypatch):
         response = SimpleNamespace(headers={}, request=None)
         raise RepositoryNotFoundError("404\n\nRepository Not Found", response=response)
 
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(load, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "HfApi", lambda: SimpleNamespace(model_info=refuse))
     with pytest.raises(ValueError, match="is the name right"):
         find_checkpoint("nobody/no-such-model")
 
@@ -277,15 +278,15 @@ def test_a_cached_copy_is_used_without_asking_the_hub(stored, tmp_path, monkeypa
     (repo / "refs" / "main").write_text(commit)
     (repo / "snapshots").mkdir()
     cached = copy(stored, repo / "snapshots" / commit, without=[])
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(load, "HfApi", lambda: pytest.fail("asked the hub"))
-    look = load.snapshot_download
-    monkeypatch.setattr(load, "snapshot_download", lambda *a, **k: look(*a, cache_dir=tmp_path, **k))
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "HfApi", lambda: pytest.fail("asked the hub"))
+    look = sources.snapshot_download
+    monkeypatch.setattr(sources, "snapshot_download", lambda *a, **k: look(*a, cache_dir=tmp_path, **k))
     assert find_checkpoint("owner/name") == cached
     model, params = load_model(wanted("owner/name")), Params(checkpoint="owner/name")
     assert manifest(params, model)["depends_on"]["weights_sha256"] == commit
     (cached / "model.safetensors").unlink()  # an interrupted download does not pass for a model
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="complete in the local Hugging Face cache"):
         find_checkpoint("owner/name")
 
@@ -295,12 +296,12 @@ def test_a_repository_without_safetensors_says_how_to_get_them(tmp_path, monkeyp
 
     def fetch(*_, local_files_only=False, **__):
         if local_files_only:
-            raise load.LocalEntryNotFoundError("not here")
+            raise sources.LocalEntryNotFoundError("not here")
         return str(tmp_path)
 
-    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(load, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: None))
-    monkeypatch.setattr(load, "snapshot_download", fetch)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: None))
+    monkeypatch.setattr(sources, "snapshot_download", fetch)
     with pytest.raises(ValueError, match="no model.safetensors.*save_pretrained") as caught:
         find_checkpoint("owner/name")
     assert "\n" not in str(caught.value)

