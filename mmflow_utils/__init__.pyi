@@ -33,6 +33,7 @@ from .models.adapter import VLM as VLM
 from .models.load import load_model as load_model
 from .params import ROOT as ROOT
 from .params import Params as Params
+from .params import load_params as load_params
 from .plots.curves import plot_curves as plot_curves
 from .plots.curves import plot_flow as plot_flow
 from .plots.flow_stages import plot_stages as plot_stages

@@ -1,8 +1,8 @@
 """The parameters that all notebooks share: one validated schema for YAML, papermill and hand.
 
-A run's parameters come from the notebook's `parameters` cell, a file in `params/` (`-f`) and single
-overrides (`-p`). All of them end here, where an unknown name, a wrong type or a value out of range
-stops the run with one sentence.
+A run's parameters come from the file of its model, `params/<model>.yaml`, and from what the notebook's
+`parameters` cell or papermill (`-p`, `-y`, `-f`) say otherwise. All of them end here, where an unknown name, a
+wrong type or a value out of range stops the run with one sentence.
 
 >>> Params(window=9).window
 9
@@ -13,8 +13,10 @@ ValueError: Unknown parameter windw = 9: did you mean window?
 
 import ast
 import os
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,13 +26,21 @@ from pydantic import StringConstraints as Text
 
 from mmflow_utils.data.tasks import TASKS, check_task
 
-__all__ = ["OUTPUTS", "ROOT", "Params", "unknown_parameters"]
+__all__ = ["OUTPUTS", "ROOT", "Params", "complete", "load_params", "project_path", "unknown_parameters"]
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def project_path(path: str | Path) -> Path:
+    """Return the absolute path that is meant: from the project's root, with `~` and `$HOME` filled in."""
+    return ROOT / os.path.expanduser(os.path.expandvars(path))
+
+
 # Where results go by default: outputs/, or what the environment says (a scratch disk; a test's own folder).
-OUTPUTS = ROOT / os.environ.get("MMFLOW_OUTPUTS", "outputs")
+OUTPUTS = project_path(os.environ.get("MMFLOW_OUTPUTS", "outputs"))
 
 Task = Annotated[str, AfterValidator(check_task)]
+_FLOAT = re.compile(r"float\('(-?inf|nan)'\)")  # as papermill writes what is no literal
 QUESTION_PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
 
 
@@ -47,9 +57,9 @@ def _complete(prompt: str) -> str:
 
 
 class Params(BaseModel):
-    """Hold one run's parameters; every notebook declares each field in its `parameters` cell.
+    """Hold one run's parameters; `load_params` gathers them in a notebook.
 
-    Paths are relative to the project's root (`ROOT`), never to the working directory.
+    Paths are relative to the project's root (`ROOT`), never to the working directory; `~` and `$HOME` may be used.
 
     Raises:
         ValueError: One sentence that names the parameter, its value and what is allowed.
@@ -77,13 +87,17 @@ class Params(BaseModel):
         "assets/miniature/val_balanced_questions.json",
         description="GQA's file of questions, or a folder of the authors' CSV files",
     )
-    scene_graphs: str = Field("assets/miniature/val_sceneGraphs.json", description="GQA's file of scene graphs")
+    scene_graphs: str | None = Field(
+        "assets/miniature/val_sceneGraphs.json", description="GQA's file of scene graphs; without it, no boxes"
+    )
     images: str = Field("assets/miniature/images", description="the folder of GQA's pictures")
     tasks: Annotated[list[Task], AfterValidator(_unique)] = Field(
         list(TASKS), min_length=1, description="the paper's six tasks or some of them"
     )
     n_samples: int = Field(24, ge=1, le=100_000, description="correctly answered samples in each task")
-    window: int = Field(3, ge=1, le=1000, description="layers knocked out together, around each layer")
+    window: int = Field(
+        3, ge=1, le=1000, description="layers knocked out together, around each layer; the paper has 9 of 40"
+    )
     intervention: Literal["mask", "zero_value", "mean_value"] = Field(
         "mask", description="what is done at a flow's edges: masked, or their values zeroed or averaged"
     )
@@ -113,38 +127,74 @@ class Params(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "Params":
-        """Read a file of `params/`; `overrides` win over what it says."""
+        """Return what a file says, with a path from the project's root; `overrides` win over it."""
         return cls(**read_yaml(path) | overrides)
 
-    @classmethod
-    def from_notebook(cls, namespace: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> "Params":
-        """Validate a notebook's parameters, in the cell that follows the `parameters` cell.
-
-        The `parameters` cell declares every field as `name: type = literal  # meaning`; those that
-        may be None as `name: str = None`, since papermill can't read a union, and would warn of it.
-        `extra` declares what this notebook has beyond the shared parameters, name -> type, and the
-        result holds them too: `params = mm.Params.from_notebook(globals(), {"windows": list[int]})`.
-
-        papermill sets names that nobody declared with no more than a warning. It does so in a cell
-        of its own, right after the `parameters` cell, and IPython keeps the text of the cells that
-        ran (`In`). So the cells of nothing but assignments that ran just before this one are
-        looked through for names that are not parameters.
-        """
-        schema = create_model(cls.__name__, __base__=cls, **{name: (kind, ...) for name, kind in (extra or {}).items()})
-        assigned = _assigned_before_this_cell(list(namespace.get("In", [])))
-        unknown = unknown_parameters(assigned, schema.model_fields)
-        if unknown:
-            raise ValueError("; ".join(unknown))
-        return schema(**{name: namespace[name] for name in schema.model_fields if name in namespace})
-
     def path(self, field: str) -> Path:
-        """Give the absolute path that a path parameter means: `params.path("images")`."""
-        return OUTPUTS if field == "outputs" and self.outputs == "outputs" else ROOT / getattr(self, field)
+        """Return the absolute path that a path parameter means: `params.path("images")`."""
+        return OUTPUTS if field == "outputs" and self.outputs == "outputs" else project_path(getattr(self, field))
 
     @property
     def folder(self) -> Path:
         """The folder of this model's results and executed notebooks."""
         return self.path("outputs") / self.model
+
+
+def load_params(namespace: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Params:
+    """Return a notebook's parameters, validated; called in the cell that follows the `parameters` cell.
+
+    Where several of these set a parameter, the last one counts:
+
+    1. `params/<model>.yaml`, or another file where `model` is the path of a `.yaml`. A model that has no file
+       needs at least `checkpoint` and `prompt` from below; the rest then has the schema's defaults.
+    2. The `parameters` cell: `model: str = "mini"`, what this notebook alone has, and any line that a reader
+       adds there, such as `n_samples = 5`.
+    3. papermill's `-f`, `-y`, `-p` and `-r`, for any parameter: it warns of those that the cell doesn't declare,
+       and sets them all the same, in a cell of its own right after it. A cell of nothing but `name = literal`
+       that is put there by hand works alike.
+
+    2 and 3 are read from the texts of the cells that ran, which IPython keeps (`In`): so no name goes unjudged,
+    and what a later cell or an older version of these assigned is no parameter.
+
+    Args:
+        namespace: The notebook's `globals()`.
+        extra: What this notebook has beyond the shared parameters, name -> type; the result holds them too.
+
+    Raises:
+        ValueError: One sentence that names each unknown or missing parameter, wrong type or value out of range.
+    """
+    own = {name: (kind, ...) for name, kind in (extra or {}).items()}
+    schema: type[Params] = create_model("Params", __base__=Params, **own)
+    return schema(**complete(_given_in_cells(namespace, schema.model_fields)))
+
+
+def complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is given, over what the file of the `model` among it says.
+
+    Raises:
+        ValueError: The file is missing (and `checkpoint` and `prompt` are not given), or can't be read.
+    """
+    values, default = dict(given), Params.model_fields["model"].default
+    if str(values.get("model")).endswith(".yaml"):
+        values = _read_shared(values.pop("model")) | values
+    model = values.setdefault("model", default)
+    known = {file.stem: file for file in (ROOT / "params").glob("*.yaml")}
+    if isinstance(model, str) and model in known:
+        return _read_shared(known[model]) | values
+    if isinstance(model, str) and not {"checkpoint", "prompt"} <= values.keys():
+        raise ValueError(
+            f"Parameter model = {model!r:.80}: expected a file of params/, the path of another .yaml, or a new name "
+            f"together with checkpoint and prompt: {_nearest(model, known, 'the files are')}"
+        )
+    return values
+
+
+def _read_shared(path: str | Path) -> dict[str, Any]:
+    """Read the file of a model: what one notebook alone has would lose against the notebook's cell."""
+    values = read_yaml(path)
+    if unknown := unknown_parameters(values, Params.model_fields):
+        raise ValueError(f"{path}: {'; '.join(unknown)}")
+    return values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -154,10 +204,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: A file that is missing, no YAML, or not of the form name: value; a name that stands twice,
             of which YAML would take the last, or a reference, which can stand for more than memory holds.
     """
-    path = Path(path)
+    path = project_path(path)
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in (ROOT / "params").glob("*.yaml")))
-        raise ValueError(f"There is no parameter file {path}; params/ holds {known}.")
+        known = [file.stem for file in (ROOT / "params").glob("*.yaml")]
+        raise ValueError(f"There is no parameter file {path}: {_nearest(path.stem, known, 'params/ holds')}")
     try:
         text = path.read_text(encoding="utf-8")
         values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
@@ -176,12 +226,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def unknown_parameters(names: Mapping[str, Any], allowed: Iterable[str]) -> list[str]:
     """Say for each name that is not `allowed` which one was probably meant."""
     allowed = list(allowed)
-    said = []
-    for name in (name for name in names if name not in allowed):
-        near = get_close_matches(str(name), allowed, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the parameters are {', '.join(allowed)}."
-        said.append(f"Unknown parameter {name} = {names[name]!r:.60}: {hint}")
-    return said
+    return [
+        f"Unknown parameter {name} = {names[name]!r:.60}: {_nearest(str(name), allowed, 'the parameters are')}"
+        for name in names
+        if name not in allowed
+    ]
+
+
+def _nearest(name: str, known: Iterable[str], what: str) -> str:
+    near = get_close_matches(name, known := sorted(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"{what} {', '.join(known)}."
 
 
 def _one_sentence(error: ValidationError, schema: type[Params]) -> str:
@@ -197,25 +251,46 @@ def _one_sentence(error: ValidationError, schema: type[Params]) -> str:
         inside = f" (in {'.'.join(map(str, problem['loc']))})" if len(problem["loc"]) > 1 else ""
         hint = schema.model_fields[name].description
         clause = f"Parameter {name} = {value!r:.80}{inside}: {message}" + (f" ({hint})" if hint else "")
-        if isinstance(value, str) and "valid number" in message and "e" in value:
-            clause += f"; YAML reads {value} as text, write the number with a point, as in 1.0e-4"
-        said.setdefault(name, clause)
+        said.setdefault(name, clause + _remedy(name, value, problem["type"]))
     return "; ".join(said.values())
 
 
-def _assigned_before_this_cell(cells: list[str]) -> dict[str, Any]:
-    """Collect name -> value from the cells of plain assignments that ran just before the last one."""
-    found: dict[str, Any] = {}
-    for cell in reversed(cells[:-1]):
-        values = plain_assignments(cell)
-        if values is None:
-            break
-        found = values | found
-    return found
+def _remedy(name: str, value: Any, problem: str) -> str:
+    """Tell how to write what YAML or papermill's `-p` took for something else."""
+    if problem == "string_type" and isinstance(value, int | float):
+        return f"; papermill's -p reads a number here: give the text as it stands, with -r {name} {value}"
+    text = value if isinstance(value, str) else ""
+    if problem == "float_type" and re.fullmatch(r"[-+]?\d+e[-+]?\d+", text):
+        return f"; YAML reads {text} as text, write the number with a point, as in 1.0e-4"
+    if problem == "list_type" and text:
+        return f"; papermill's -p passes this as text: write -y '{name}: [{text}]'"
+    if problem in ("bool_type", "int_type", "float_type") and re.fullmatch(r"true|false|[-+]?\d+\.?\d*", text):
+        return f"; it came as text, as papermill's -p passes it: write -y '{name}: {text}'"
+    return ""
+
+
+def _given_in_cells(namespace: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Collect what the last `parameters` cell that ran and the plain cells right after it assign.
+
+    A literal counts as it stands in the text, since a later cell may use the name for something else. Where no
+    such cell ran, as in a script, all that is `known` counts.
+    """
+    cells = list(namespace.get("In", []))[:-1]
+    declare = [n for n, cell in enumerate(cells) if re.search(r"^model\s*:[^=\n]*=", cell, re.M)]
+    if not declare:
+        return {name: namespace[name] for name in known if name in namespace}
+    first, *rest = cells[declare[-1] :]
+    plain = takewhile(lambda cell: plain_assignments(_FLOAT.sub("0", cell)) is not None, rest)
+    given: dict[str, Any] = {}
+    for node in ast.parse("\n".join([first, *plain])).body:
+        names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        computed = {name: namespace[name] for name in names if name in namespace}
+        given |= plain_assignments(ast.unparse(node)) or computed
+    return given
 
 
 def plain_assignments(cell: str) -> dict[str, Any] | None:
-    """Read a cell of nothing but `name = literal`; None when there is anything else in it.
+    """Return what a cell of nothing but `name = literal` says; None when there is anything else in it.
 
     >>> plain_assignments("window: int = 9  # layers")
     {'window': 9}
@@ -223,10 +298,11 @@ def plain_assignments(cell: str) -> dict[str, Any] | None:
     values = {}
     try:
         for node in ast.parse(cell).body:
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(target, ast.Name):
-                return None
-            values[target.id] = ast.literal_eval(node.value) if node.value else None
+            match node:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), value=ast.expr() as value):
+                    values[name] = ast.literal_eval(value)
+                case _:
+                    return None
     except (SyntaxError, ValueError):
         return None
     return values

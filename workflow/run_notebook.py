@@ -8,6 +8,7 @@ ends with the last cell that computes in parts, and its copy goes to outputs/<mo
 """
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -24,7 +25,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets.config import Config
 
-from mmflow_utils.params import ROOT, Params, plain_assignments, read_yaml, unknown_parameters
+from mmflow_utils.params import ROOT, Params, complete, plain_assignments, read_yaml, unknown_parameters
 from workflow.vector_figures import VECTORS, take_vectors, vector_arguments
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
@@ -33,6 +34,8 @@ NOTEBOOKS = ROOT / "notebooks"
 KEPT_S = 24 * 3600  # so long stays what a killed run had reached
 # Without this, every kernel start prints a notice about TCP.
 QUIET_KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
+# papermill warns of each parameter that the notebook's cell doesn't declare; check_parameters knows them all.
+logging.getLogger("papermill").addFilter(lambda record: "Passed unknown parameter" not in record.getMessage())
 
 
 def run_notebook(
@@ -59,7 +62,8 @@ def run_notebook(
         RuntimeError: The notebook failed; names the cell, the error and the half-run copy.
     """
     notebook, file = _find_ours(notebook), _find(model, "params", ".yaml")
-    values = read_yaml(file) | (overrides or {})
+    known = file.parent == ROOT / "params"
+    values = ({"model": file.stem} if known else read_yaml(file)) | (overrides or {})
     params = check_parameters(notebook, values)
     name, folder = notebook.stem, params.folder
     if params.shard:
@@ -79,7 +83,7 @@ def run_notebook(
     executed = nbformat.read(running, as_version=4)
     if figures:
         take_vectors(executed, figures, folder / "figures", name)
-    _name_the_model(executed, values.get("model", file.stem))
+    _name_the_model(executed, params.model)
     nbformat.write(executed, running)
     os.replace(running, finished)
     return finished
@@ -110,11 +114,13 @@ def refresh_outputs(notebook: str | Path) -> Path:
 
 
 def check_parameters(notebook: Path, values: dict[str, Any]) -> Params:
-    """Hold values against the schema and the notebook's `parameters` cell, before a kernel starts.
+    """Return the shared parameters that a run with `values` has, before a kernel starts.
+
+    They are made as `load_params` makes them in the notebook: from the model's file, the `parameters` cell, `values`.
 
     Raises:
-        ValueError: One sentence for each name that the notebook doesn't declare, wrong type, or value
-            out of range. What one notebook alone has is judged by the notebook's own validating cell.
+        ValueError: One sentence for each unknown name, wrong type, or value out of range. What one notebook
+            alone has is judged by the notebook's own validating cell.
     """
     declared: dict[str, Any] = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
@@ -122,10 +128,11 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> Params:
             declared = plain_assignments(cell.source) or {}
     if not declared:
         raise ValueError(f"{notebook.name} needs a cell tagged `parameters` that holds nothing but name = literal.")
-    unknown = unknown_parameters(values, declared)
+    unknown = unknown_parameters(values, [*Params.model_fields, *declared])
     if unknown:
         raise ValueError(f"{notebook.name}: " + "; ".join(unknown))
-    return Params(**{name: value for name, value in values.items() if name in Params.model_fields})
+    given = {name: value for name, value in (declared | values).items() if name in Params.model_fields}
+    return Params(**complete(given))
 
 
 def find_problems(executed: NotebookNode) -> list[str]:

@@ -158,13 +158,17 @@ def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tup
 
     For a text-only model, whose prompt has `{caption}` where others have `<image>`, dense captions come with
     the samples: from Visual Genome's `region_descriptions.json` beside the scene graphs (App. G).
+
+    Without scene graphs (`scene_graphs: null`; GQA's test splits have none) no box is known, and the captions
+    are looked for beside the questions.
     """
-    questions, graphs, images = (params.path(name) for name in ("questions", "scene_graphs", "images"))
+    questions, images = params.path("questions"), params.path("images")
     if questions.is_dir():
         return read_authors(questions, images, tasks=tasks)
+    graphs = params.path("scene_graphs") if params.scene_graphs else None
     samples, left_out = read_gqa(questions, graphs, images, tasks=tasks)
     if "{caption}" in params.prompt:
-        samples = add_captions(samples, captions_file(graphs))
+        samples = add_captions(samples, captions_file(graphs or questions))
     return samples, left_out
 
 

@@ -78,10 +78,12 @@ def manifest(
 
 def _data_files(params: Params) -> list[Path]:
     """List what samples are read from: GQA's files or, in a folder of questions, the authors' CSV files."""
-    questions, graphs = params.path("questions"), params.path("scene_graphs")
+    questions = params.path("questions")
     if questions.is_dir():
         return sorted(questions.glob("*.csv"))
-    return [questions, graphs, *([captions_file(graphs)] if "{caption}" in params.prompt else [])]
+    graphs = [params.path("scene_graphs")] if params.scene_graphs else []
+    captions = [captions_file((graphs or [questions])[0])] if "{caption}" in params.prompt else []
+    return [questions, *graphs, *captions]
 
 
 def save_frame(frame: pd.DataFrame, path: str | Path, manifest: Mapping[str, Any]) -> Path:
