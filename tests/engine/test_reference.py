@@ -316,7 +316,7 @@ def test_the_checks_see_a_mask_that_does_nothing(tmp_path, monkeypatch):
 def test_the_checks_see_a_wrong_head_and_wrong_positions(tmp_path, monkeypatch):
     model, encoded = ready(tmp_path)
     moved = [p + 1 for p in encoded.positions["question"]]
-    object.__setattr__(encoded, "spans", encoded.positions.with_(question=moved))
+    object.__setattr__(encoded, "positions", encoded.positions.with_(question=moved))
     monkeypatch.setattr(type(model), "final_norm", torch.nn.Identity())
     failed = check_model(model, encoded).query("not passed")
     assert len(failed) == 2 and "question's positions read" in failed["detail"].iloc[1]

@@ -1,6 +1,6 @@
 """Each kind of figure beside a stored picture of it: colors, labels, bands and panels stay as they are.
 
-    python tests/test_figures.py      # store the pictures anew, then look at them
+    python tests/plots/test_figures.py      # store the pictures anew, then look at them
 
 Matplotlib is pinned and brings its own FreeType, so machines differ by shades only, and small unhinted
 pictures by few of them. They are compared tile by tile: over a whole picture, a word would drown.
@@ -180,7 +180,7 @@ def test_the_figure_looks_as_it_did(name, tmp_path):
     now.save(tmp_path / f"{name}.png")
     assert distance(stored(name), now) < TOLERANCE, (
         f"{name} looks otherwise: compare {STORED / name}.png with {tmp_path / name}.png, and if the new one "
-        "is meant, store it by `python tests/test_figures.py`"
+        "is meant, store it by `python tests/plots/test_figures.py`"
     )
 
 
