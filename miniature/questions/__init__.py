@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from miniature.questions.bridges import BRIDGES
 from miniature.questions.draft import Draft, Rng, gqa_record
-from miniature.questions.extras import FACTS, describe, factual
+from miniature.questions.extras import FACTS, compare, describe, factual
 from miniature.questions.tasks import TASK_GENERATORS
 from miniature.world import Scene
 
@@ -25,6 +25,7 @@ __all__ = [
     "TASK_GENERATORS",
     "Draft",
     "ask",
+    "compare",
     "describe",
     "factual",
     "gqa_record",

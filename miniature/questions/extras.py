@@ -5,10 +5,10 @@ Example:
     'Which of the things in the picture is alive?'
 """
 
-from miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select
-from miniature.world import Scene
+from miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select, shared_kinds, two
+from miniature.world import ATTRIBUTES, Scene
 
-__all__ = ["FACTS", "describe", "factual"]
+__all__ = ["FACTS", "compare", "describe", "factual"]
 
 # In the manner of OKVQA and A-OKVQA (App. H). Each fact fits several kinds of thing, so that the question
 # alone doesn't tell the answer: the picture says which of them is there.
@@ -59,3 +59,18 @@ def describe(scene: Scene) -> list[Draft]:
         )
         for text, (answer, things) in told.items()
     ]
+
+
+def compare(scene: Scene, rng: Rng) -> Draft:
+    """Tell what two things are like, kind by kind, and what they share; for training only."""
+    a, b = two(rng, scene.things)
+    shared = " and ".join(shared_kinds(a, b)) or "nothing"
+    told = ". ".join(f"{kind}: {a.attribute(kind)}, {b.attribute(kind)}" for kind in ATTRIBUTES)
+    answer = f"{told}. same: {shared}"
+    return Draft(
+        types=("query", "attr", "describe"),
+        wording=fill("Compare the {a} and the {b}.", a=a, b=b),
+        answer=answer,
+        full_answer=f"{answer.capitalize()}.",
+        operations=(select(a), select(b), ("query", (0, 1), "comparison")),
+    )

