@@ -1,0 +1,178 @@
+"""The one description of the notebooks' graph: who reads whom, for which models each is, what is measured in parts.
+
+Makefile, Snakefile, the report and the tests ask here. Notebooks are found by their names, so a new one is part of
+the batch at once. What is said of a model follows from its file in `params/`, never from its name.
+
+    python -m workflow.graph                    # mini's notebooks, each after those it reads
+    python -m workflow.graph planted            # those of another model, and why others are left out
+    python -m workflow.graph mini --stages      # a line for each set that can run at once
+"""
+
+import argparse
+import ast
+import json
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SAMPLES = "01"  # curates the samples that the others read
+UNIMODAL = "11"  # sets a multimodal model beside its language model
+FACTUAL = "12"  # asks questions without options
+COMPARISON = "14"  # sets all models side by side
+TRAINING = "9"  # from 90 on: how a model of this project was trained
+# Whose results a notebook reads, beside the samples.
+RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07")}
+SHOWN = ("02", "03", COMPARISON)  # whose main figures the report opens with
+
+
+def names() -> list[str]:
+    """Name all notebooks, in the order of their numbers."""
+    return sorted(file.stem for file in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def in_parts(name: str) -> bool:
+    """Tell whether a notebook measures in parts, so that several runs can share its samples."""
+    return "compute_in_parts(" in _text(name)
+
+
+def reads(name: str) -> list[str]:
+    """Name the notebooks whose results a notebook reads."""
+    numbers = RESULTS.get(name[:2], ())
+    if "load_samples(" in _text(name) and not name.startswith(SAMPLES):
+        numbers = (SAMPLES, *numbers)
+    return [other for other in names() if other.startswith(tuple(numbers))] if numbers else []
+
+
+def stages(some: list[str]) -> list[list[str]]:
+    """Put notebooks in sets, one after the other: those of a set can run at once, and read only earlier ones."""
+    sorter = TopologicalSorter({name: [other for other in reads(name) if other in some] for name in some})
+    sorter.prepare()
+    sets = []
+    while ready := sorted(sorter.get_ready()):
+        sets.append(ready)
+        sorter.done(*ready)
+    return sets
+
+
+def notebooks_of(model: str) -> list[str]:
+    """Name the notebooks of a model's batch, each after those that it reads.
+
+    Raises:
+        ValueError: There is no such file in `params/`, or it is that of another model.
+    """
+    left = left_out(model)
+    return [name for stage in stages([name for name in names() if name not in left]) for name in stage]
+
+
+def left_out(model: str) -> dict[str, str]:
+    """Say of each notebook that is not in a model's batch why it isn't.
+
+    Raises:
+        ValueError: There is no such file in `params/`, or it is that of another model.
+    """
+    params = read_params(model)
+    reasons = {name: _why_not(name, model, params) for name in names()}
+    return {name: why for name, why in reasons.items() if why}
+
+
+def describe_left_out(model: str, but: Iterable[str] = ()) -> list[str]:
+    """Say in a sentence for each reason which notebooks are not in a model's batch; `but` are passed over."""
+    left = {name: why for name, why in left_out(model).items() if name not in but}
+    return [
+        f"Not run for {model}: {', '.join(name for name in left if left[name] == why)}, since {why}."
+        for why in dict.fromkeys(left.values())
+    ]
+
+
+def _why_not(name: str, model: str, params: dict) -> str:
+    """Give the reason why a model can't be asked what a notebook asks; nothing where it can."""
+    reads_text = "{caption}" in params.get("prompt", "")
+    if reads_text and not name.startswith((SAMPLES, UNIMODAL)):
+        return "it reads text alone, and there is no picture to follow"
+    if name.startswith(UNIMODAL):
+        pairs = _own_parameter(name, "llms")
+        if model not in (pairs.values() if reads_text else pairs):
+            return "the notebook's llms pair it with no other model"
+        if not reads_text and not is_local(read_params(pairs[model])):
+            return f"the weights of {pairs[model]} lie in no folder here; that model's own batch has the notebook"
+    if name.startswith(FACTUAL) and all(task.startswith("Choose") for task in params.get("tasks", [""])):
+        return "all its tasks offer options to choose from, and factual questions offer none"
+    if name.startswith(TRAINING) and not (ROOT / params.get("checkpoint", "") / "training.json").is_file():
+        return "there is no training.json beside its weights, so it wasn't trained here"
+    return ""
+
+
+@cache
+def read_params(model: str) -> dict:
+    """Read a model's file in `params/`, and judge no more than its name.
+
+    Raises:
+        ValueError: There is no such file, it is no YAML, or it is that of another model.
+    """
+    file = ROOT / "params" / f"{model}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise ValueError(f"There is no params/{model}.yaml; the models are {known}.")
+    try:
+        params = yaml.safe_load(file.read_text(encoding="utf-8"))
+        named = params["model"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"params/{model}.yaml should hold lines of the form name: value, among them model.") from error
+    if named != model:
+        raise ValueError(f"params/{model}.yaml is named {model} and says model: {named}: make them one.")
+    return params
+
+
+def is_local(params: dict) -> bool:
+    """Tell whether a model's weights lie in a folder here, not on the hub."""
+    return (ROOT / params.get("checkpoint", "")).is_dir()
+
+
+def folder_of(model: str) -> Path:
+    """Name the folder of a model's executed notebooks and results, relative to the project where it is in it."""
+    outputs = read_params(model).get("outputs", "outputs")
+    return Path(os.environ.get("MMFLOW_OUTPUTS", outputs) if outputs == "outputs" else outputs) / model
+
+
+@cache
+def _text(name: str) -> str:
+    return (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
+
+
+def _own_parameter(name: str, parameter: str) -> dict:
+    """Read what a notebook's `parameters` cell sets a parameter to; an empty dict where it isn't there."""
+    for cell in json.loads(_text(name))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            for node in ast.parse("".join(cell["source"])).body:
+                if isinstance(node, ast.AnnAssign) and node.target.id == parameter:
+                    return ast.literal_eval(node.value)
+    return {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """List a model's notebooks; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m workflow.graph", description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default="mini", help="the name of a file in params/")
+    parser.add_argument("--stages", action="store_true", help="a line for each set that can run at once")
+    given = parser.parse_args(arguments)
+    try:
+        batch, left = notebooks_of(given.model), describe_left_out(given.model)
+    except ValueError as error:
+        print(f"mmflow: {error}", file=sys.stderr)
+        return 1
+    for stage in stages(batch) if given.stages else [[name] for name in batch]:
+        print(*(f"notebooks/{name}.ipynb" for name in stage))
+    for sentence in left:
+        print(f"mmflow: {sentence}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
