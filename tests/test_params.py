@@ -3,15 +3,12 @@
 import os
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmflow_utils import params as module
-from mmflow_utils.data.tasks import TASKS
-from mmflow_utils.params import ROOT, Params
+from mmflow_utils.params import ROOT, Params, load_params
 
 FILES = sorted((ROOT / "params").glob("*.yaml"))
 
@@ -30,7 +27,7 @@ FILES = sorted((ROOT / "params").glob("*.yaml"))
         ({"device": "gpu"}, "device = 'gpu'.*cuda:N"),
         ({"tasks": []}, r"tasks = \[\].*at least 1"),
         ({"tasks": "ChooseAttr"}, "tasks = 'ChooseAttr'.*list"),
-        ({"tasks": ["ChooseAtr"]}, "tasks = 'ChooseAtr'.*'ChooseAttr'"),
+        ({"tasks": ["ChooseAtr"]}, "tasks = 'ChooseAtr'.*one of ChooseAttr, "),
         ({"tasks": ["ChooseRel", "ChooseRel"]}, "each task once"),
         ({"prompt": "{question}"}, "once <image> or, for a text-only model, {caption}"),
         ({"prompt": "<image> {caption} {question}"}, "once <image> or"),
@@ -68,7 +65,7 @@ def test_every_parameter_file_is_valid_complete_and_named_after_its_model(file):
     assert list(yaml.safe_load(file.read_text())) == list(Params.model_fields)
 
 
-def test_mini_yaml_says_what_a_notebook_opened_by_hand_does():
+def test_mini_yaml_says_what_the_schema_has_as_defaults():
     assert Params.from_yaml(ROOT / "params" / "mini.yaml") == Params()
 
 
@@ -83,14 +80,17 @@ def test_a_file_that_holds_no_parameters_is_refused(tmp_path, text):
         Params.from_yaml(tmp_path / "p.yaml")
 
 
-def test_a_missing_file_names_those_that_exist(tmp_path):
-    with pytest.raises(ValueError, match="mini"):
-        Params.from_yaml(tmp_path / "minni.yaml")
+def test_a_missing_file_is_named_as_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"There is no parameter file {ROOT}/params/minni.yaml: did you mean mini"):
+        Params.from_yaml("params/minni.yaml")
+    with pytest.raises(ValueError, match=f"{tmp_path}/x.yaml: params/ holds .*mini, mini-next, "):
+        Params.from_yaml(tmp_path / "x.yaml")
 
 
-def test_the_samples_module_knows_the_same_tasks():
-    assert list(TASKS) == list(typing.get_args(module.Task))
-    assert set(module.TASKS) <= set(TASKS)  # the paper's six, whatever else there is
+def test_a_files_path_starts_at_the_project_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Params.from_yaml("params/planted.yaml").model == "planted"
 
 
 def test_paths_start_at_the_project_not_at_the_working_directory(tmp_path, monkeypatch):
@@ -111,48 +111,161 @@ def test_the_environment_may_name_where_results_go_by_default(tmp_path):
     assert said["set"] == [str(tmp_path / "mini"), str(ROOT / "here" / "mini")]  # what is named wins
 
 
+@pytest.mark.parametrize("written", ["~/here", "$HOME/here", "${HOME}/here"])
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = ("checkpoint", "questions", "images", "scene_graphs", "outputs")
+    params = Params(**dict.fromkeys(named, written))
+    assert {params.path(name) for name in named} == {tmp_path / "here"}
+    (tmp_path / "here.yaml").write_text("window: 7\n")
+    assert Params.from_yaml(f"{written}.yaml").window == 7
+
+
+def test_the_environment_may_name_a_place_at_home(tmp_path):
+    env = os.environ | {"HOME": str(tmp_path), "MMFLOW_OUTPUTS": "~/runs"}
+    ask = "from mmflow_utils.params import Params as P; print(P().folder)"
+    said = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(tmp_path / "runs" / "mini")
+
+
+def test_scene_graphs_may_be_missing():
+    assert Params(scene_graphs=None).scene_graphs is None
+
+
 # What IPython's `In` holds when the validating cell runs: a notebook, then papermill's cell, then this cell.
 IMPORTS = "import mmflow_utils as mm"
 DECLARED = 'model: str = "mini"  # which\nthreshold: float = 0.5  # probability'
-CALL = "params = mm.Params.from_notebook(globals(), {'threshold': float})"
+CALL = "params = mm.load_params(globals(), {'threshold': float})"
+OWN = {"threshold": float}
 
 
-def notebook(*injected: str, **values):
-    return {"In": ["", IMPORTS, DECLARED, *injected, CALL], "model": "mini", "threshold": 0.5} | values
+def notebook(*injected: str, declared=DECLARED, **values):
+    """What `globals()` holds; values are those that cells computed."""
+    return {"In": ["", IMPORTS, declared, *injected, CALL]} | values
 
 
-def test_a_notebook_gets_the_shared_parameters_and_its_own():
-    params = Params.from_notebook(notebook("# Parameters\nthreshold = 0.25", threshold=0.25), {"threshold": float})
-    assert (params.model, params.threshold, params.window) == ("mini", 0.25, Params().window)
+def load(*injected: str, **more):
+    return load_params(notebook(*injected, **more), OWN)
+
+
+def test_a_notebook_gets_the_parameters_of_its_model_and_its_own():
+    params = load()
+    assert params.model_dump() == Params().model_dump() | {"threshold": 0.5}
     assert isinstance(params, Params)
 
 
-def test_a_name_that_only_papermill_knows_stops_the_notebook():
+def test_what_is_injected_wins_over_the_cell_and_the_cell_over_the_models_file():
+    params = load(
+        "# Parameters\nmodel = 'llava-1.5-7b'\nn_samples = 100\nthreshold = 0.25",
+        declared=f"{DECLARED}\nn_samples = 5\nwindow = 1",
+    )
+    file = Params.from_yaml("params/llava-1.5-7b.yaml", n_samples=100, window=1)
+    assert params.model_dump() == file.model_dump() | {"threshold": 0.25}
+
+
+def test_a_cell_added_by_hand_is_as_one_of_papermills():
+    assert load("# Parameters\nn_samples = 7", "n_samples: int = 5  # fewer\nseed = 1").n_samples == 5
+
+
+def test_what_a_parameter_was_computed_from_does_not_matter():
+    declared = f"{DECLARED}\nwindow = n_samples = 2 * 3\nseed, n_boot = 1, 100\nn_boot += 50"
+    params = load(declared=declared, window=6, n_samples=6, seed=1, n_boot=150)
+    assert (params.window, params.n_samples, params.seed, params.n_boot) == (6, 6, 1, 150)
+
+
+def test_numbers_that_papermill_writes_as_calls_are_judged_too():
+    cell = "# Parameters\nn_samples = 5\nwindow = float('inf')"
+    with pytest.raises(ValueError, match="window = inf: expected a valid integer"):
+        load(cell, n_samples=5, window=float("inf"))
+
+
+@pytest.mark.parametrize("name", ["n_sample", "nsamples"])
+def test_an_unknown_name_stops_the_notebook_however_it_came(tmp_path, name):
+    (tmp_path / "own.yaml").write_text(f"{name}: 5\n")
+    for namespace in (
+        notebook(f"# Parameters\n{name} = 5"),
+        notebook(declared=f"{DECLARED}\n{name} = 5"),
+        notebook(f"# Parameters\nmodel = '{tmp_path}/own.yaml'"),
+    ):
+        with pytest.raises(ValueError, match=f"Unknown parameter {name} = 5: did you mean n_samples") as caught:
+            load_params(namespace, OWN)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_name_that_an_own_parameter_is_near_to_is_told():
     with pytest.raises(ValueError, match="treshold = 0.25: did you mean threshold"):
-        Params.from_notebook(notebook("# Parameters\ntreshold = 0.25", treshold=0.25), {"threshold": float})
+        load("# Parameters\ntreshold = 0.25")
 
 
-def test_an_own_parameter_that_was_not_declared_stops_the_notebook():
+def test_an_own_parameter_that_was_not_announced_stops_the_notebook():
     with pytest.raises(ValueError, match="threshold = 0.5"):
-        Params.from_notebook(notebook())
-
-
-def test_a_number_that_yaml_took_for_text_is_explained():
-    with pytest.raises(ValueError, match=r"threshold = '1e-4'.*1\.0e-4"):
-        Params.from_notebook(notebook(threshold="1e-4"), {"threshold": float})
+        load_params(notebook())
 
 
 def test_an_own_parameter_without_a_value_is_missing():
     with pytest.raises(ValueError, match="threshold is missing"):
-        Params.from_notebook({"In": [CALL]}, {"threshold": float})
+        load(declared='model: str = "mini"')
 
 
-def test_running_the_validating_cell_again_later_is_no_error():
-    namespace = notebook("frame = mm.sweep()", "title = 'a figure'\nfigure = mm.plot(frame)", frame=1, title="a figure")
-    namespace["In"].insert(3, CALL)
-    assert Params.from_notebook(namespace, {"threshold": float}).model == "mini"
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("threshold = '1e-4'", r"threshold = '1e-4'.*as in 1\.0e-4"),
+        ("tasks = 'X'", r"tasks = 'X'.*list .*write -y 'tasks: \[X\]'"),
+        ("do_pad = 'false'", "do_pad = 'false'.*boolean .*write -y 'do_pad: false'"),
+        ("n_samples = '24'", "n_samples = '24'.*integer .*write -y 'n_samples: 24'"),
+        ("revision = 1234567", "revision = 1234567.*string .*with -r revision 1234567"),
+        ("checkpoint = 1.5", "checkpoint = 1.5.*string .*with -r checkpoint 1.5"),
+        ("model = 7", "model = 7: expected a valid string .*with -r model 7"),
+        ("n_samples = 'many'", r"n_samples = 'many': expected a valid integer \(correctly answered .*task\)$"),
+    ],
+)
+def test_what_was_read_as_another_type_comes_with_its_remedy(written, said):
+    with pytest.raises(ValueError, match=said):
+        load(f"# Parameters\n{written}")
+
+
+def test_a_model_is_a_file_in_params_or_the_path_of_another(tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("model: planted\nn_samples: 5\nseed: 3\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params = load("# Parameters\nmodel = '~/own.yaml'\nseed = 4")
+    planted = Params.from_yaml("params/planted.yaml", n_samples=5, seed=4)
+    assert params.model_dump() == planted.model_dump() | {"threshold": 0.5}
+    (tmp_path / "own.yaml").write_text("n_samples: 5\n")
+    assert load("# Parameters\nmodel = '~/own.yaml'").model == "mini"
+
+
+def test_a_file_of_a_model_holds_what_all_notebooks_share(tmp_path):
+    (tmp_path / "own.yaml").write_text("threshold: 0.75\n")  # the cell's 0.5 would win over it
+    with pytest.raises(ValueError, match=r"own.yaml: Unknown parameter threshold = 0.75"):
+        load(f"# Parameters\nmodel = '{tmp_path}/own.yaml'")
+
+
+def test_a_model_of_another_name_comes_with_checkpoint_and_prompt():
+    new = "# Parameters\nmodel = 'mini-nexd'\ncheckpoint = 'assets/mini'"
+    with pytest.raises(ValueError, match=r"model = 'mini-nexd': expected a file of params/.*mean mini-next\?$"):
+        load(new)
+    assert load(f"{new}\nprompt = '<image>{{question}}'").model_dump() == {
+        **Params(model="mini-nexd", prompt="<image>{question}").model_dump(),
+        "threshold": 0.5,
+    }
+
+
+def test_running_the_validating_cell_again_later_changes_nothing():
+    later = ["frame = mm.sweep()", "n_samples = 7", "title = 'a figure'\nfigure = mm.plot(frame)"]
+    namespace = notebook("n_samples = 5", CALL, *later, n_samples=7, model=object(), figure=1)
+    assert load_params(namespace, OWN).model_dump() == load("n_samples = 5").model_dump()
+
+
+def test_of_a_cell_that_was_edited_and_run_again_the_last_text_counts():
+    edited = [f"{DECLARED}\nn_samples = 5\nwindw = 1", f"{DECLARED}\nwindow = 1"]
+    params = load(*edited, n_samples=5, windw=1, window=1)
+    assert (params.n_samples, params.window) == (24, 1)
 
 
 def test_outside_a_notebook_only_the_values_are_judged():
+    assert load_params({"model": "planted", "seed": 1, "frame": 1}).model_dump() == {
+        **Params.from_yaml("params/planted.yaml", seed=1).model_dump(),
+    }
     with pytest.raises(ValueError, match="seed = 'x'"):
-        Params.from_notebook({"seed": "x"})
+        load_params({"seed": "x"})

@@ -2,8 +2,6 @@
 
 import ast
 import re
-import typing
-from types import UnionType
 
 import nbformat
 import pytest
@@ -13,7 +11,7 @@ from workflow.run_notebook import find_problems
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST_CELL = 25
-MOST_OWN_PARAMETERS = 8  # a parameters cell has a line for each, beside those that all notebooks share
+LONGEST_PARAMETERS_CELL = 8
 TRACES = re.compile(r"/(?:home|root|Users|tmp|mnt|opt)/[\w.]|\d{4}-\d\d-\d\dT\d\d:\d\d|ipykernel_\d")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -29,22 +27,6 @@ def code_cells(notebook):
 def parameters_cell(notebook):
     (cell,) = (cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", []))
     return cell
-
-
-def simple_name(annotation) -> str:
-    """Name a field's type as a notebook writes it.
-
-    A Literal is written as the type of its values, and `str | None` as str: papermill can't read the
-    union, and would warn of an unknown parameter.
-    """
-    origin = typing.get_origin(annotation)
-    if origin is typing.Union or isinstance(annotation, UnionType):
-        return simple_name(typing.get_args(annotation)[0])
-    if origin is typing.Annotated:
-        return simple_name(typing.get_args(annotation)[0])
-    if origin is typing.Literal:
-        return type(typing.get_args(annotation)[0]).__name__
-    return (origin or annotation).__name__
 
 
 def declared(cell) -> dict:
@@ -98,23 +80,26 @@ def test_it_tells_nothing_of_the_machine_that_ran_it(path):
 
 
 @every_notebook
-def test_it_declares_every_shared_parameter_with_the_default(path):
-    cells = declared(parameters_cell(read(path)))
-    for name, field in Params.model_fields.items():
-        kind, value = cells[name]
-        assert value == field.default, f"{name} is {value!r} here and {field.default!r} in the schema"
-        assert kind.split("[")[0] == simple_name(field.annotation), f"{name}: {kind}"
+def test_it_declares_its_model_and_what_it_alone_has(path):
+    notebook = read(path)
+    cell = parameters_cell(notebook)
+    (model, kind_and_value), *own = declared(cell).items()
+    assert (model, kind_and_value) == ("model", ("str", "mini"))
+    assert {name for name, _ in own} & set(Params.model_fields) == set()
+    assert [name for name, (kind, _) in own if kind is None] == []
+    lines = cell.source.splitlines()
+    assert len(lines) <= LONGEST_PARAMETERS_CELL
+    assert [line for line in lines if "  # " not in line] == []
+    assert "load_params(globals()" in code_cells(notebook)[code_cells(notebook).index(cell) + 1].source
 
 
 @every_notebook
-def test_its_parameters_are_annotated_explained_and_validated_next(path):
+def test_its_text_explains_what_it_alone_has_and_where_the_rest_is_listed(path):
     notebook = read(path)
     cell = parameters_cell(notebook)
-    assert [name for name, (kind, value) in declared(cell).items() if kind is None and value is not None] == []
-    assert "from_notebook(globals()" in code_cells(notebook)[code_cells(notebook).index(cell) + 1].source
-    own = set(declared(cell)) - set(Params.model_fields)
-    lines = cell.source.splitlines()
-    assert {line.split(":")[0] for line in lines if "#" not in line} & own == set()
+    text = notebook.cells[notebook.cells.index(cell) - 1].source
+    assert text.startswith("## Parameters") and "`docs/parameters.md`" in text
+    assert [name for name in declared(cell) if f"`{name}`" not in text] == []
 
 
 @every_notebook
@@ -126,13 +111,3 @@ def test_it_opens_with_one_title_and_its_cells_are_short(path):
     cells = [cell for cell in code_cells(notebook) if cell != parameters_cell(notebook)]
     long = {cell.source.splitlines()[0]: len(cell.source.splitlines()) for cell in cells}
     assert {first: n for first, n in long.items() if n > LONGEST_CELL} == {}
-    declared = len(parameters_cell(notebook).source.splitlines())
-    assert declared <= len(Params.model_fields) + MOST_OWN_PARAMETERS
-
-
-def test_the_names_of_types_are_those_a_notebook_writes():
-    kinds = {name: field.annotation for name, field in Params.model_fields.items()}
-    assert simple_name(kinds["tasks"]) == "list"
-    assert simple_name(kinds["dtype"]) == "str"
-    assert simple_name(kinds["do_pad"]) == "bool"
-    assert simple_name(kinds["revision"]) == "str"
