@@ -3,12 +3,13 @@
 # make report FRESH=1              run again what ran already
 # make report SHARDS=4             share each notebook's samples among four runs at once
 # make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
-# make test                        lint, unit tests, and every committed notebook held against its outputs
+# make test                        lint, types, unit tests, and every committed notebook held against its outputs
+# make quick                       lint and the unit tests that take no training, browser, Slurm or notebook (a minute)
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
 # make data                        download GQA, Visual Genome's captions, OKVQA, A-OKVQA (29 GB); DATA=gqa for one of them
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
 # make docs                        write docs/parameters.md and docs/map.md anew from the code
-# make lock                        write requirements.lock anew from the pins in pyproject.toml
+# make lock                        write requirements.lock anew from the ranges in pyproject.toml
 #
 # Each command sets up .venv first. Inside a conda environment of environment.yml:
 # make report READY= BIN=$CONDA_PREFIX/bin
@@ -27,9 +28,10 @@ $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml;
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
 LAST := $(filter notebooks/14_%,$(NOTEBOOKS))
+LINT = $(BIN)/ruff check && $(BIN)/ruff format --check
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: report test notebooks data bench docs lock
+.PHONY: report test quick notebooks data bench docs lock
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: these measure anew.
@@ -42,9 +44,13 @@ report: $(READY)
 	    --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
 	status=$$?; $(BIN)/python docs/build.py && exit $$status
 
+quick: $(READY)
+	$(LINT)
+	$(BIN)/python -m pytest -q -n 2 -m "not (slow or browser or slurm or notebook)"
+
 test: $(READY)
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(LINT)
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -rs -n 2
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && set -x && \
 	$(NBVAL) $(FIRST) && \
@@ -80,7 +86,7 @@ docs: $(READY)
 
 lock:
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(PYTHON) -m venv $$folder && \
-	$$folder/bin/python -m pip install -qq --disable-pip-version-check --editable . && \
-	{ echo "# Everything that pyproject.toml's pins bring along; written by make lock."; \
+	$$folder/bin/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' && \
+	{ echo '# What make installs: all that the core and [dev] of pyproject.toml bring along; written by make lock.'; \
 	  $$folder/bin/python -m pip freeze --exclude-editable \
 	  | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|triton|cuda-)/d'; } > requirements.lock

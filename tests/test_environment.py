@@ -1,70 +1,15 @@
-"""What a user installs is one pinned set, and the package keeps its order."""
+"""The package keeps its order, and offers what it says."""
 
 import ast
-import re
 import subprocess
 import sys
-import tomllib
-from importlib.metadata import metadata, requires, version
 
 import pytest
-import yaml
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from locked import LOCK
 from packaging.utils import canonicalize_name
 
 import mmflow_utils
 from mmflow_utils.params import ROOT
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-LOCK = {
-    canonicalize_name(name): pinned
-    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.M)
-}
-
-
-def test_every_direct_dependency_is_locked_at_its_pin():
-    direct = {canonicalize_name(need.name): need.specifier for need in map(Requirement, PROJECT["dependencies"])}
-    assert {name: f"=={LOCK.get(name)}" for name in direct} == {name: str(pin) for name, pin in direct.items()}
-
-
-def test_the_lock_holds_nothing_but_pins():
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    assert [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.!]+", line)] == []
-    assert LOCK["torch"] == "2.13.0"  # no +cpu: pip finds the build that the machine offers
-    assert "torchvision" not in LOCK
-
-
-def test_the_lock_is_closed_nothing_unpinned_comes_along():
-    needed = set()
-    for name in LOCK:
-        for need in map(Requirement, requires(name) or []):
-            if need.marker is None or need.marker.evaluate({"extra": ""}):
-                needed.add(canonicalize_name(need.name))
-    cuda = {name for name in needed if name.startswith(("nvidia-", "cuda-", "triton"))}
-    assert needed - cuda - set(LOCK) <= {"setuptools"}
-
-
-def test_this_environment_is_the_locked_one():
-    installed = {name: version(name).split("+")[0] for name in LOCK}
-    assert installed == LOCK
-
-
-def test_every_locked_package_installs_on_the_oldest_python_we_promise():
-    # Debian 12 has 3.11.2, and pip refuses a package that asks for more.
-    asked = {name: metadata(name)["Requires-Python"] or "" for name in LOCK}
-    assert {name: wants for name, wants in asked.items() if not SpecifierSet(wants).contains("3.11.2")} == {}
-
-
-def test_conda_users_get_the_same_set():
-    (pip,) = (entry["pip"] for entry in CONDA if isinstance(entry, dict))
-    assert pip == ["-r requirements.lock", "-e ."]
-    (python,) = (entry for entry in CONDA if str(entry).startswith("python="))
-    assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
-    # Nothing else is taken from conda, where it could differ from the lock.
-    assert [entry for entry in CONDA if isinstance(entry, str)] == [python, "pip"]
-
 
 FILES = sorted((ROOT / "mmflow_utils").rglob("*.py"))
 

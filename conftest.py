@@ -1,4 +1,4 @@
-"""Shared fixtures. No test may reach the network, and one thread keeps numbers and times steady."""
+"""Shared by all tests. None may reach the network, and one thread keeps numbers and times steady."""
 
 import os
 
