@@ -11,15 +11,17 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from mmflow_utils.params import Params
 from workflow import run_notebook as execute
-from workflow.run_notebook import find_problems, main, run_notebook
+from workflow.run_notebook import check_parameters, find_problems, main, run_notebook
 
 DECLARED = """
 model: str = "mini"  # which
-outputs: str = "outputs"
-shard: str = None  # all
-window: int = 3  # layers
-sharpness: float = 0.5
+sharpness: float = 0.5  # only here
+""".strip()
+SETUP = """
+import mmflow_utils as mm
+params = mm.load_params(globals(), {"sharpness": float})
 """.strip()
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -28,10 +30,11 @@ KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "languag
 def write(tmp_path, monkeypatch):
     """Write a notebook whose parameters cell is followed by the given cells, and a parameter file for it."""
     monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
-    (tmp_path / "tiny.yaml").write_text(f"model: tiny\noutputs: {tmp_path}/out\n")
+    model = "model: tiny\ncheckpoint: tiny\nprompt: '<image> {question}'\nsharpness: 0.25\n"
+    (tmp_path / "tiny.yaml").write_text(f"{model}outputs: {tmp_path}/out\n")
 
-    def write(*cells: str, title="# 02 · Flow: who speaks?\n\nText."):
-        parameters = new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
+    def write(*cells: str, title="# 02 · Flow: who speaks?\n\nText.", declared=DECLARED):
+        parameters = new_code_cell(declared, metadata={"tags": ["parameters"]})
         code = [new_code_cell(cell) for cell in cells]
         path = tmp_path / "02_flow.ipynb"
         nbformat.write(new_notebook(cells=[new_markdown_cell(title), parameters, *code], metadata=KERNEL), path)
@@ -49,22 +52,34 @@ def left_behind(tmp_path):
 
 
 def test_a_good_run_leaves_one_titled_copy(tmp_path, write, capfd):
-    path = write("print(model, window)")
+    path = write(SETUP, "print(params.model, params.window, params.sharpness)")
     before = path.read_bytes()
     assert run(path, "-p", "window", "7") == 0
     assert left_behind(tmp_path) == ["02_flow.ipynb"]
     done = nbformat.read(tmp_path / "out" / "tiny" / "02_flow.ipynb", as_version=4)
-    assert done.cells[-1].outputs[0].text == "tiny 7\n"
+    assert done.cells[-1].outputs[0].text == "tiny 7 0.25\n"
     assert done.cells[0].source == "# 02 · Flow: who speaks? — tiny\n\nText."
     assert path.read_bytes() == before
-    assert "TCP" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "TCP" not in said and "unknown parameter" not in said
+
+
+def test_a_model_of_params_is_injected_by_its_name_alone(tmp_path, write):
+    path = write(SETUP, "print(params.model, params.window, params.seed)", declared=f"{DECLARED}\nseed = 5")
+    where = ("-p", "outputs", str(tmp_path / "out"))
+    assert main([str(path), "planted", *where]) == 0
+    assert left_behind(tmp_path) == ["02_flow.ipynb"]
+    done = nbformat.read(tmp_path / "out" / "planted" / "02_flow.ipynb", as_version=4)
+    assert done.cells[-1].outputs[0].text == "planted 1 5\n"
+    assert set(done.metadata.papermill.parameters) == {"model", "outputs"}
+    assert check_parameters(path, {"model": "planted"}) == Params.from_yaml("params/planted.yaml", seed=5)
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         (("windw", "7"), "Unknown parameter windw = 7: did you mean window?"),
-        (("seed", "1"), "Unknown parameter seed = 1"),  # the schema has it, this notebook doesn't
+        (("sharpnes", "1"), "Unknown parameter sharpnes = 1: did you mean sharpness?"),
         (("window", "many"), "window = 'many'"),
         (("window", "0"), "window = 0"),
     ],
@@ -77,7 +92,7 @@ def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, write, capsys, m
 
 
 def test_a_shard_ends_with_the_last_cell_that_computes_in_parts(tmp_path, write):
-    path = write("print(shard)  # compute_in_parts(", "raise ValueError('a figure of a share')")
+    path = write(SETUP, "print(params.shard)  # compute_in_parts(", "raise ValueError('a figure of a share')")
     assert run(path, "-p", "shard", "2/4") == 0
     assert left_behind(tmp_path) == ["02_flow.2of4.ipynb"]
     done = nbformat.read(tmp_path / "out" / "tiny" / "shards" / "02_flow.2of4.ipynb", as_version=4)
@@ -118,9 +133,9 @@ def test_a_notebook_from_elsewhere_is_not_run(tmp_path, write, capsys, monkeypat
 
 
 def test_two_runs_of_one_notebook_do_no_harm(tmp_path, write):
-    path = write("import time; time.sleep(1)", "print(window)")
+    path = write("import time; time.sleep(1)", "print(sharpness)")
     (tmp_path / "out").mkdir()
-    code = "import sys; from pathlib import Path; from mmflow_utils import execute; "
+    code = "import sys; from pathlib import Path; from workflow import run_notebook as execute; "
     code += "execute.NOTEBOOKS = Path(sys.argv[1]).parent; sys.exit(execute.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "tiny.yaml")]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -155,7 +170,7 @@ def test_a_full_disk_is_one_sentence(write, capsys, monkeypatch):
 
 def test_a_notebook_whose_parameters_are_computed_is_refused(write, capsys):
     path = write("1")
-    path.write_text(path.read_text().replace("window: int = 3", "window: int = 3 * len('a')"))
+    path.write_text(path.read_text().replace("sharpness: float = 0.5", "sharpness: float = len('a')"))
     assert run(path) == 1
     assert "02_flow.ipynb needs a cell tagged `parameters`" in capsys.readouterr().err
 
@@ -171,7 +186,7 @@ def test_an_error_keeps_the_half_run_copy_with_its_traceback(tmp_path, write, ca
 
 
 def test_a_failure_leaves_the_last_good_copy_and_a_success_clears_the_failed_one(tmp_path, write):
-    assert run(write("assert sharpness == 0.5")) == 0
+    assert run(write("assert sharpness == 0.25")) == 0
     good = (tmp_path / "out" / "tiny" / "02_flow.ipynb").read_bytes()
     assert run(write("raise SystemError('later')")) == 1
     assert left_behind(tmp_path) == ["02_flow.failed.ipynb", "02_flow.ipynb"]
@@ -212,12 +227,12 @@ def test_an_error_that_a_cell_announces_is_no_problem():
 
 
 def test_refreshing_in_place_leaves_outputs_and_no_traces(write):
-    path = write("print(window)", "display('picture')")
+    path = write("print(sharpness)", "display('picture')")
     assert main([str(path), "--in-place"]) == 0
     text = path.read_text()
     done = nbformat.reads(text, as_version=4)
     assert [cell.get("execution_count") for cell in done.cells] == [None, 1, 2, 3]
-    assert done.cells[2].outputs[0].text == "3\n"
+    assert done.cells[2].outputs[0].text == "0.5\n"
     assert done.metadata.kernelspec.name == "python3"
     assert not [trace for trace in ("papermill", "iopub", str(path.parent)) if trace in text]
 
