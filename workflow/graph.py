@@ -29,6 +29,7 @@ COMPARISON = "14"  # sets all models side by side
 TRAINING = "9"  # from 90 on: how a model of this project was trained
 # Whose results a notebook reads, beside the samples.
 RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07")}
+PARTS = "compute_in_parts("  # what a notebook calls that measures in parts
 SHOWN = ("02", "03", COMPARISON)  # whose main figures the report opens with
 
 
@@ -39,7 +40,7 @@ def names() -> list[str]:
 
 def in_parts(name: str) -> bool:
     """Tell whether a notebook measures in parts, so that several runs can share its samples."""
-    return "compute_in_parts(" in _text(name)
+    return PARTS in _text(name)
 
 
 def reads(name: str) -> list[str]:
@@ -132,13 +133,18 @@ def read_params(model: str) -> dict:
 
 def is_local(params: dict) -> bool:
     """Tell whether a model's weights lie in a folder here, not on the hub."""
-    return (ROOT / params.get("checkpoint", "")).is_dir()
+    return (ROOT / _expand(params.get("checkpoint", ""))).is_dir()
 
 
 def folder_of(model: str) -> Path:
     """Name the folder of a model's executed notebooks and results, relative to the project where it is in it."""
     outputs = read_params(model).get("outputs", "outputs")
-    return Path(os.environ.get("MMFLOW_OUTPUTS", outputs) if outputs == "outputs" else outputs) / model
+    return Path(_expand(os.environ.get("MMFLOW_OUTPUTS", outputs) if outputs == "outputs" else outputs)) / model
+
+
+def _expand(path: str) -> str:
+    """Fill in `~` and `$HOME`, as the parameters' own paths are."""
+    return os.path.expanduser(os.path.expandvars(path))
 
 
 @cache

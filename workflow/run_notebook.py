@@ -23,17 +23,16 @@ import yaml
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillException, PapermillExecutionError
-from traitlets.config import Config
 
 from mmflow_utils.params import ROOT, Params, complete, plain_assignments, read_yaml, unknown_parameters
+from workflow.graph import PARTS
+from workflow.kernel import OwnKernel, keep_caches_here
 from workflow.vector_figures import VECTORS, take_vectors, vector_arguments
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
 
 NOTEBOOKS = ROOT / "notebooks"
 KEPT_S = 24 * 3600  # so long stays what a killed run had reached
-# Without this, every kernel start prints a notice about TCP.
-QUIET_KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
 # papermill warns of each parameter that the notebook's cell doesn't declare; check_parameters knows them all.
 logging.getLogger("papermill").addFilter(lambda record: "Passed unknown parameter" not in record.getMessage())
 
@@ -163,6 +162,8 @@ def _execute(
     kernel: Sequence[str] = (),
 ) -> str:
     """Run papermill from `source` to `target`; say what stopped it, or nothing."""
+    keep_caches_here()
+    bar = {"desc": source.stem.strip("."), "leave": False, "mininterval": 0.1 if sys.stderr.isatty() else 60}  # seconds
     try:
         papermill.execute_notebook(
             source,
@@ -170,9 +171,9 @@ def _execute(
             parameters=values,
             kernel_name="python3",
             cwd=ROOT,
-            progress_bar={"desc": source.stem.strip("."), "leave": False} if progress else False,
+            progress_bar=bar if progress else False,
             execution_timeout=timeout_s,
-            config=QUIET_KERNEL,
+            kernel_manager_class=OwnKernel,
             extra_arguments=list(kernel),
         )
     except PapermillExecutionError as error:
@@ -189,7 +190,7 @@ def _execute(
 def _cut_after_the_parts(notebook: Path, copy: Path) -> Path:
     """Copy a notebook up to its last cell that computes in parts: a share of the samples makes no figure."""
     cut = nbformat.read(notebook, as_version=4)
-    ends = [n for n, cell in enumerate(cut.cells, start=1) if "compute_in_parts(" in cell.source]
+    ends = [n for n, cell in enumerate(cut.cells, start=1) if PARTS in cell.source]
     if not ends:
         raise ValueError(f"{notebook.name} computes nothing in parts: run it without a shard.")
     cut.cells = cut.cells[: ends[-1]]
