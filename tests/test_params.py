@@ -123,9 +123,10 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch, written):
 
 def test_the_environment_may_name_a_place_at_home(tmp_path):
     env = os.environ | {"HOME": str(tmp_path), "MMFLOW_OUTPUTS": "~/runs"}
-    ask = "from mmflow_utils.params import Params as P; print(P().folder)"
-    said = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == str(tmp_path / "runs" / "mini")
+    ask = "from mmflow_utils.params import Params as P; from workflow.graph import folder_of"
+    command = [sys.executable, "-c", f"{ask}; print(P().folder, folder_of('mini'))"]
+    said = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(tmp_path / "runs" / "mini")] * 2
 
 
 def test_scene_graphs_may_be_missing():

@@ -25,6 +25,7 @@ from mmflow_utils.experiments.curation import (
 )
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.results.frames import manifest
 
 TASKS = ["ChooseAttr", "QueryAttr"]
 
@@ -122,6 +123,22 @@ def test_a_record_has_every_question_and_every_reason(params, asked, split, tmp_
     assert pd.isna(record.reason[0]) and "Nonsense" in record.reason[1]
     assert "gone.png" in record.reason[2] and "cut.png" in record.reason[3]
     assert record.structural[0] == right.structural and record.task[0] == right.task
+
+
+def test_without_scene_graphs_the_sets_that_need_boxes_are_missing_with_their_reason(params, split):
+    samples, left_out = read_questions(without := params.model_copy(update={"scene_graphs": None}))
+    with_boxes, _ = read_questions(params)
+    assert [s.sample_id for s in samples] == [s.sample_id for s in with_boxes] and left_out.empty
+    assert {thing.box for sample in samples for thing in sample.objects} == {None}
+    positions = encode(model(), samples[0]).positions
+    assert "image" in positions and "objects" in positions
+    for name in ("image_related", "image_other"):
+        with pytest.raises(KeyError, match="no object of the question has a box in the picture"):
+            positions[name]
+    made = [manifest(some)["depends_on"] for some in (params, without)]
+    assert made[0]["data_sha256"] != made[1]["data_sha256"] is not None
+    captioned, _ = read_questions(without.model_copy(update={"prompt": "{caption}\n{question}"}))
+    assert all(sample.caption for sample in captioned)
 
 
 def test_accuracy_by_hand():
