@@ -39,7 +39,7 @@ def project_path(path: str | Path) -> Path:
 # Where results go by default: outputs/, or what the environment says (a scratch disk; a test's own folder).
 OUTPUTS = project_path(os.environ.get("MMFLOW_OUTPUTS", "outputs"))
 
-Task = Annotated[str, AfterValidator(check_task)]
+Task = Annotated[str, AfterValidator(check_task), Field(json_schema_extra={"enum": list(TASKS)})]
 _FLOAT = re.compile(r"float\('(-?inf|nan)'\)")  # as papermill writes what is no literal
 QUESTION_PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
 
@@ -72,6 +72,9 @@ class Params(BaseModel):
     )
     checkpoint: str = Field("assets/mini", description="a folder with the weights, or a name on the Hugging Face hub")
     revision: str | None = Field(None, description="a commit or tag of the checkpoint on the hub")
+    language_model: str | None = Field(
+        None, description="where a LLaVA's language model comes from, if its checkpoint holds the rest alone"
+    )
     prompt: Annotated[str, AfterValidator(_complete)] = Field(
         QUESTION_PROMPT, description="the model's own template, with {question} and <image> or {caption}"
     )

