@@ -25,9 +25,6 @@ export OMP_NUM_THREADS ?= 1
 
 $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml; the models are \
     $(sort $(basename $(notdir $(wildcard params/*.yaml))))))
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
-FIRST := $(filter notebooks/01_%,$(NOTEBOOKS))
-LAST := $(filter notebooks/14_%,$(NOTEBOOKS))
 LINT = $(BIN)/ruff check && $(BIN)/ruff format --check
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
@@ -35,14 +32,14 @@ NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sani
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: these measure anew.
-ANEW = rm -rf $(addprefix $(or $(MMFLOW_OUTPUTS),outputs)/$(1)/,*.parquet *.parts)
+ANEW = folder="$${MMFLOW_OUTPUTS:-outputs}/$(1)" && rm -rf "$$folder"/*.parquet "$$folder"/*.parts
 
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
 	@$(if $(FRESH),$(call ANEW,$(MODEL)))
-	@$(BIN)/snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
+	@$(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
 	    --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
-	status=$$?; $(BIN)/python docs/build.py && exit $$status
+	status=$$?; $(BIN)/python -m docs.build && exit $$status
 
 quick: $(READY)
 	$(LINT)
@@ -52,14 +49,13 @@ test: $(READY)
 	$(LINT)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -rs -n 2
-	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && set -x && \
-	$(NBVAL) $(FIRST) && \
-	$(NBVAL) -n 2 --dist loadfile $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS)) && \
-	$(NBVAL) $(LAST)
+	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && \
+	stages=$$($(BIN)/python -m workflow.graph --stages) && echo "$$stages" | while read -r notebooks; do \
+	    (set -x; $(NBVAL) -n 2 --dist loadfile $$notebooks </dev/null) || exit 1; done
 
 notebooks: $(READY)
 	@$(call ANEW,mini)
-	@for notebook in $(FIRST) $(filter-out $(FIRST) $(LAST),$(NOTEBOOKS)) $(LAST); do \
+	@notebooks=$$($(BIN)/python -m workflow.graph) && for notebook in $$notebooks; do \
 	    $(BIN)/python -m workflow.run_notebook --in-place $$notebook || exit 1; done
 
 data: $(READY)
@@ -82,7 +78,7 @@ bench: $(READY)
 	@touch $@
 
 docs: $(READY)
-	@$(BIN)/python docs/make.py
+	@$(BIN)/python -m docs.reference
 
 lock:
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(PYTHON) -m venv $$folder && \

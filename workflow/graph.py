@@ -66,7 +66,7 @@ def notebooks_of(model: str) -> list[str]:
     """Name the notebooks of a model's batch, each after those that it reads.
 
     Raises:
-        ValueError: There is no such file in `params/`, or it is that of another model.
+        ValueError: There is no such file in `params/`, or it holds no parameters.
     """
     left = left_out(model)
     return [name for stage in stages([name for name in names() if name not in left]) for name in stage]
@@ -76,7 +76,7 @@ def left_out(model: str) -> dict[str, str]:
     """Say of each notebook that is not in a model's batch why it isn't.
 
     Raises:
-        ValueError: There is no such file in `params/`, or it is that of another model.
+        ValueError: There is no such file in `params/`, or it holds no parameters.
     """
     params = read_params(model)
     reasons = {name: _why_not(name, model, params) for name in names()}
@@ -101,21 +101,21 @@ def _why_not(name: str, model: str, params: dict) -> str:
         pairs = _own_parameter(name, "llms")
         if model not in (pairs.values() if reads_text else pairs):
             return "the notebook's llms pair it with no other model"
-        if not reads_text and not is_local(read_params(pairs[model])):
+        if not reads_text and not checkpoint_of(read_params(pairs[model])).is_dir():
             return f"the weights of {pairs[model]} lie in no folder here; that model's own batch has the notebook"
     if name.startswith(FACTUAL) and all(task.startswith("Choose") for task in params.get("tasks", [""])):
         return "all its tasks offer options to choose from, and factual questions offer none"
-    if name.startswith(TRAINING) and not (ROOT / params.get("checkpoint", "") / "training.json").is_file():
+    if name.startswith(TRAINING) and not (checkpoint_of(params) / "training.json").is_file():
         return "there is no training.json beside its weights, so it wasn't trained here"
     return ""
 
 
 @cache
 def read_params(model: str) -> dict:
-    """Read a model's file in `params/`, and judge no more than its name.
+    """Read a model's file in `params/`, without judging the values.
 
     Raises:
-        ValueError: There is no such file, it is no YAML, or it is that of another model.
+        ValueError: There is no such file, or it holds no parameters.
     """
     file = ROOT / "params" / f"{model}.yaml"
     if not file.is_file():
@@ -123,17 +123,16 @@ def read_params(model: str) -> dict:
         raise ValueError(f"There is no params/{model}.yaml; the models are {known}.")
     try:
         params = yaml.safe_load(file.read_text(encoding="utf-8"))
-        named = params["model"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"params/{model}.yaml should hold lines of the form name: value, among them model.") from error
-    if named != model:
-        raise ValueError(f"params/{model}.yaml is named {model} and says model: {named}: make them one.")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"params/{model}.yaml is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"params/{model}.yaml should hold lines of the form name: value, but holds {params!r:.60}.")
     return params
 
 
-def is_local(params: dict) -> bool:
-    """Tell whether a model's weights lie in a folder here, not on the hub."""
-    return (ROOT / _expand(params.get("checkpoint", ""))).is_dir()
+def checkpoint_of(params: dict) -> Path:
+    """Name the folder of a model's weights; there is none where they come from the hub."""
+    return ROOT / _expand(params.get("checkpoint", ""))
 
 
 def folder_of(model: str) -> Path:

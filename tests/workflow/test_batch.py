@@ -47,7 +47,7 @@ NVIDIA_SMI = "#!/bin/sh\nprintf '0\\n1\\n'\n"  # a machine with two GPUs
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of notebooks, two of which compute in parts, in a folder whose name a shell would misread."""
+    """A project of notebooks, two of which compute in parts; its folder's name needs quotes, and there is no home."""
     folder = tmp_path / "my project's größe"
     shutil.copytree(ROOT / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".venv").symlink_to(sys.prefix)
@@ -61,6 +61,7 @@ def project(tmp_path, monkeypatch):
         (folder / name).write_text(text)
     (folder / "bin" / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", "/dev/null/home")
     return folder
 
 

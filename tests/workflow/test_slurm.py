@@ -40,10 +40,12 @@ AND_LIST_JOBS = '"$@"; status=$?; scontrol --oneliner show jobs >jobs; exit $sta
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the project with three notebooks and a model file for few samples of `mini`."""
+    """A copy of the project with three notebooks, and a model file for few samples of `mini`."""
+    tmp_path /= "my project's größe"  # each of these must be quoted
     for folder in ("mmflow_utils", "workflow"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     for folder in ("notebooks", "params"):
         (tmp_path / folder).mkdir()
     for name, change in NOTEBOOKS.items():
@@ -65,9 +67,11 @@ def start(project, *command):
     )
 
 
+@pytest.mark.slurm
 def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names_what_failed(project):
-    execute = (sys.executable, "-m", "workflow.run_notebook", "02_flow_to_last", "small")
-    snakemake = (sys.executable, "-m", "snakemake", "--profile", "workflow/profiles/slurm", *IN_HASTE)
+    python = project / ".venv" / "bin" / "python"
+    execute = (python, "-m", "workflow.run_notebook", "02_flow_to_last", "small")
+    snakemake = (python, "-m", "snakemake", "--profile", "workflow/profiles/slurm", *IN_HASTE)
     batch = start(project, SLURM, "bash", "-c", AND_LIST_JOBS, "-", *snakemake, "--config", "model=small", "shards=2")
     alone = start(project, *execute, "-p", "outputs", "alone")
     _, said = batch.communicate(timeout=1800)
@@ -95,11 +99,12 @@ def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names
 
     # The failure is named, with the job's log and its half-run copy.
     assert batch.returncode == 1
-    assert "mmflow: 4 of 5 runs done for small" in said
-    assert said.count("mmflow: 08_window_size failed for small.") == 1
-    (log,) = re.findall(r"^mmflow: SLURM-job.* FAILED.* (/\S+\.log)$", said.replace("'", ""), re.M)
-    assert "windows" in Path(log).read_text()
+    assert "4 of 6 steps (67%) done" in said
     here = project / "outputs" / "small"
+    (log,) = re.findall(r"^    log: (\S+), .* \(check", said, re.M)
+    assert project / log == here / "logs" / "08_window_size.log"
+    assert "mmflow: 08_window_size failed for small: ValueError: Parameter windows" in (project / log).read_text()
+    assert "Half-run copies: outputs/small/08_window_size.failed.ipynb. " in said
     assert {path.stem for path in here.glob("0*.ipynb")} == {
         "01_dataset_curation", "02_flow_to_last", "08_window_size.failed"
     }  # fmt: skip
