@@ -1,6 +1,6 @@
 """Write parameters.md from the schema and the notebooks, and map.md from the package's own files.
 
-python docs/make.py
+python docs/reference.py
 """
 
 import ast
@@ -14,15 +14,33 @@ import nbformat
 import mmflow_utils
 from mmflow_utils.params import ROOT, Params
 
-MADE = "<!-- Made by `python docs/make.py`: change the source, not this page. -->"
+MADE = "<!-- Made by `python docs/reference.py`: change the source, not this page. -->"
 
 PARAMETERS = f"""# Parameters
 
 {MADE}
 
-Every notebook takes the parameters of the first table. Their values come from its `parameters` cell, a file
-of `params/` (`-f`) and single overrides (`-p`). An unknown name, a wrong type or a value out of range stops
-the run with one sentence. Paths begin at the project's root.
+Every notebook takes the parameters of the first table, whether its `parameters` cell declares them or not. Where
+several of these set one, the last counts:
+
+1. `params/<model>.yaml`, where `model` is a name. It may also be the path of another `.yaml`, with fields of the first
+   table; those that it leaves out come from the file in `params/` of the model that it names.
+2. The notebook's `parameters` cell, with any line that you add there: `n_samples = 5`.
+3. papermill's `-f FILE`, `-y YAML`, `-p NAME VALUE` and `-r NAME TEXT`. papermill warns of an unknown parameter where
+   the cell doesn't declare it, and sets it all the same.
+
+```sh
+.venv/bin/papermill notebooks/02_flow_to_last.ipynb out.ipynb -p model llava-1.5-7b -p n_samples 100
+.venv/bin/papermill notebooks/02_flow_to_last.ipynb out.ipynb -f params/planted.yaml -y 'tasks: [ChooseAttr]'
+.venv/bin/papermill notebooks/08_window_size.ipynb out.ipynb -f my.yaml -r revision 1234567 -p scene_graphs None
+```
+
+`-f` takes a file of `params/` or one of your own, which may set a single field. `-p` reads a number where it can and
+passes no lists: a text of digits needs `-r`, a list `-y`, and what is null in YAML is `None`. A model that has no file
+in `params/` comes with at least `checkpoint` and `prompt`; what isn't set then has the default below.
+
+An unknown name, a wrong type or a value out of range stops the run with one sentence. Paths begin at the project's
+root; `~` and `$HOME` are filled in.
 
 ## Shared by all notebooks
 
@@ -32,7 +50,7 @@ the run with one sentence. Paths begin at the project's root.
 ALONE = """
 ## Of one notebook alone
 
-Set with `-p`; a model's file in `params/` holds none of these.
+Declared in the notebook's `parameters` cell, and set there or by papermill; a model's file in `params/` holds none.
 
 | notebook | name | type | default | meaning |
 |---|---|---|---|---|"""

@@ -262,7 +262,7 @@ def _remedy(name: str, value: Any, problem: str) -> str:
     """Tell how to write what YAML or papermill's `-p` took for something else."""
     if problem == "string_type" and isinstance(value, int | float):
         return f"; papermill's -p reads a number here: give the text as it stands, with -r {name} {value}"
-    text = value if isinstance(value, str) else ""
+    text = value if isinstance(value, str) and len(value) < 80 else ""
     if problem == "float_type" and re.fullmatch(r"[-+]?\d+e[-+]?\d+", text):
         return f"; YAML reads {text} as text, write the number with a point, as in 1.0e-4"
     if problem == "list_type" and text:

@@ -167,7 +167,9 @@ def test_a_question_longer_than_the_context_is_refused(tmp_path):
 
 def test_a_window_wider_than_the_model_is_all_of_its_layers(tmp_path):
     model, sample = tiny_vlm(n_layers=2), tiny_sample(tmp_path)
-    wide, whole = (knockout_sweep(model, [sample], FLOW_TO_LAST, window=window, progress=False) for window in (9, 4))
+    wide, whole = (
+        knockout_sweep(model, [sample], FLOW_TO_LAST, window=window, progress=False).frame for window in (9, 4)
+    )
     assert set(wide.n_layers_blocked) == {2} and sorted(set(wide.layer)) == [0, 1]
     assert np.allclose(wide.p_knockout, whole.p_knockout, atol=1e-6)
 
@@ -212,5 +214,6 @@ def test_every_test_that_the_table_names_exists():
     named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", table)
     assert len(named) > 30
     for file, test in set(named):
-        code = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        (found,) = (ROOT / "tests").rglob(f"{file}.py")
+        code = found.read_text(encoding="utf-8")
         assert f"def {test}(" in code, f"{file}.py has no {test}"
