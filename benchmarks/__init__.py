@@ -1,0 +1,1 @@
+"""What the sweep and the models cost, measured beside other ways and counted; none of the notebooks' numbers."""

@@ -1,6 +1,6 @@
 """Render the executed notebooks of every model, and docs/, as one offline site.
 
-python site/build.py [--outputs DIR] [--docs DIR]
+    python -m docs.build [--outputs DIR] [--docs DIR]
 
 Reads outputs/<model>/*.ipynb and docs/*.md, and writes outputs/site/.
 """
@@ -10,25 +10,26 @@ import shutil
 import sys
 from pathlib import Path
 
-from pages import write_page
 from sphinx.cmd.build import main as sphinx
-from start import FAILED, write_start_page
 
-from mmflow_utils.params import OUTPUTS, ROOT
+from docs.pages import write_page
+from docs.start import FAILED, write_start_page
+from mmflow_utils.params import OUTPUTS, ROOT, Params
 
 
 def executed_notebooks(outputs: Path) -> dict[str, list[Path]]:
-    """Find what ran: model -> its notebooks in their order, `mini` first."""
+    """Return what ran: model -> its notebooks in their order; the model that notebooks study by default comes first."""
     found: dict[str, list[Path]] = {}
-    for notebook in sorted(outputs.glob("*/[0-9]*.ipynb"), key=lambda path: (path.parent.name != "mini", path)):
+    first = Params().model
+    for notebook in sorted(outputs.glob("*/[0-9]*.ipynb"), key=lambda path: (path.parent.name != first, path)):
         if not notebook.name.endswith(FAILED):
             found.setdefault(notebook.parent.name, []).append(notebook)
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build the site; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python site/build.py", description=__doc__.split("\n")[0])
+    """Build the site and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m docs.build", description=__doc__.split("\n")[0])
     parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder with the models")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder with the other pages")
     given = parser.parse_args(arguments)

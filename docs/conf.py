@@ -1,4 +1,4 @@
-"""Sphinx settings of the report. site/build.py gathers the pages; everything works without a network."""
+"""Sphinx settings of the report. build.py gathers the pages; everything works without a network."""
 
 import html
 import os
@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 import pypandoc
 import ziamath
 from docutils import nodes
+
+from mmflow_utils.params import Params
 
 project = "Cross-modal information flow"
 author = "The mmflow maintainers"
@@ -88,7 +90,8 @@ def lead_to_pages(app, doctree):
     """Let links of docs/ lead to pages of this site; what has no page here keeps its name only."""
     if not app.env.docname.startswith("docs/"):
         return
-    pages = sorted(app.env.found_docs, key=lambda page: (not page.startswith("mini/"), page))
+    first = f"{Params().model}/"  # of a notebook's pages, that of the model which it studies by default
+    pages = sorted(app.env.found_docs, key=lambda page: (not page.startswith(first), page))
     for node in list(doctree.findall(nodes.reference)):
         target, _, part = node.get("refuri", "").partition("#")
         name = node.astext()

@@ -1,6 +1,6 @@
-"""Write parameters.md from the schema and the notebooks, and map.md from the package's own files.
+"""Write parameters.md from the schema and the notebooks, and map.md from the files of the project.
 
-python docs/reference.py
+python -m docs.reference      # or make docs
 """
 
 import ast
@@ -11,10 +11,11 @@ from typing import Any
 
 import nbformat
 
-import mmflow_utils
 from mmflow_utils.params import ROOT, Params
 
-MADE = "<!-- Made by `python docs/reference.py`: change the source, not this page. -->"
+PACKAGE = ROOT / "mmflow_utils"
+
+MADE = "<!-- Made by `python -m docs.reference`: change the source, not this page. -->"
 
 PARAMETERS = f"""# Parameters
 
@@ -59,18 +60,28 @@ MAP = f"""# Map of the package
 
 {MADE}
 
-The modules of `mmflow_utils/` from the ground up. A module imports only modules above it in this list.
+The rooms of `mmflow_utils/` from the ground up, each with its files. A room imports only rooms above it in this list.
 
-| | module | what it is |
+| | room | what it holds |
 |---|---|---|"""
 
 WHO = """
 ## Who imports whom
 
-A row is a module, a column the module of that number. A cross: the row's module imports the column's.
-All crosses lie left of the diagonal: what a module does never depends on one further down.
+A row is a room, a column the room of that number. A cross: the row's room imports the column's.
+All crosses lie left of the diagonal: what a room does never depends on one further down.
 
 ```text"""
+
+BESIDE = """
+## Beside the package
+
+| | folder | what it holds |
+|---|---|---|"""
+
+# The order of the rooms: imports run only to earlier ones.
+ROOMS = ("data", "params", "models", "prompts", "engine", "results", "experiments", "analysis", "plots", "explorer")
+FOLDERS = ("miniature", "benchmarks", "workflow", "docs")
 
 
 def parameters() -> str:
@@ -139,47 +150,45 @@ def _row(*cells: str) -> str:
 
 
 def package_map() -> str:
-    """Describe each module by the first sentence of its docstring, and draw who imports whom."""
-    lines = [MAP]
-    for number, module in enumerate(mmflow_utils.MODULES, start=1):
-        first, *others = _files(module)
-        lines.append(_row(str(number), f"**{module}**", _idea(first)))
-        lines += [_row("", _name(file), _idea(file)) for file in others]
-    return "\n".join([*lines, WHO, *_drawing(), "```", ""])
+    """Return the page of the rooms, each with its files, of who imports whom, and of what lies beside the package."""
+    rooms = [line for n, room in enumerate(ROOMS, start=1) for line in _rows(str(n), PACKAGE / room)]
+    beside = [line for folder in FOLDERS for line in _rows("", ROOT / folder)]
+    return "\n".join([MAP, *rooms, WHO, *_drawing(), "```", BESIDE, *beside, ""])
+
+
+def _rows(number: str, room: Path) -> list[str]:
+    """Return a row for a room and one for each of its files, each with the first sentence of its docstring."""
+    *files, first = sorted(files_of(room), key=lambda file: file == room / "__init__.py")
+    names = [file.relative_to(room.parent).with_suffix("").as_posix().removesuffix("/__init__") for file in files]
+    rows = [_row("", name, _idea(file)) for name, file in zip(names, files, strict=True)]
+    return [_row(number, f"**{room.name}**", _idea(first)), *rows]
 
 
 def _drawing() -> list[str]:
-    modules, wide = mmflow_utils.MODULES, max(map(len, mmflow_utils.MODULES))
-    numbers = " ".join(f"{n:2}" for n in range(1, len(modules)))
-    lines = [f"{'':{wide + 4}}{numbers}"]
-    for number, module in enumerate(modules, start=1):
-        used = {name for file in _files(module) for name in imports(file)}
-        marks = " ".join(f" {'x' if other in used else '·'}" for other in modules[: number - 1])
-        lines.append(f"{number:2} {module:{wide}} {marks}".rstrip())
+    wide = max(map(len, ROOMS))
+    lines = [f"{'':{wide + 4}}{' '.join(f'{n:2}' for n in range(1, len(ROOMS)))}"]
+    for number, room in enumerate(ROOMS, start=1):
+        used = {module.split(".")[1] for file in files_of(PACKAGE / room) for module in imports(file)}
+        marks = " ".join(f" {'x' if other in used else '·'}" for other in ROOMS[: number - 1])
+        lines.append(f"{number:2} {room:{wide}} {marks}".rstrip())
     return lines
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Name the modules of the package that a file imports."""
+    """Give what a file imports of the package, anywhere in it: `mmflow_utils.data.gqa`."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "mmflow_utils":
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("mmflow_utils."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.startswith("mmflow_utils."))
+        elif isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("mmflow_utils."):
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                path = ROOT / whole.replace(".", "/")
+                yield whole if path.is_dir() or path.with_suffix(".py").is_file() else node.module
 
 
-def _files(module: str) -> list[Path]:
-    """A module's files: that which names it, then those of its folder."""
-    folder = ROOT / "mmflow_utils" / module
-    if not folder.is_dir():
-        return [folder.with_suffix(".py")]
-    return [folder / "__init__.py", *sorted(set(folder.rglob("*.py")) - {folder / "__init__.py"})]
-
-
-def _name(file: Path) -> str:
-    """Write a file as its path in the package, a folder's own file as the folder."""
-    path = file.relative_to(ROOT / "mmflow_utils").with_suffix("")
-    return str(path.parent if path.name == "__init__" else path)
+def files_of(room: Path) -> list[Path]:
+    """Return the Python files of a room: its folder's, in their order, or the one file that it is."""
+    return sorted(room.rglob("*.py")) if room.is_dir() else [room.with_suffix(".py")]
 
 
 def _idea(file: Path) -> str:

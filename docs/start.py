@@ -2,45 +2,43 @@
 
 import base64
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import pypandoc
-from pages import PICTURES, findings, main_figure, title_of
 
+from docs.pages import PICTURES, findings, main_figure, title_of
 from mmflow_utils.params import ROOT
+from workflow.graph import COMPARISON, SHOWN, describe_left_out, read_params
 
 FAILED = ".failed.ipynb"
-# What the start page shows: the paper's two experiments, and the drawing of the stages.
-SHOWN = ("02_", "03_", "14_")
 
 HOLDS = """\
 Each page is a notebook as it ran: question, method, figure, checks and findings. The findings are computed
 from the page's data, and hold for the model that its title names."""
-MINI = """\
-``mini`` and ``mini-next`` are a small LLaVA and a small LLaVA-NeXT, trained on a drawn world: what is found
-about them is no finding about the paper's models."""
 
 
 def write_start_page(pages: Path, models: dict[str, list[Path]], docs: Path) -> None:
     """Write pages/index.rst and what it leads to; `models` maps a model to its executed notebooks."""
     first, *others = models
     welcome = pypandoc.convert_text(welcome_of(ROOT / "README.md"), "rst", format="gfm")
-    caution = MINI if any(model.startswith("mini") for model in models) else ""
-    parts = [heading("Cross-modal information flow", "="), welcome, HOLDS, caution]
+    parts = [heading("Cross-modal information flow", "="), welcome, HOLDS, caution_about(models)]
     figures = [show_figure(pages, notebook) for notebook in models[first] if notebook.name.startswith(SHOWN)]
     if any(figures):
         parts += [heading(f"What was found about {first}"), *figures]
     parts += [heading("The path to read"), "Begin with the tour, then in the order of the numbers."]
-    parts += [failures(models[first]), gallery(models[first], "nblinkgallery")]
-    if compared := [path for paths in models.values() for path in paths if path.stem.startswith("14_")]:
+    parts += [failures(models[first]), gallery(models[first], "nblinkgallery"), absent(models[first])]
+    if compared := [path for paths in models.values() for path in paths if path.stem.startswith(COMPARISON)]:
         newest = max(compared, key=lambda path: path.stat().st_mtime)
         said = "Where each stage begins and ends in every model, and which of the paper's claims hold"
         parts += [heading("The models side by side"), f"{said}: :doc:`{address(newest)}`."]
     for model in others:
         parts += [heading(model), failures(models[model]), gallery(models[model], "nblinkgallery")]
+        parts.append(absent(models[model]))
     for model, notebooks in models.items():
-        content = [heading(model, "="), failures(notebooks), gallery(notebooks, "nbgallery")]
+        content = [heading(model, "="), failures(notebooks), gallery(notebooks, "nbgallery"), absent(notebooks)]
         write(pages / model / "index.rst", content)
     contents = [f"{model}/index" for model in models]
     if names := write_docs(pages, docs):
@@ -103,6 +101,28 @@ def failures(notebooks: list[Path]) -> str:
     failed = [file.name.removesuffix(FAILED) for file in sorted(folder.glob(f"*{FAILED}"))]
     said = f"The last run failed for {', '.join(failed)}: the half-run copies lie in outputs/{folder.name}/."
     return f".. warning:: {said}\n" if failed else ""
+
+
+def absent(notebooks: list[Path]) -> str:
+    """Say which notebooks a model can't be asked, and why; nothing of a model without a file in params/."""
+    try:
+        said = describe_left_out(notebooks[0].parent.name, but=[notebook.stem for notebook in notebooks])
+    except ValueError:
+        return ""
+    return "\n\n".join(map(plain, said))
+
+
+def caution_about(models: Iterable[str]) -> str:
+    """Warn of the models that are asked about drawn pictures, which come with this project."""
+    drawn = []
+    for model in models:
+        with suppress(ValueError):  # a model without a file in params/
+            if read_params(model).get("questions", "").startswith("assets/"):
+                drawn.append(f"``{model}``")
+    said = (
+        f"What is found about {', '.join(drawn)} is no finding about the paper's models: the pictures there are drawn."
+    )
+    return said if drawn else ""
 
 
 def gallery(notebooks: list[Path], directive: str) -> str:

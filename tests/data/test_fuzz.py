@@ -2,7 +2,7 @@
 
 Always the same examples, so that no run differs from another. For the counts:
 
-    pytest -q -rP tests/test_fuzz.py
+    pytest -q -rP tests/data/test_fuzz.py
 """
 
 import copy
@@ -13,13 +13,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from gqa_files import GRAPHS, QUESTIONS, ROW
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_samples import GRAPHS, QUESTIONS, ROW
-from test_vqa import ANNOTATIONS, AOKVQA
-from test_vqa import QUESTIONS as OKVQA
 from tiny import tiny_sample
+from vqa_files import ANNOTATIONS, AOKVQA
+from vqa_files import QUESTIONS as OKVQA
 
 from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.gqa import read_gqa

@@ -9,6 +9,7 @@ drawn from a numpy generator instead. The tokenizer is trained here, the process
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -210,3 +211,25 @@ def tiny_sample(
         caption="A red cup stands to the left of a green ball.",
     )
     return Sample(**{**fields, **changes})
+
+
+def wanted(folder: Path, **changes) -> SimpleNamespace:
+    """Give the parameters that load a model from a folder."""
+    values = dict(
+        model="test",
+        checkpoint=str(folder),
+        revision=None,
+        prompt=PROMPT,
+        do_pad=True,
+        dtype="float32",
+        device="cpu",
+        device_map=None,
+    )
+    return SimpleNamespace(**values | changes)
+
+
+def save(model: VLM, folder: Path) -> Path:
+    """Store a model as a checkpoint, and give its folder."""
+    model.hf.save_pretrained(folder)
+    (model.processor or model.tokenizer).save_pretrained(folder)
+    return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny import PROMPT, tiny_sample, tiny_tokenizer, tiny_vlm
+from tiny import PROMPT, save, tiny_sample, tiny_tokenizer, tiny_vlm, wanted
 from tiny_families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
@@ -27,26 +27,6 @@ from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.results.frames import manifest
 
 PICTURE_PATH = re.compile(r"vision|projector|connector|visual")
-
-
-def wanted(folder, **changes):
-    values = dict(
-        model="test",
-        checkpoint=str(folder),
-        revision=None,
-        prompt=PROMPT,
-        do_pad=True,
-        dtype="float32",
-        device="cpu",
-        device_map=None,
-    )
-    return SimpleNamespace(**values | changes)
-
-
-def save(model, folder):
-    model.hf.save_pretrained(folder)
-    (model.processor or model.tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_models import save, wanted
-from tiny import tiny_sample, tiny_vlm
+from tiny import save, tiny_sample, tiny_vlm, wanted
 from tiny_families import FAMILIES
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,43 +1,18 @@
 """Every committed notebook: run from top to bottom, outputs to compare, parameters to set, no traces."""
 
-import ast
 import re
 
 import nbformat
 import pytest
+from cells import NOTEBOOKS, code_cells, declared, parameters_cell, read
 
-from mmflow_utils.params import ROOT, Params
+from mmflow_utils.params import Params
 from workflow.run_notebook import find_problems
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST_CELL = 25
 LONGEST_PARAMETERS_CELL = 8
 TRACES = re.compile(r"/(?:home|root|Users|tmp|mnt|opt)/[\w.]|\d{4}-\d\d-\d\dT\d\d:\d\d|ipykernel_\d")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def parameters_cell(notebook):
-    (cell,) = (cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", []))
-    return cell
-
-
-def declared(cell) -> dict:
-    """Read the parameters cell: name -> (type as written, value)."""
-    found = {}
-    for node in ast.parse(cell.source).body:
-        assert isinstance(node, ast.AnnAssign | ast.Assign), f"not a literal: {ast.unparse(node)}"
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None
-        found[target.id] = (kind, ast.literal_eval(node.value))
-    return found
 
 
 def test_there_are_notebooks_and_their_names_order_them():

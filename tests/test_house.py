@@ -1,0 +1,116 @@
+"""The house keeps its order: rooms that import only lower ones, small files, a small public face."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+
+import pytest
+from locked import LOCK
+from packaging.utils import canonicalize_name
+
+import mmflow_utils
+from docs.reference import FOLDERS, PACKAGE, ROOMS, files_of, imports
+from mmflow_utils.params import ROOT
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+LONGEST_FILE = 350  # lines
+LARGEST_PACKAGE = 8500
+MOST_NAMES = 60
+LIGHT = ("data", "params", "results", "analysis", "plots")  # figures are drawn again without torch
+
+
+def n_lines(file):
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def module_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_the_order_names_every_room():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms - {"__init__"} == set(ROOMS) and len(ROOMS) == len(set(ROOMS))
+
+
+@every_file
+def test_imports_run_only_downwards(file):
+    room = module_of(file).split(".")[1:2]
+    allowed = ROOMS[: ROOMS.index(*room) + 1] if room else ()
+    assert [module for module in imports(file) if module.split(".")[1] not in allowed] == []
+
+
+def test_no_file_imports_itself_round_a_circle():
+    graph = {module_of(file): set(imports(file)) for file in FILES}
+    assert list(TopologicalSorter(graph).static_order())
+    assert graph["mmflow_utils.analysis.collect"] >= {"mmflow_utils.params", "mmflow_utils.results.frames"}
+
+
+def test_the_look_at_imports_sees_them_in_every_form(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import mmflow_utils.data.gqa\nfrom mmflow_utils import params\nfrom mmflow_utils.prompts import flows\n"
+        "def f():\n    from mmflow_utils.prompts.flows import Flow\n"
+    )
+    flows = "mmflow_utils.prompts.flows"
+    assert list(imports(tmp_path / "x.py")) == ["mmflow_utils.data.gqa", "mmflow_utils.params", flows, flows]
+
+
+@every_file
+def test_imports_are_absolute_and_stand_at_the_top(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    kinds = ast.Import | ast.ImportFrom
+    first_other = next((i for i, node in enumerate(tree.body) if not isinstance(node, kinds | ast.Expr)), None)
+    top = tree.body[:first_other]
+    assert [ast.unparse(node) for node in top if isinstance(node, ast.ImportFrom) and node.level] == []
+    later = [node for node in ast.walk(tree) if isinstance(node, kinds) and node not in top]
+    # A package that the lock doesn't hold is an option, and may be imported where it is used.
+    assert [ast.unparse(node) for node in later if not is_optional(node)] == []
+
+
+def is_optional(node):
+    name = (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+    return name not in sys.stdlib_module_names | {"mmflow_utils"} and canonicalize_name(name) not in LOCK
+
+
+def test_files_and_package_stay_small():
+    files = [*FILES, *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))]
+    assert {str(file.relative_to(ROOT)): n for file in files if (n := n_lines(file)) > LONGEST_FILE} == {}
+    assert sum(map(n_lines, FILES)) <= LARGEST_PACKAGE
+
+
+def test_the_public_face_is_small_and_each_name_is_what_its_room_says():
+    names = set(mmflow_utils.__all__)
+    assert 40 < len(names) <= MOST_NAMES
+    for name in names:
+        assert getattr(mmflow_utils, name) is not None
+
+
+def test_no_module_shares_its_name_with_a_public_name():
+    modules = {part for file in FILES for part in module_of(file).split(".")}
+    assert modules & set(mmflow_utils.__all__) == set()
+
+
+def test_what_needs_no_model_loads_no_torch():
+    light = [module_of(file) for room in LIGHT for file in files_of(PACKAGE / room)]
+    code = f"import importlib, sys\nfor name in {light}:\n    importlib.import_module(name)\n"
+    code += "    assert 'torch' not in sys.modules, name"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="knockout_swep"):
+        mmflow_utils.knockout_swep  # noqa: B018
+
+
+def test_no_test_imports_a_test():
+    tests = {file.stem for file in TESTS if file.name.startswith("test_")}
+    found = {}
+    for file in TESTS:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            if shared := tests & {part for name in names if name for part in name.split(".")}:
+                found[file.name] = shared
+    assert found == {}
