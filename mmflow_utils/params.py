@@ -120,8 +120,7 @@ class Params(BaseModel):
 
     def __init__(self, **values: Any):
         """Validate `values`; what is missing takes its default."""
-        unknown = unknown_parameters(values, type(self).model_fields)
-        if unknown:
+        if unknown := unknown_parameters(values, type(self).model_fields):
             raise ValueError("; ".join(unknown))
         try:
             super().__init__(**values)
@@ -166,7 +165,7 @@ def load_params(namespace: Mapping[str, Any], extra: Mapping[str, Any] | None = 
     Raises:
         ValueError: One sentence that names each unknown or missing parameter, wrong type or value out of range.
     """
-    own = {name: (kind, ...) for name, kind in (extra or {}).items()}
+    own: dict[str, Any] = {name: (kind, ...) for name, kind in (extra or {}).items()}
     schema: type[Params] = create_model("Params", __base__=Params, **own)
     return schema(**complete(_given_in_cells(namespace, schema.model_fields)))
 
@@ -177,23 +176,23 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing (and `checkpoint` and `prompt` are not given), or can't be read.
     """
-    values, default = dict(given), Params.model_fields["model"].default
+    values = dict(given)
     if str(values.get("model")).endswith(".yaml"):
         values = _read_shared(values.pop("model")) | values
-    model = values.setdefault("model", default)
+    model = values.setdefault("model", Params.model_fields["model"].default)
     known = {file.stem: file for file in (ROOT / "params").glob("*.yaml")}
-    if isinstance(model, str) and model in known:
-        return _read_shared(known[model]) | values
-    if isinstance(model, str) and not {"checkpoint", "prompt"} <= values.keys():
+    if not isinstance(model, str) or (model not in known and {"checkpoint", "prompt"} <= values.keys()):
+        return values
+    if model not in known:
         raise ValueError(
             f"Parameter model = {model!r:.80}: expected a file of params/, the path of another .yaml, or a new name "
             f"together with checkpoint and prompt: {_nearest(model, known, 'the files are')}"
         )
-    return values
+    return _read_shared(known[model]) | values
 
 
 def _read_shared(path: str | Path) -> dict[str, Any]:
-    """Read the file of a model: what one notebook alone has would lose against the notebook's cell."""
+    """Read a model's file, which holds nothing of one notebook alone: the notebook's own cell would win over it."""
     values = read_yaml(path)
     if unknown := unknown_parameters(values, Params.model_fields):
         raise ValueError(f"{path}: {'; '.join(unknown)}")
