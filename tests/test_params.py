@@ -124,6 +124,16 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch, written):
     assert Params.from_yaml(f"{written}.yaml").window == 7
 
 
+@pytest.mark.parametrize("written", ["~/here", "$HOME/here"])
+def test_weights_are_looked_for_at_home(tmp_path, monkeypatch, written):
+    from mmflow_utils.models.sources import find_checkpoint
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ValueError, match=f"a model in the folder {tmp_path}/here, but it has no "):
+        find_checkpoint(written)
+
+
 def test_the_environment_may_name_a_place_at_home(tmp_path):
     env = os.environ | {"HOME": str(tmp_path), "MMFLOW_OUTPUTS": "~/runs"}
     ask = "from mmflow_utils.params import Params as P; from workflow.graph import folder_of"
