@@ -14,14 +14,13 @@ import torch
 from mmflow_utils.engine.pruning import (
     Pruning,
     continue_prompt,
-    image_positions,
     image_tokens_removed,
     prompt_embeds,
     read_prompt,
 )
 from mmflow_utils.engine.work import equal_work, work_of
 from mmflow_utils.models.adapter import VLM, picture_features
-from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.encoding import Encoded, image_positions
 
 __all__ = ["PARTS", "cost_curves", "measure_times", "plan_times", "summarize_times"]
 

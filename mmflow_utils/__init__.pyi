@@ -1,5 +1,6 @@
 """What `import mmflow_utils as mm` offers; `__init__.py` imports each name when it is first used."""
 
+from .analysis.answers import decision_layers as decision_layers
 from .analysis.claims import check_claims as check_claims
 from .analysis.collect import collect_effects as collect_effects
 from .analysis.collect import read_results as read_results
@@ -23,7 +24,6 @@ from .experiments.curation import load_samples as load_samples
 from .experiments.curation import read_questions as read_questions
 from .experiments.curation import stratified_sample as stratified_sample
 from .experiments.knockout import knockout_sweep as knockout_sweep
-from .experiments.lens import decision_layers as decision_layers
 from .experiments.lens import logit_lens as logit_lens
 from .experiments.pruning import prune_sweep as prune_sweep
 from .experiments.semantics import module_knockout as module_knockout
@@ -57,6 +57,6 @@ from .prompts.positions import PositionSets as PositionSets
 from .results.frames import load_frame as load_frame
 from .results.frames import manifest as manifest
 from .results.frames import save_frame as save_frame
-from .results.resume import compute_in_parts as compute_in_parts
+from .results.resume import measure_in_parts as measure_in_parts
 
 __version__: str

@@ -43,7 +43,7 @@ class _Examined:
         """Every flow, cut around every layer: one sweep."""
         if window not in self._frames:
             options = {"window": window, "n_check": 0, "progress": False}
-            self._frames[window] = knockout_sweep(self.model, [self.sample], self.flows, **options)
+            self._frames[window] = knockout_sweep(self.model, [self.sample], self.flows, **options).frame
         return self._frames[window]
 
     @cached_property

@@ -7,7 +7,7 @@ import pandas as pd
 
 from mmflow_utils.analysis.stats import need_columns
 from mmflow_utils.params import Params
-from mmflow_utils.results.frames import differences, load_frame, read_manifest
+from mmflow_utils.results.frames import differences, list_frames, read_frame, read_manifest
 
 WRITTEN_BY = {
     "flow_to_last": "02",
@@ -28,34 +28,36 @@ COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers"
 def read_results(outputs: str | Path) -> dict[str, pd.DataFrame]:
     """Read what notebooks 02 to 07 stored: name -> rows of all models, with a column `model`.
 
-    What a model hasn't stored is not in the result.
+    What a model hasn't stored is not in the result. Where a notebook was run with several settings, what it
+    measured or loaded last is read, which is said.
 
     Raises:
         ValueError: a file is damaged, or of a run with other parameters, weights or data than the model's
             other files; names it.
     """
+    found: dict[str, list[pd.DataFrame]] = {name: [] for name in WRITTEN_BY}
     for folder in sorted(path for path in Path(outputs).glob("*") if path.is_dir()):
-        _hold_together([folder / f"{name}.parquet" for name in WRITTEN_BY])
-    found = {}
-    for name in WRITTEN_BY:
-        paths = sorted(Path(outputs).glob(f"*/{name}.parquet"))
-        if paths:
-            frames = [load_frame(path).assign(model=path.parent.name) for path in paths]
-            found[name] = pd.concat(frames, ignore_index=True)
-    return found
+        stored = {name: list_frames(folder / f"{name}.parquet") for name in WRITTEN_BY}
+        latest = {name: files[0] for name, files in stored.items() if files}
+        _hold_together(latest)
+        for name, file in latest.items():
+            if len(stored[name]) > 1:
+                print(f"{folder.name} has {len(stored[name])} runs of {name}: {file.name} is the latest, and read.")
+            found[name].append(read_frame(file)[0].assign(model=folder.name))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items() if frames}
 
 
-def _hold_together(paths: list[Path]) -> None:
+def _hold_together(files: Mapping[str, Path]) -> None:
     """Refuse results that would be compared although they are of different runs."""
-    first: tuple[Path, dict] | None = None
-    for path in (path for path in paths if path.is_file()):
-        depends_on = read_manifest(path).get("depends_on", {})
+    first: tuple[str, dict] | None = None
+    for name, file in files.items():
+        depends_on = read_manifest(file).get("depends_on", {})
         shared = {"depends_on": {key: depends_on[key] for key in depends_on if key in IN_COMMON}}
-        first = first or (path, shared)
+        first = first or (name, shared)
         if differ := differences(first[1], shared):
             raise ValueError(
-                f"{path} and {first[0].name} are of different runs ({'; '.join(differ)}): run the notebooks "
-                f"{WRITTEN_BY[first[0].stem]} and {WRITTEN_BY[path.stem]} again with the same parameters."
+                f"{file} and {files[first[0]].name} are of different runs ({'; '.join(differ)}): run the notebooks "
+                f"{WRITTEN_BY[first[0]]} and {WRITTEN_BY[name]} again with the same parameters."
             )
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from mmflow_utils.analysis.sentences import format_number, layer_ranges
-from mmflow_utils.analysis.stats import curves, summarize
+from mmflow_utils.analysis.stats import curves, resample_means, summarize
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
@@ -131,10 +131,8 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
     images = sorted(effects["image_id"].unique()) if images is None else images
     cells = effects.groupby(["image_id", "layer"])["effect"].agg(["sum", "count"])
     sums, counts = (cells[name].unstack(fill_value=0).reindex(images, fill_value=0) for name in cells)
-    drawn = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), size=n_boot)
-    weights = np.vstack([np.ones(len(images)), drawn])
-    with np.errstate(invalid="ignore"):
-        return (weights @ sums.to_numpy(float)) / (weights @ counts.to_numpy(float))
+    sums, counts = (table.to_numpy(float).T for table in (sums, counts))
+    return np.vstack([sums.sum(1) / counts.sum(1), resample_means(sums, counts, n_boot, seed)])
 
 
 def with_interval(draws: Float[np.ndarray, " draws"]) -> Measured:

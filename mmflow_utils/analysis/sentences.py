@@ -45,9 +45,7 @@ def strongest_layer(
         tied = curve[curve["mean"] <= curve["mean"].min() + tie]
         below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), over]
         found.append({**tied.iloc[0], "layers": layer_ranges(tied[over]), "below_zero": layer_ranges(below)})
-    table = pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
-    table.attrs.update(summary.attrs)
-    return table
+    return pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
 
 
 def describe_strongest(
@@ -67,7 +65,7 @@ def describe_strongest(
     for row in strongest_layer(summary, by, over=over).to_dict("records"):
         name = ", ".join(str(row[column]) for column in by if column in row)
         where = _layers(row["layers"], over)
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
         if row["below_zero"] and row["ci_high"] < 0:
             text = f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
         elif isfinite(row["ci_high"]):
@@ -92,7 +90,7 @@ def describe_highest(
     for _, curve in curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
         row = curve[curve["mean"] >= curve["mean"].max() - 0.05].iloc[0].to_dict()
         end = curve.iloc[-1]
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, summary.attrs)})"
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
         close = "" if row[over] == end[over] else f"; {_quantity(end['mean'], unit)} at {over} {end[over]}"
         name = ", ".join(str(row[column]) for column in by)
         sentences.append(f"{name}: highest at {over} {row[over]}, {effect}{close}.")
@@ -118,7 +116,7 @@ def describe_differences(
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
         differs = curve.loc[(curve["p_holm"] < alpha) & (size >= 0.05), over]
         claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row, table.attrs)})"
+        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
         sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")
     return sentences
 
@@ -157,8 +155,6 @@ def _layers(ranges: str, over: str) -> str:
     return f"{over}s {ranges}" if "-" in ranges or "," in ranges else f"{over} {ranges}"
 
 
-def _evidence(row: dict, attrs: dict) -> str:
-    kind = "simultaneous " if attrs.get("band") == "simultaneous" else ""
-    interval = f"{100 * attrs.get('level', 0.95):g} % {kind}interval"
+def _evidence(row: dict) -> str:
     ends = f"{format_number(row['ci_low'])} to {format_number(row['ci_high'])}"
-    return f"{interval} {ends}, {row['n']} samples on {row['n_clusters']} images"
+    return f"{row.get('interval', '95 % interval')} {ends}, {row['n']} samples on {row['n_clusters']} images"

@@ -70,8 +70,8 @@ def summarize(
             much less don't widen it elsewhere.
 
     Returns:
-        A frame with `by`, mean, ci_low, ci_high (unit of `value`), n (samples), n_clusters. The interval of
-        a group of one cluster is NaN: one image tells no spread. `attrs` holds value, level and band.
+        A frame with `by`, mean, ci_low, ci_high (unit of `value`), n (samples), n_clusters, and interval, the
+        kind of interval in words. That of a group of one cluster is NaN: one image tells no spread.
 
     Raises:
         ValueError: a column is missing, there are no rows, a value is infinite or has no cluster, or a group
@@ -89,12 +89,13 @@ def summarize(
         raise ValueError(
             f"simultaneous_over={simultaneous_over!r} is not one of the grouping columns {by}: add it to `by`"
         )
-    table, sums, counts = _cluster_table(frame, value, by, cluster)
+    table, sums, counts, clusters = _cluster_table(frame, value, by, cluster)
     low, high = (np.full(len(table), np.nan) for _ in range(2))
     resampled = np.full((n_boot, len(table)), np.nan)
-    for rows, columns, names in _same_clusters(counts, table.attrs.pop("clusters")):
-        weights = _weights(names, n_boot, seed)
-        resampled[:, rows] = (weights @ sums[rows][:, columns].T) / (weights @ counts[rows][:, columns].T)
+    for rows, columns, names in _same_clusters(counts, clusters):
+        # A set of clusters always gets the same draws.
+        seeds = [seed, crc32("\n".join(names).encode())]
+        resampled[:, rows] = resample_means(sums[rows][:, columns], counts[rows][:, columns], n_boot, seeds)
         for row in rows if len(columns) > 1 else ():
             tail = ndtr(_t_quantile(counts[row], (1 - level) / 2))
             low[row], high[row] = np.quantile(resampled[:, row], [tail, 1 - tail])
@@ -105,8 +106,7 @@ def summarize(
     low, high = np.clip([low, high], *BOUNDS.get(value, (-np.inf, np.inf)))
     table.insert(len(by) + 1, "ci_low", low)
     table.insert(len(by) + 2, "ci_high", high)
-    table.attrs.update(value=value, level=level, band="simultaneous" if simultaneous_over else "pointwise")
-    return table
+    return table.assign(interval=f"{100 * level:g} %{' simultaneous' if simultaneous_over else ''} interval")
 
 
 def paired_difference(
@@ -149,8 +149,8 @@ def paired_difference(
         smallest: the smallest effect that counts (unit of `value`); by default as in `summarize`.
 
     Returns:
-        summarize's frame for the difference, with contrast ("a minus b"), p and p_holm. `attrs["n_unpaired"]`
-        counts the rows that have no partner and were left out.
+        summarize's frame for the difference, with contrast ("a minus b"), p and p_holm, and n_unpaired, the rows
+        of both conditions that have no partner and were left out.
 
     Raises:
         ValueError: a column or condition is missing, a pair is not unique, or nothing pairs.
@@ -173,14 +173,13 @@ def paired_difference(
         )
     pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
     table = summarize(pairs, "difference", by, cluster=cluster, n_boot=n_boot, seed=seed, level=level)
-    _, sums, counts = _cluster_table(pairs, "difference", by, cluster)
+    _, sums, counts, _ = _cluster_table(pairs, "difference", by, cluster)
     slack = (smallest_effect(value) if smallest is None else smallest) * counts.sum(1)
     table.insert(0, "contrast", f"{a} minus {b}")
     table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, slack, n_flips, seed), np.nan)
     groups = table.groupby(list(family), dropna=False)["p"] if family else None
     table["p_holm"] = holm(table["p"]) if groups is None else groups.transform(holm)
-    table.attrs.update(value=value, n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
-    return table
+    return table.assign(n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
 
 
 def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
@@ -225,8 +224,8 @@ def curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.Data
 
 def _cluster_table(
     frame: pd.DataFrame, value: str, by: list[str], cluster: str | None
-) -> tuple[pd.DataFrame, Float[np.ndarray, "groups clusters"], Float[np.ndarray, "groups clusters"]]:
-    """Table of groups (means and counts), and each group's sum and count of `value` in each cluster."""
+) -> tuple[pd.DataFrame, Float[np.ndarray, "groups clusters"], Float[np.ndarray, "groups clusters"], np.ndarray]:
+    """Table of groups (means and counts), each group's sum and count of `value` in each cluster, their names."""
     need_columns(frame, [*by, value, *([cluster] if cluster else [])])
     if frame.empty:
         raise ValueError(f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?")
@@ -257,8 +256,7 @@ def _cluster_table(
         samples = frame["sample_id"].where(kept).groupby(groups.ngroup().to_numpy()).nunique()
         table["n"] = samples.to_numpy()
     table["n_clusters"] = (counts > 0).sum(1)
-    table.attrs = {"clusters": np.asarray(names).astype(str)}
-    return table, sums, counts
+    return table, sums, counts, np.asarray(names).astype(str)
 
 
 def _same_clusters(counts: np.ndarray, names: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -272,10 +270,17 @@ def _same_clusters(counts: np.ndarray, names: np.ndarray) -> Iterator[tuple[np.n
             yield np.array(rows), columns, names[columns]
 
 
-def _weights(names: np.ndarray, n_boot: int, seed: int) -> Float[np.ndarray, "n_boot clusters"]:
-    """How often each cluster is drawn in each resample. A set of clusters always gets the same draws."""
-    rng = np.random.default_rng([seed, crc32("\n".join(names).encode())])
-    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot).astype(float)
+def resample_means(
+    sums: Float[np.ndarray, "groups clusters"],
+    counts: Float[np.ndarray, "groups clusters"],
+    n_boot: int,
+    seed: int | Sequence[int],
+) -> Float[np.ndarray, "n_boot groups"]:
+    """Return each group's mean in every resample of the clusters, NaN where none of its own was drawn."""
+    n = sums.shape[1]
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+    with np.errstate(invalid="ignore"):
+        return (weights @ sums.T) / (weights @ counts.T)
 
 
 def _t_quantile(sizes: Float[np.ndarray, " clusters"], tail: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmflow_utils.engine.checks import check_close, probabilities
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION
 from mmflow_utils.engine.packed_pass import layer_kwargs_at
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.models.adapter import VLM, text_inputs
-from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.encoding import Encoded, image_positions
 from mmflow_utils.prompts.flows import Variant
 
 __all__ = [
@@ -176,18 +178,6 @@ def check_pruning(model: VLM, encoded: Encoded, pruning: Pruning) -> None:
         )
 
 
-def image_positions(encoded: Encoded) -> list[int]:
-    """Give all positions of the picture in ascending order, newline tokens included.
-
-    Raises:
-        ValueError: the prompt shows no picture.
-    """
-    spans = encoded.positions
-    if "image" not in spans:
-        raise ValueError(f"Expected a prompt with a picture: {spans.why_missing('image')}.")
-    return sorted({*spans["image"], *spans.get("image_newline")})
-
-
 def prompt_embeds(model: VLM, encoded: Encoded) -> Float[Tensor, "1 n d"]:
     """Encode a prompt's picture and give what enters the decoder's first layer.
 
@@ -262,7 +252,9 @@ def stop_tokens(model: VLM) -> list[int]:
 
 
 @torch.inference_mode()
-def compare_to_knockout(model: VLM, encoded: Encoded, pruning: Pruning, *, knockout_from: int | None = None) -> float:
+def compare_to_knockout(
+    model: VLM, encoded: Encoded, pruning: Pruning, *, knockout_from: int | None = None, tolerance: float = inf
+) -> float:
     """Hold a removal against the plain way: the same tokens blocked from all that remain, in the same layers.
 
     A removed token is one that nobody may attend to any more: what becomes of its own row doesn't matter.
@@ -273,9 +265,13 @@ def compare_to_knockout(model: VLM, encoded: Encoded, pruning: Pruning, *, knock
         pruning: what is removed.
         knockout_from: the layer where the knockout begins, for a control that must differ; by default where
             the removal does.
+        tolerance: the largest difference that is no error.
 
     Returns:
         The largest difference in probability at the last position.
+
+    Raises:
+        ValueError: a difference above the tolerance.
     """
     embeds = prompt_embeds(model, encoded)
     with image_tokens_removed(model, encoded, pruning) as removal:
@@ -285,5 +281,11 @@ def compare_to_knockout(model: VLM, encoded: Encoded, pruning: Pruning, *, knock
     # Without anything gone the variant has no source and is the clean run.
     target = tuple(p for p in removal.kept if not gone or p > gone[0])
     run = run_reference(model, encoded, [Variant(layers=layers, target=target, source=gone)])
-    ours = logits.double().softmax(-1).cpu()
-    return (ours - run.variants[0].double().softmax(-1)).abs().max().item()
+    return check_close(
+        encoded,
+        probabilities(logits),
+        probabilities(run.variants[0]),
+        tolerance=tolerance,
+        names=(f"Removing image tokens ({pruning})", "knocking them out"),
+        advice="don't trust pruning in this model, or set n_check=0 to look at it",
+    )

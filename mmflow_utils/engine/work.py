@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmflow_utils.engine.pruning import Pruning, image_positions
+from mmflow_utils.engine.pruning import Pruning
 from mmflow_utils.models.adapter import VLM
-from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.encoding import Encoded, image_positions
 
 __all__ = ["Work", "count_work", "equal_work", "prompt_lengths", "work_of"]
 

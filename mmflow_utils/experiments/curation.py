@@ -2,7 +2,7 @@
 
 Example:
     >>> asked = ask_questions(model, stratified_sample(samples, n=60, seed=0, by=lambda s: (s.structural, s.semantic)))
-    >>> group_accuracy(asked)  # the paper's Table 2
+    >>> group_accuracy(asked)  # the paper's Table 2, in analysis/answers.py
     >>> load_samples(model, params, "ChooseAttr")  # correctly answered; curated if that wasn't done yet
 """
 
@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from mmflow_utils.analysis.stats import summarize
 from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.captions import add_captions, captions_file
 from mmflow_utils.data.gqa import read_gqa
@@ -31,7 +30,6 @@ __all__ = [
     "ask_questions",
     "curate",
     "stratified_sample",
-    "group_accuracy",
     "load_samples",
     "read_questions",
 ]
@@ -95,22 +93,6 @@ def stratified_sample(
 def _shuffled(samples: list[Sample], seed: int) -> list[Sample]:
     ordered = sorted(samples, key=lambda s: s.sample_id)
     return [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
-
-
-def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Give the accuracy of each structural x semantic group, with its interval over pictures (Table 2).
-
-    Args:
-        asked: The record of `ask_questions`; questions that couldn't be asked are left out.
-        n_boot: Bootstrap resamples of the pictures.
-        seed: Of the bootstrap.
-
-    Returns:
-        structural, semantic, accuracy_pct, ci_low and ci_high (95 %), n and n_clusters (pictures).
-    """
-    heard = asked[asked.prediction.notna()].assign(accuracy_pct=lambda f: 100.0 * f.correct)
-    table = summarize(heard, "accuracy_pct", by=("structural", "semantic"), n_boot=n_boot, seed=seed)
-    return table.rename(columns={"mean": "accuracy_pct"})
 
 
 def curate(

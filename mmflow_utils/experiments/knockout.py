@@ -1,29 +1,25 @@
 """Attention knockout over samples, flows and layers: the measurement of the paper's figures (§3.2, §4-6).
 
-frame = knockout_sweep(model, samples, FLOW_TO_LAST, window=9)
+result = knockout_sweep(model, samples, FLOW_TO_LAST, window=9)
+result.frame, result.skipped
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from jaxtyping import Float
+from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.checks import rounding
-from mmflow_utils.engine.reference import Run, run_reference
+from mmflow_utils.engine.checks import probabilities, rounding
+from mmflow_utils.engine.reference import Run
 from mmflow_utils.engine.sweep import engine
+from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
-from mmflow_utils.prompts.flows import (
-    MODULE_INTERVENTIONS,
-    Flow,
-    Intervention,
-    Variant,
-    flow_problem,
-    variants,
-)
+from mmflow_utils.prompts.flows import Flow, Intervention, Variant
+from mmflow_utils.results.record import Result
 
 __all__ = ["COLUMNS", "knockout_sweep"]
 
@@ -60,7 +56,7 @@ def knockout_sweep(
     n_check: int = 2,
     tolerance: float | None = None,
     progress: bool = True,
-) -> pd.DataFrame:
+) -> Result:
     """Block each flow around each layer in each sample, and measure what becomes of the answer (§3.2).
 
     The answer is the token that the intact model finds most probable at `last`. Only samples that the
@@ -72,7 +68,7 @@ def knockout_sweep(
         flows: what to block.
         window: width in layers; the paper's is 9.
         intervention: what is done at a flow's edges, or to the modules at its target (App. D).
-        method: `sweep` rides on one clean pass; `reference` runs the model in full for each row.
+        method: `sweep` packs all variants into one clean pass; `reference` runs the model in full for each row.
         layers: the layers to visit, every one by default.
         encoder: makes the prompt and its positions; replace it for other positions or a longer prompt
             (App. C, App. E).
@@ -82,80 +78,43 @@ def knockout_sweep(
         progress: show a bar.
 
     Returns:
-        One row per sample, flow and layer, with `COLUMNS`: probabilities `p_base` and `p_knockout` of that
-        token, `rel_change_pct` = 100 (p_knockout - p_base) / p_base, `logprob_change` (nats), and the logit
+        A frame of one row per sample, flow and layer, with `COLUMNS`: probabilities `p_base` and `p_knockout` of
+        that token, `rel_change_pct` = 100 (p_knockout - p_base) / p_base, `logprob_change` (nats), and the logit
         difference of the true and false option's first tokens, clean and its change, NaN without options.
-        `attrs["skipped"]` lists `{sample_id, flow, reason}` where a flow isn't in a prompt;
-        `attrs["max_check_diff"]` is the check's largest difference, None if none was made.
+        `skipped` lists `{sample_id, flow, reason}` where a flow isn't in a prompt; `max_check_diff` is the
+        check's largest difference in probability, None if none was made.
 
     Raises:
         ValueError: a position set that no prompt has; the check failed; anything that `encode` refuses.
 
     Example:
-        >>> frame = knockout_sweep(model, samples, FLOW_TO_LAST, window=9)
+        >>> frame = knockout_sweep(model, samples, FLOW_TO_LAST, window=9).frame
         >>> frame.groupby(["flow", "layer"]).rel_change_pct.mean()
     """
     flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
-    run_variants = engine(method)
+    wanted = [(str(flow), flow, intervention) for flow in flows]
     tolerance = rounding(model.dtype) if tolerance is None else tolerance
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    differences: list[float] = []
-    for sample in tqdm(list(samples), desc="Knockout", unit="question", disable=not progress):
-        encoded = encoder(model, sample)
-        found = _blockable(encoded, flows, intervention, skipped)
-        if not found:
-            continue
-        planned = variants(
-            encoded.positions,
-            found,
-            window=window,
-            n_layers=model.n_layers,
-            layers=layers,
-            intervention=intervention,
-        )
-        run = run_variants(model, encoded, planned)
-        if method == "sweep" and len(differences) < n_check:
-            differences.append(_check(model, encoded, planned, run, tolerance))
-        rows += _measure(model, sample, planned, run, window)
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame.attrs |= {"skipped": skipped, "max_check_diff": max(differences, default=None)}
-    return frame
+    loop = Loop(model, encoder, method, n_check)
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        planned = [variant for _, variant in loop.plan(encoded, wanted, window=window, layers=layers)]
+        if not planned:
+            return []
+
+        def compute(method: str) -> Run:
+            return engine(method)(model, encoded, planned)
+
+        run = loop.run(encoded, compute, _every_probability, tolerance=tolerance)
+        return [row | {"window": window} for row in _rows(model, encoded.sample, planned, run)]
+
+    return loop.over(samples, measure, COLUMNS, name="Knockout", progress=progress)
 
 
-def _blockable(
-    encoded: Encoded, flows: Iterable[Flow], intervention: Intervention, skipped: list[dict[str, str]]
-) -> list[Flow]:
-    """Keep the flows that this prompt has; note the others with their reason."""
-    spans, found = encoded.positions, []
-    for flow in flows:
-        names = (flow.target,) if intervention in MODULE_INTERVENTIONS else (flow.source, flow.target)
-        for name in names:
-            if name not in spans and name not in spans.missing:
-                raise ValueError(f"{flow}: {spans.why_missing(name)}.")
-        if reason := flow_problem(spans, flow, intervention=intervention):
-            skipped.append({"sample_id": encoded.sample.sample_id, "flow": str(flow), "reason": reason})
-        else:
-            found.append(flow)
-    return found
+def _every_probability(run: Run) -> Float[Tensor, "rows vocab"]:
+    return probabilities(torch.cat([run.base[None], run.variants]))
 
 
-def _check(model: VLM, encoded: Encoded, planned: Sequence[Variant], run: Run, tolerance: float) -> float:
-    """Run a sample the plain way too, and give the largest difference in any probability."""
-    plain = run_reference(model, encoded, planned)
-    ours = torch.cat([run.base[None], run.variants]).double().softmax(-1)
-    theirs = torch.cat([plain.base[None], plain.variants]).double().softmax(-1)
-    worst = (ours - theirs).abs().max().item()
-    if not worst <= tolerance:
-        raise ValueError(
-            f"The sweep and the plain forward passes differ by {worst:.1e} in probability on sample "
-            f"{encoded.sample.sample_id}, more than the tolerance of {tolerance:.1e}: set method='reference' "
-            "for this model."
-        )
-    return worst
-
-
-def _measure(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run, window: int) -> list[dict[str, Any]]:
+def _rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:
     """Turn logits into rows: one per variant."""
     token = int(run.base.argmax())
     base, changed = run.base.double().log_softmax(-1), run.variants.double().log_softmax(-1)
@@ -163,18 +122,15 @@ def _measure(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run, w
     text = model.tokenizer.decode([token])
     diff_base, diff_change = _logit_differences(model, sample, run, text)
     p_base = base[token].exp().item()
-    shared = {"sample_id": sample.sample_id, "image_id": sample.image_id, "task": sample.task}
     rows = []
     for n, variant in enumerate(planned):
         p_knockout = changed[n, token].exp().item()
         rows.append(
-            shared
-            | {
+            {
                 "flow": str(variant.flow),
                 "source": variant.flow.source,
                 "target": variant.flow.target,
                 "layer": variant.layer,
-                "window": window,
                 "n_layers_blocked": variant.n_layers_blocked,
                 "token": text,
                 "p_base": p_base,

@@ -1,31 +1,26 @@
 """What removing image tokens does to the answers, beside other ways to save as much work (App. F, Fig. 14).
 
-frame = prune_sweep(model, samples, removed=range(0, 41, 5))
+frame = prune_sweep(model, samples, removed=range(0, 41, 5)).frame
 """
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Sample, is_correct, load_image
 from mmflow_utils.engine.checks import rounding
-from mmflow_utils.engine.pruning import (
-    Pruning,
-    compare_to_knockout,
-    greedy_decode,
-    image_positions,
-    prompt_embeds,
-)
+from mmflow_utils.engine.pruning import Pruning, compare_to_knockout, greedy_decode, prompt_embeds
 from mmflow_utils.engine.work import equal_work, work_of
+from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
-from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
+from mmflow_utils.results.record import Result
 
 __all__ = ["WAY_COLORS", "picture_sweep", "prune_sweep"]
 
@@ -65,7 +60,7 @@ def prune_sweep(
     max_new_tokens: int = 8,
     n_check: int = 2,
     progress: bool = True,
-) -> pd.DataFrame:
+) -> Result:
     """Answer without image tokens in the last layers, and with as little work in other ways (App. F).
 
     The rivals remove as many image tokens from layer 2 on as makes their counted work to the first token
@@ -83,11 +78,11 @@ def prune_sweep(
         progress: show a bar.
 
     Returns:
-        One row per sample, way and number of layers: from_layer and n_kept (of n_image, newlines included);
-        work_pct (operations to the first token) and cache_pct (bytes of the prompt's keys and values), of the
-        intact model's; prediction, correct_pct (0 or 100: the answer is the label, both lower-case) and
-        same_pct (the same as the intact model's). `attrs["max_check_diff"]` is the check's largest difference
-        in probability, None if none was made.
+        A frame of one row per sample, way and number of layers: from_layer and n_kept (of n_image, newlines
+        included); work_pct (operations to the first token) and cache_pct (bytes of the prompt's keys and values),
+        of the intact model's; prediction, correct_pct (0 or 100: the answer is the label, both lower-case) and
+        same_pct (the same as the intact model's). `max_check_diff` is the check's largest difference in
+        probability, None if none was made.
 
     Raises:
         ValueError: a number of layers that the model lacks; a prompt without picture; the check failed.
@@ -95,24 +90,23 @@ def prune_sweep(
     counts = sorted({0, *removed})
     if counts[0] < 0 or counts[-1] > model.n_layers:
         raise ValueError(f"`removed` counts layers, 0 to {model.n_layers} in this model, got {list(removed)}.")
-    rows: list[dict[str, Any]] = []
-    differences: list[float] = []
-    for n, sample in enumerate(tqdm(list(samples), desc="Pruning", unit="question", disable=not progress)):
-        encoded = encode(model, sample)
-        embeds = prompt_embeds(model, encoded)
-        intact = _say(model, greedy_decode(model, encoded, embeds=embeds, max_new_tokens=max_new_tokens))
+    loop = Loop(model, n_check=n_check)
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        decode = partial(greedy_decode, model, encoded, max_new_tokens=max_new_tokens)
+        embeds, rows, worst = prompt_embeds(model, encoded), [], []
+        intact = said = _say(model, decode(embeds=embeds))
         for n_without, way, pruning in _plan(model, encoded, counts, rivals, seed):
-            said = intact
             if n_without:
-                ids = greedy_decode(model, encoded, pruning, embeds=embeds, max_new_tokens=max_new_tokens)
-                said = _say(model, ids)
-            if n < n_check:
-                differences.append(_check(model, encoded, pruning))
-            row = _about(sample, said, intact) | _cost(model, encoded, pruning)
+                said = _say(model, decode(pruning, embeds=embeds))
+            if loop.checks:
+                worst.append(compare_to_knockout(model, encoded, pruning, tolerance=rounding(model.dtype)))
+            row = _about(encoded.sample, said, intact) | _cost(model, encoded, pruning)
             rows.append(row | {"way": way, "n_layers_without": n_without})
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame.attrs["max_check_diff"] = max(differences, default=None)
-    return frame
+        loop.differences += [max(worst)] if worst else []
+        return rows
+
+    return loop.over(samples, measure, COLUMNS, name="Pruning", progress=progress)
 
 
 def picture_sweep(
@@ -122,32 +116,34 @@ def picture_sweep(
     scales: Sequence[float] = (0.5,),
     max_new_tokens: int = 8,
     progress: bool = True,
-) -> pd.DataFrame:
+) -> Result:
     """Answer about smaller pictures, the plain way to save work.
 
     A model of any-resolution tiles then has fewer image tokens. One with a fixed grid, as LLaVA-1.5, enlarges
     the picture again: it sees less of it and saves nothing.
 
     Returns:
-        The columns of `prune_sweep` and `scale`, of the picture's sides; work and cache are in percent of the
-        whole picture's.
+        A frame with the columns of `prune_sweep` and `scale`, of the picture's sides; work and cache are in
+        percent of the whole picture's.
 
     Raises:
         ValueError: a scale that isn't above 0 and at most 1.
     """
     if not all(0 < scale <= 1 for scale in scales):
         raise ValueError(f"Expected scales above 0 and at most 1, got {list(scales)}.")
-    rows = []
+    loop = Loop(model)
     with tempfile.TemporaryDirectory() as folder:
-        for sample in tqdm(list(samples), desc="Pictures", unit="question", disable=not progress):
-            whole = encode(model, sample)
-            intact = _say(model, greedy_decode(model, whole, max_new_tokens=max_new_tokens))
+
+        def measure(whole: Encoded) -> list[dict[str, Any]]:
+            intact, rows = _say(model, greedy_decode(model, whole, max_new_tokens=max_new_tokens)), []
             for scale in scales:
-                small = encode(model, _shrink(sample, scale, Path(folder)))
+                small = encode(model, _shrink(whole.sample, scale, Path(folder)))
                 said = _say(model, greedy_decode(model, small, max_new_tokens=max_new_tokens))
-                row = _about(sample, said, intact) | _cost(model, small, None, whole=whole)
+                row = _about(whole.sample, said, intact) | _cost(model, small, None, whole=whole)
                 rows.append(row | {"way": SMALLER, "n_layers_without": 0, "scale": scale})
-    return pd.DataFrame(rows, columns=[*COLUMNS, "scale"])
+            return rows
+
+        return loop.over(samples, measure, [*COLUMNS, "scale"], name="Pictures", progress=progress)
 
 
 def _plan(
@@ -163,27 +159,12 @@ def _plan(
                 yield n_without, way, rival
 
 
-def _check(model: VLM, encoded: Encoded, pruning: Pruning) -> float:
-    """Hold a removal against the knockout; too large a difference is an error."""
-    worst, tolerance = compare_to_knockout(model, encoded, pruning), rounding(model.dtype)
-    if not worst <= tolerance:
-        raise ValueError(
-            f"Removing image tokens ({pruning}) and knocking them out differ by {worst:.1e} in probability "
-            f"on sample {encoded.sample.sample_id}, more than rounding allows ({tolerance:.1e}): don't trust "
-            "pruning in this model, or set n_check=0 to look at it."
-        )
-    return worst
-
-
 def _say(model: VLM, ids: Sequence[int]) -> str:
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
     return {
-        "sample_id": sample.sample_id,
-        "image_id": sample.image_id,
-        "task": sample.task,
         "prediction": said,
         "correct_pct": 100.0 * is_correct(said, sample),
         "same_pct": 100.0 * (said == intact),

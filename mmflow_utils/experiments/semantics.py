@@ -3,21 +3,20 @@
 The meaning of a position is read as the ten words that the model would find most probable there. A module is
 zeroed, or an edge cut, and the Jaccard similarity says how many of these words are left.
 
-frame = module_knockout(model, samples, window=9)     # attention, MLP zeroed at the question, Figs 12-13
-frame = question_semantics(model, samples, window=9)  # Image -> Question cut, Fig. 37
+module_knockout(model, samples, window=9).frame     # attention, MLP zeroed at the question, Figs 12-13
+question_semantics(model, samples, window=9).frame  # Image -> Question cut, Fig. 37
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
-import pandas as pd
+import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.sweep import engine
+from mmflow_utils.experiments.loop import Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.prompts.flows import (
@@ -27,9 +26,8 @@ from mmflow_utils.prompts.flows import (
     Flow,
     Intervention,
     Variant,
-    flow_problem,
-    variants,
 )
+from mmflow_utils.results.record import Result
 
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
 
@@ -58,7 +56,7 @@ def module_knockout(
     window: int,
     positions: str = "question",
     **options: Any,
-) -> pd.DataFrame:
+) -> Result:
     """Zero the output of attention, or of the MLP, at the question, and see which words are left (App. D).
 
     Args:
@@ -70,20 +68,20 @@ def module_knockout(
         options: as in `question_semantics`.
 
     Returns:
-        A frame as from `question_semantics`; `knockout` is "Attention" or "MLP".
+        As `question_semantics`; `knockout` is "Attention" or "MLP".
 
     Raises:
         ValueError: as `question_semantics`; something that isn't a module.
 
     Example:
-        >>> frame = module_knockout(model, samples, window=9)
+        >>> frame = module_knockout(model, samples, window=9).frame
         >>> summarize(frame, "jaccard", by=("task", "knockout", "layer"))
     """
     if unknown := [name for name in modules if name not in MODULE_INTERVENTIONS]:
         raise ValueError(f"modules must be among {', '.join(MODULE_INTERVENTIONS)}, got {unknown}.")
     here = Flow(source=positions, target=positions)
-    plan = [(_MODULE_NAMES[module], here, module) for module in modules]
-    return _measure_each(model, samples, plan, window=window, positions=positions, **options)
+    wanted = [(_MODULE_NAMES[module], here, module) for module in modules]
+    return _measure_words(model, samples, wanted, window=window, positions=positions, **options)
 
 
 def question_semantics(
@@ -95,7 +93,7 @@ def question_semantics(
     positions: str = "question",
     intervention: Intervention = "mask",
     **options: Any,
-) -> pd.DataFrame:
+) -> Result:
     """Cut Image -> Question around each layer, and see which of the question's words are left (App. K).
 
     Args:
@@ -112,10 +110,10 @@ def question_semantics(
             `encoder`; `progress`.
 
     Returns:
-        One row per sample, knockout and layer, with `SEMANTICS_COLUMNS`; `jaccard` is 1 where the words after
-        the last layer are those of the intact model and 0 where none is left. `attrs["skipped"]` lists
-        `{sample_id, knockout, reason}`; `attrs["max_check_diff"]` is the largest difference in `jaccard` to
-        the reference, None if none was computed.
+        A frame of one row per sample, knockout and layer, with `SEMANTICS_COLUMNS`; `jaccard` is 1 where the
+        words after the last layer are those of the intact model and 0 where none is left. `skipped` lists
+        `{sample_id, knockout, reason}`; `max_check_diff` is the largest difference in `jaccard` to the reference,
+        None if none was computed.
 
     Raises:
         ValueError: a position set that no prompt has; a bad window, layer or `top_k`; what `encode` refuses.
@@ -123,8 +121,8 @@ def question_semantics(
     if intervention not in EDGE_INTERVENTIONS:
         raise ValueError(f"intervention must be one of {', '.join(EDGE_INTERVENTIONS)}, got {intervention!r}.")
     flows = (flows,) if isinstance(flows, Flow) else flows
-    plan = [(str(flow), flow, intervention) for flow in flows]
-    return _measure_each(model, samples, plan, window=window, positions=positions, **options)
+    wanted = [(str(flow), flow, intervention) for flow in flows]
+    return _measure_words(model, samples, wanted, window=window, positions=positions, **options)
 
 
 def jaccard(
@@ -173,10 +171,10 @@ def top_words(
     return run.base, run.variants
 
 
-def _measure_each(
+def _measure_words(
     model: VLM,
     samples: Iterable[Sample],
-    plan: Sequence[tuple[str, Flow, Intervention]],
+    wanted: Sequence[Wanted],
     *,
     window: int,
     positions: str,
@@ -187,93 +185,36 @@ def _measure_each(
     n_check: int = 1,
     encoder: Callable[[VLM, Sample], Encoded] = encode,
     progress: bool = True,
-) -> pd.DataFrame:
-    differences: list[float] = []
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    for sample in tqdm(list(samples), desc="Semantics", unit="question", disable=not progress):
-        encoded = encoder(model, sample)
-        planned = [
-            (label, variant)
-            for label, flow, intervention in _possible(encoded, plan, positions, skipped)
-            for variant in variants(
-                encoded.positions,
-                [flow],
-                window=window,
-                n_layers=model.n_layers,
-                layers=layers,
-                intervention=intervention,
-            )
-        ]
+) -> Result:
+    loop = Loop(model, encoder, method, n_check)
+    # Rounding may swap words that are about equally probable at the end of the list.
+    tolerance = 0.05 if model.dtype.itemsize >= 4 else 0.3
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        planned = loop.plan(encoded, wanted, window=window, layers=layers, needs=[positions], kind="knockout")
         if not planned:
-            continue
+            return []
         read = encoded.positions[positions]
-        measure = partial(_similarities, model, encoded, [v for _, v in planned], read, top_k=top_k, pooled=pooled)
-        similar = measure(method)
-        if method == "sweep" and len(differences) < n_check:
-            differences.append(_check(similar, measure("reference"), model, sample))
-        shared = {"sample_id": sample.sample_id, "image_id": sample.image_id, "task": sample.task}
-        shared |= {"window": window, "n_positions": len(read), "top_k": top_k, "pooled": pooled}
-        rows += [
-            shared
-            | {
+
+        def compute(method: str) -> list[float]:
+            rows = [variant for _, variant in planned]
+            base, changed = top_words(model, encoded, rows, positions=read, top_k=top_k, method=method)
+            return [jaccard(base, words, pooled=pooled) for words in changed]
+
+        similar = loop.run(encoded, compute, torch.tensor, tolerance=tolerance, unit="Jaccard similarity")
+        return [
+            {
                 "knockout": label,
                 "intervention": variant.intervention,
                 "layer": variant.layer,
+                "window": window,
                 "n_layers_blocked": variant.n_layers_blocked,
+                "n_positions": len(read),
+                "top_k": top_k,
+                "pooled": pooled,
                 "jaccard": value,
             }
             for (label, variant), value in zip(planned, similar, strict=True)
         ]
-    frame = pd.DataFrame(rows, columns=list(SEMANTICS_COLUMNS))
-    frame.attrs |= {"skipped": skipped, "max_check_diff": max(differences, default=None)}
-    return frame
 
-
-def _similarities(
-    model: VLM,
-    encoded: Encoded,
-    planned: Sequence[Variant],
-    positions: Sequence[int],
-    method: str,
-    *,
-    top_k: int,
-    pooled: bool,
-) -> list[float]:
-    base, changed = top_words(model, encoded, planned, positions=positions, top_k=top_k, method=method)
-    return [jaccard(base, words, pooled=pooled) for words in changed]
-
-
-def _check(ours: list[float], plain: list[float], model: VLM, sample: Sample) -> float:
-    """Give the largest difference between the two ways; too large a one is an error."""
-    worst = max(abs(a - b) for a, b in zip(ours, plain, strict=True))
-    # Rounding may swap words that are about equally probable at the end of the list.
-    if worst > (tolerance := 0.05 if model.dtype.itemsize >= 4 else 0.3):
-        raise ValueError(
-            f"The sweep and the plain forward passes differ by {worst:.2f} in Jaccard similarity on sample "
-            f"{sample.sample_id}, more than the tolerance of {tolerance}: set method='reference' for this "
-            "model."
-        )
-    return worst
-
-
-def _possible(
-    encoded: Encoded,
-    plan: Sequence[tuple[str, Flow, Intervention]],
-    positions: str,
-    skipped: list[dict[str, str]],
-) -> list[tuple[str, Flow, Intervention]]:
-    """Keep what this prompt has; note the rest with its reason. A name that no prompt knows is an error."""
-    spans, found = encoded.positions, []
-    for label, flow, intervention in plan:
-        for name in (flow.source, flow.target, positions):
-            if name not in spans and name not in spans.missing:
-                raise ValueError(f"{label}: {spans.why_missing(name)}.")
-        problem = flow_problem(spans, flow, intervention=intervention)
-        if problem is None and positions not in spans:
-            problem = spans.why_missing(positions)
-        if problem:
-            skipped.append({"sample_id": encoded.sample.sample_id, "knockout": label, "reason": problem})
-        else:
-            found.append((label, flow, intervention))
-    return found
+    return loop.over(samples, measure, SEMANTICS_COLUMNS, name="Semantics", progress=progress)

@@ -195,8 +195,8 @@ def _n_text(part: pd.DataFrame) -> str:
 
 
 def _band_text(summary: pd.DataFrame) -> str:
-    kind = "simultaneous " if summary.attrs.get("band") == "simultaneous" else ""
-    return f"bands: {100 * summary.attrs.get('level', 0.95):g} % {kind}bootstrap intervals over images"
+    kind = summary["interval"].iloc[0] if "interval" in summary and len(summary) else "95 % interval"
+    return f"bands: {kind.replace('interval', 'bootstrap intervals')} over images"
 
 
 def _metric_name(metric: str) -> str:

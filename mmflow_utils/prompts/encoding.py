@@ -20,7 +20,7 @@ from mmflow_utils.data.sample import Box, Sample, load_image
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.positions import PositionSets, question_sets, tokens_in
 
-__all__ = ["Encoded", "encode", "find_image_patches", "processed_drawing"]
+__all__ = ["Encoded", "encode", "find_image_patches", "image_positions", "processed_drawing"]
 
 _PLACEHOLDER = re.compile(r"(<image>|\{question\}|\{caption\})")
 _PICTURE_SETS = ("image", "image_newline", "image_related", "image_other")
@@ -88,6 +88,17 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     return Encoded(sample, inputs, spans, text, _token_texts(model, ids, text, offsets))
 
 
+def image_positions(encoded: Encoded) -> list[int]:
+    """Return all positions of the picture in ascending order, newline tokens included.
+
+    Raises:
+        ValueError: the prompt shows no picture.
+    """
+    if "image" not in encoded.positions:
+        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
+    return sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
+
+
 def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tuple[int, ...]:
     """Give the image tokens whose piece of the picture lies under a box, if only with a corner (§6, Fig. 5).
 
@@ -98,9 +109,7 @@ def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tu
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    if "image" not in encoded.positions:
-        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
-    positions = sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
+    positions = image_positions(encoded)
     flags = _flag_tokens(model, load_image(encoded.sample).size, encoded.inputs, boxes)
     if len(flags) != len(positions):
         raise ValueError(_unaligned(len(flags), len(positions)))

@@ -2,7 +2,7 @@
 
 encoded = encode_random_patches(model, sample, n_draws=5)
 locate_image_patches(model, encoded)                   # draw it with plot_image_patches
-frame = knockout_sweep(model, samples, control_flows(5), window=9, encoder=encode_random_patches)
+result = knockout_sweep(model, samples, control_flows(5), window=9, encoder=encode_random_patches)
 merge_draws(frame)                                     # the draws as one flow, beside the others
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmflow_utils.data.sample import Box, Sample, load_image
 from mmflow_utils.models.adapter import VLM
-from mmflow_utils.prompts.encoding import Encoded, encode, find_image_patches, processed_drawing
+from mmflow_utils.prompts.encoding import Encoded, encode, find_image_patches, image_positions, processed_drawing
 from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
 from mmflow_utils.prompts.positions import PositionSets
 
@@ -58,13 +58,11 @@ def locate_image_patches(
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    if "image" not in encoded.positions:
-        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
+    positions = np.array(image_positions(encoded))
     edges = _patch_edges(model, load_image(encoded.sample).size)
     overview = range(len(edges))[model.overview_tile]
     views = torch.tensor([[[float(tile != overview)]] * edges.shape[1] for tile in range(len(edges))])
     values = model.in_token_order(torch.cat([views, edges], dim=-1), encoded.inputs).numpy()
-    positions = np.array(sorted(encoded.positions["image"] + encoded.positions.get("image_newline")))
     if len(values) != len(positions):
         raise ValueError(
             f"This model's {len(positions)} image tokens are not the {len(values)} patches of its picture."
@@ -181,9 +179,7 @@ def merge_draws(frame: pd.DataFrame) -> pd.DataFrame:
     merged = frame[draws].groupby(keys, dropna=False, sort=False, as_index=False)[list(numbers)].mean()
     merged["source"] = "image_random"
     merged["flow"] = [str(Flow(source="image_random", target=target)) for target in merged["target"]]
-    together = pd.concat([frame[~draws], merged[list(frame.columns)]], ignore_index=True)
-    together.attrs = frame.attrs
-    return together
+    return pd.concat([frame[~draws], merged[list(frame.columns)]], ignore_index=True)
 
 
 def count_image_patches(spans: PositionSets) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 norms = measure_norms(model, samples)
 cut = find_norm_threshold(norms["norm"])
-frame = knockout_sweep(model, samples, SINK_FLOWS, encoder=partial(encode_by_norm, threshold=cut.value), ...)
+result = knockout_sweep(model, samples, SINK_FLOWS, encoder=partial(encode_by_norm, threshold=cut.value), ...)
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.models.adapter import VLM, picture_features
-from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
 from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
 
 __all__ = [
@@ -55,8 +55,7 @@ def patch_norms(model: VLM, encoded: Encoded) -> Float[np.ndarray, " image_patch
     Raises:
         ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    if "image" not in encoded.positions:
-        raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
+    image_positions(encoded)
     norms = picture_features(model, encoded.inputs).float().norm(dim=-1, keepdim=True).cpu()
     ordered = model.in_token_order(norms, encoded.inputs)[:, 0].numpy()
     ordered, n_tokens = ordered[~np.isnan(ordered)], len(encoded.positions["image"])

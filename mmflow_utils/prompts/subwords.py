@@ -1,10 +1,11 @@
 """Answers of several sub-words: the same experiments at the last sub-word that the model generates (App. C).
 
 said = answer_subwords(model, samples)               # which tokens each answer consists of
-frame = knockout_sweep(model, samples, FLOW_TO_LAST, window=9, encoder=at_last_subword(said))
+result = knockout_sweep(model, samples, FLOW_TO_LAST, window=9, encoder=at_last_subword(said))
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -67,19 +68,18 @@ def at_last_subword(said: pd.DataFrame) -> Callable[[VLM, Sample], Encoded]:
     Raises:
         ValueError: from the encoder: a sample that `said` doesn't hold, or that was answered with nothing.
     """
-    tokens = dict(zip(said.sample_id, said.token_ids, strict=True))
+    return partial(_encode_to_last_subword, tokens=dict(zip(said.sample_id, map(list, said.token_ids), strict=True)))
 
-    def encoder(model: VLM, sample: Sample) -> Encoded:
-        found = tokens.get(sample.sample_id)
-        if found is None or not len(found):
-            held = "no answer" if found is None else "an empty answer"
-            raise ValueError(
-                f"Expected the answer's sub-words for sample {sample.sample_id}, got {held}: pass the frame "
-                "of answer_subwords for these samples, and leave out those with n_subwords of 0."
-            )
-        return encode(model, sample, answer_prefix=list(found)[:-1])
 
-    return encoder
+def _encode_to_last_subword(model: VLM, sample: Sample, *, tokens: Mapping[str, Sequence[int]]) -> Encoded:
+    found = tokens.get(sample.sample_id)
+    if not found:
+        held = "no answer" if found is None else "an empty answer"
+        raise ValueError(
+            f"Expected the answer's sub-words for sample {sample.sample_id}, got {held}: pass the frame "
+            "of answer_subwords for these samples, and leave out those with n_subwords of 0."
+        )
+    return encode(model, sample, answer_prefix=found[:-1])
 
 
 def long_answers(model: VLM, samples: Iterable[Sample]) -> list[Sample]:

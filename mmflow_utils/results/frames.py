@@ -14,6 +14,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -86,39 +87,107 @@ def _data_files(params: Params) -> list[Path]:
     return [questions, *graphs, *captions]
 
 
-def save_frame(frame: pd.DataFrame, path: str | Path, manifest: Mapping[str, Any]) -> Path:
-    """Write a frame with its manifest, whole or not at all.
+def save_frame(
+    frame: pd.DataFrame, path: str | Path, manifest: Mapping[str, Any], *, fresh: bool | None = None
+) -> Path:
+    """Write a frame with its manifest, whole or not at all, and return where it went.
 
     The manifest is inside the parquet file, so that the two can't be parted, and beside it as
     `.json`, to be read by eye. It ends with the checksum of the whole file.
+
+    What another run finished under this name is never replaced: the frame then goes beside it, as
+    `flow.1f3a2b4c.parquet`. `fresh` replaces it; by default it is what the environment's `FRESH` says.
     """
-    path = Path(path)
-    content = pack(frame, manifest)
-    write_whole(path, content)
-    write_whole(path.with_suffix(".json"), pq.read_metadata(pa.BufferReader(content)).metadata[KEY] + b"\n")
-    return path
+    path, content = Path(path), pack(frame, manifest)
+    taken, place = path.is_file(), place_for(path, manifest, fresh=fresh)
+    try:
+        write_whole(place, content, replace=taken or place != path)
+    except FileExistsError:  # another run finished just now
+        place = place_for(path, manifest, fresh=fresh)
+        write_whole(place, content)
+    write_whole(place.with_suffix(".json"), pq.read_metadata(pa.BufferReader(content)).metadata[KEY] + b"\n")
+    return place
 
 
 def load_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> pd.DataFrame:
-    """Read a frame, and refuse it if it was made from something other than `expected`.
+    """Return the frame of a name that was made from what is `expected`, or the one of the latest run.
 
     Raises:
-        ValueError: No such file, not a results file, altered or cut short, or a manifest that differs;
-            says where.
+        ValueError: No such file, not a results file, altered or cut short, or only frames of another
+            manifest; says where they differ.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There are no results at {path}: run the notebook that writes them first.")
+    return read_frame(find_frame(path, expected))[0]
+
+
+def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the frame and the manifest of one file.
+
+    Raises:
+        ValueError: The file is no results file, or was altered or cut short.
+    """
     try:
-        frame, found = unpack(path.read_bytes())
+        return unpack(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}: delete it and run again.") from None
-    if expected is not None and (differ := differences(found, expected)):
-        raise ValueError(
-            f"{path} comes from another run ({'; '.join(differ)}): "
-            "run the notebook that writes it again, or set these parameters back."
-        )
-    return frame
+
+
+def find_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> Path:
+    """Return the file of a name that `load_frame` reads: the latest that was made from what is `expected`.
+
+    Raises:
+        ValueError: There is none.
+    """
+    files = list_frames(path)
+    if not files:
+        raise ValueError(f"There are no results at {path}: run the notebook that writes them first.")
+    if expected is None:
+        return files[0]
+    for file in files:
+        with suppress(ValueError):
+            if not differences(read_manifest(file), expected):
+                return file
+    raise ValueError(
+        f"{files[0]} comes from another run ({'; '.join(differences(read_manifest(files[0]), expected))}): "
+        "run the notebook that writes it again, or set these parameters back."
+    )
+
+
+def list_frames(path: str | Path) -> list[Path]:
+    """List the frames stored under a name, also those beside it, the one of the latest run first."""
+    path = Path(path)
+    files = [path, *path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}.parquet")]
+    return sorted((file for file in files if file.is_file()), key=lambda file: (-file.stat().st_mtime_ns, file.name))
+
+
+def place_for(path: Path, manifest: Mapping[str, Any], *, fresh: bool | None = None) -> Path:
+    """Choose where a frame goes: where this very run stored it before, else where nothing finished is lost."""
+    if _same_run(beside := _beside(path, manifest), manifest):
+        return beside
+    free = wants_fresh(fresh) or _same_run(path, manifest, damaged=True)
+    return path if free else beside
+
+
+def wants_fresh(fresh: bool | None = None) -> bool:
+    """Say whether finished frames are to be made anew: as asked, or else as the environment says, `FRESH=1`."""
+    return os.environ.get("FRESH", "0") not in ("", "0") if fresh is None else fresh
+
+
+def identity_of(manifest: Mapping[str, Any]) -> str:
+    """Return eight characters that stand for all that a result depends on."""
+    content = json.dumps(manifest["depends_on"], default=str, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def _beside(path: Path, manifest: Mapping[str, Any]) -> Path:
+    return path.with_name(f"{path.stem}.{identity_of(manifest)}.parquet")
+
+
+def _same_run(file: Path, manifest: Mapping[str, Any], *, damaged: bool = False) -> bool:
+    """Say whether a file is of this run; `damaged` says it too of one that nobody can read, or that isn't there."""
+    try:
+        return identity_of(read_manifest(file)) == identity_of(manifest)
+    except ValueError:
+        return damaged
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -163,11 +232,19 @@ def unpack(content: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Name what a manifest depends on otherwise than expected, one clause each."""
     was, now = (json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
-    return [f"{key} was {was.get(key)!r:.80}, now {now[key]!r:.80}" for key in now if was.get(key) != now[key]]
+    pairs = [(key, was.get(key), now[key]) for key in now if key != "arguments"]
+    # A call's arguments are compared one by one; those that are parameters too are named once.
+    given, asked = (m.get("arguments", {}) if "arguments" in now else {} for m in (was, now))
+    pairs += [(key, given.get(key), asked.get(key)) for key in {**given, **asked}]
+    return list(dict.fromkeys(f"{key} was {a!r:.80}, now {b!r:.80}" for key, a, b in pairs if a != b))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, then rename: a reader never sees half a file."""
+def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """Write to a temporary name in the same folder, then rename: a reader never sees half a file.
+
+    Raises:
+        FileExistsError: There is such a file, and it is not to be replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -176,6 +253,9 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(handle)  # else a power cut may leave the new name with nothing behind it
         os.chmod(name, 0o644)
+        if not replace:
+            with suppress(PermissionError, NotImplementedError):  # a file system without links
+                return os.link(name, path)  # of two that do this at once, one is told
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

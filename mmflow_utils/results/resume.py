@@ -1,89 +1,112 @@
-"""Long computations in parts: what was computed is kept, a run goes on where it stopped, machines share one.
+"""Long measurements in parts: what was computed is kept, a run goes on where it stopped, machines share one.
 
-frame = compute_in_parts(
-    lambda some: logit_lens(model, some, progress=False), samples, path, manifest(params, model)
-)
+result = measure_in_parts(knockout_sweep, model, samples, path, params, flows=FLOW_TO_LAST, window=9, n_check=2)
 """
 
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.results.frames import differences, load_frame, pack, save_frame, unpack, write_whole
-from mmflow_utils.results.version import describe_measure
+from mmflow_utils.params import Params
+from mmflow_utils.results.frames import (
+    differences,
+    find_frame,
+    identity_of,
+    list_frames,
+    manifest,
+    pack,
+    place_for,
+    read_frame,
+    read_manifest,
+    save_frame,
+    unpack,
+    wants_fresh,
+    write_whole,
+)
+from mmflow_utils.results.record import Result
+from mmflow_utils.results.version import describe_call
 
-__all__ = ["compute_in_parts"]
+__all__ = ["measure_in_parts"]
 
 BAR = "{desc}: {n_fmt} of {total_fmt} parts |{bar}| {elapsed} gone, {remaining} to go"
 
-Measure = Callable[..., pd.DataFrame]
+Measure = Callable[..., Result]
 
 
-def compute_in_parts(
+def measure_in_parts(
     measure: Measure,
+    model: Any,
     samples: Sequence[Sample],
     path: str | Path,
-    manifest: Mapping[str, Any],
+    params: Params,
     *,
-    part_size: int = 16,
-    shard: str | None = None,
     n_check: int | None = None,
+    version: int | None = None,
+    part_size: int = 16,
+    fresh: bool | None = None,
     progress: bool = True,
-) -> pd.DataFrame:
-    """Measure samples part by part, keep each part on disk at once, and store the whole as `path`.
+    **arguments: Any,
+) -> Result:
+    """Run an experiment part by part, keep each part on disk at once, and store the whole as `path`.
 
-    A run that was stopped goes on with the parts that it finds in `<name>.parts/` beside `path`, and one
-    that had come to its end loads `path`: delete that file to measure anew. Only what is whole and of this
-    very run is taken: of the same `depends_on`, samples, package versions, code that measures, and `measure`
-    itself, that is its code and the numbers, texts and flows that it names. What else it depends on (an
-    object's inside) belongs into the manifest's `depends_on`.
+    A run that was stopped goes on with its own parts, and one that had come to its end is loaded. Which run it
+    is, is told by the parameters, weights and data (`manifest`), the samples, the experiment's version and the
+    arguments. What another run finished under the same name stays, and this one is stored beside it, unless
+    `fresh` is set.
 
     Args:
-        measure: samples -> frame, `measure(samples)`; a sample's rows may not depend on the other samples.
-        samples: all samples, in the order that the rows shall have.
+        measure: the experiment, `measure(model, samples, **arguments, progress=False)`, such as
+            `knockout_sweep`; a sample's rows may not depend on the other samples.
+        model: the model.
+        samples: all samples, in the desired row order.
         path: where the whole goes, a parquet file.
-        manifest: from `manifest(params, model)`.
-        part_size: samples in a part; so many are measured again, at most, where a run was killed.
-        shard: "2/8" measures only the second of eight shares (part 2, 10, 18 …), so that eight machines or
-            GPUs share the work; a run without it puts the parts together. Part sizes must be the same.
-        n_check: how many of the first samples `measure` checks: it is then called as
-            `measure(samples, n_check=…)`, so that the parts check what one call would, not each its first.
+        params: the run's parameters. With `shard` "2/8" only the second of eight shares is measured (part 2, 10,
+            18 …), so that eight machines or GPUs share the work; a run without it puts the parts together.
+        n_check: how many of the first samples `measure` checks, over all parts; None where it checks none.
+        version: of an experiment that isn't the package's own; raise it whenever its rows would change.
+        part_size: samples in a part; so many are measured again, at most, where a run was killed. All shards of
+            a run must have the same.
+        fresh: measure what is finished anew, and replace what another run finished; by default as the
+            environment's `FRESH` says.
         progress: show a bar of parts.
+        arguments: of `measure`: plain values, which tell one run from another.
 
     Returns:
-        The rows of all parts in the samples' order, numbered anew; `attrs` hold lists joined and numbers by
-        their largest. Equal for every `part_size` and sharding, as far as `measure` is. With `shard`, the
-        rows of all parts that are there so far; nothing is stored as `path`.
+        The rows of all parts in the samples' order, as one call of `measure` gives them, with the manifest. With
+        `shard`, those of the parts that are there so far; nothing is stored as `path`.
 
     Raises:
-        ValueError: a bad shard or part size; parts whose `attrs` contradict one another; what `measure`
-            refuses.
+        ValueError: a bad shard or part size; an argument that isn't plain; what `measure` refuses.
 
     Example:
-        >>> sweep = lambda some, n_check: knockout_sweep(
-        ...     model, some, flows, window=9, n_check=n_check, progress=False
-        ... )
-        >>> frame = compute_in_parts(sweep, samples, path, manifest(params, model), n_check=2)
+        >>> result = measure_in_parts(logit_lens, model, samples, path, params)
+        >>> load_frame(path, result.manifest).equals(result.frame)
+        True
     """
-    path, samples = Path(path), list(samples)
+    path, samples, shard = Path(path), list(samples), params.shard
     share, n_shares = _read_shard(shard)
-    more = describe_measure(measure, manifest, samples) | {"n_check": n_check}
-    whole = {**manifest, "depends_on": {**manifest["depends_on"], **more}}
-    if (frame := _finished(path, whole)) is not None:
-        return frame
+    whole = manifest(params, model)
+    asked = arguments if n_check is None else arguments | {"n_check": n_check}
+    whole["depends_on"] |= describe_call(measure, samples, asked, version=version)
+    if not wants_fresh(fresh) and (finished := _finished(path, whole)):
+        return finished
+    run = partial(measure, model, **arguments, progress=False)
     parts = list(_cut(path, samples, part_size, n_check, whole))
     found, unfit = _find(parts)
     mine = [part.number for part in parts if part.number % n_shares == share - 1]
     todo = [number for number in mine if number not in found]
-    _tell(path, [number for number in mine if number in found], [unfit[n] for n in todo if n in unfit])
+    _tell_place(path, whole, fresh)
+    _tell_parts(path, [number for number in mine if number in found], [unfit[n] for n in todo if n in unfit])
     with tqdm(
         total=len(mine),
         initial=len(mine) - len(todo),
@@ -95,14 +118,14 @@ def compute_in_parts(
             # Another process may have come by here since.
             found[number], _ = parts[number].load()
             if found[number] is None:
-                found[number] = parts[number].compute(measure)
+                found[number] = parts[number].compute(run)
             bar.update()
-    frame = _join([found[number] for number in sorted(found)] or [measure([], **parts[0].options)])
+    result = Result.join([found[number] for number in sorted(found)] or [run([], **parts[0].options)])
+    result = result.with_manifest(whole)
     if shard is None:
-        measured = {name: value for name, value in frame.attrs.items() if not isinstance(value, list)}
-        save_frame(frame, path, whole | {"made_by": {**manifest.get("made_by", {}), **measured}})
+        save_frame(result.frame, path, result.manifest, fresh=fresh)
         shutil.rmtree(parts[0].file.parent, ignore_errors=True)
-    return frame
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +138,8 @@ class _Part:
     file: Path
     manifest: dict[str, Any]
 
-    def load(self) -> tuple[pd.DataFrame | None, str]:
-        """Give the stored frame, or None with the reason, "" where there is no file."""
+    def load(self) -> tuple[Result | None, str]:
+        """Return the stored result, or None with the reason, "" where there is no file."""
         try:
             frame, found = unpack(self.file.read_bytes())
         except FileNotFoundError:
@@ -124,33 +147,34 @@ class _Part:
         except ValueError:
             return None, "damaged"
         differ = differences(found, self.manifest)
-        return (None, f"of another run ({differ[0]})") if differ else (frame, "")
+        return (None, f"of another run ({differ[0]})") if differ else (Result.of(frame, found), "")
 
-    def compute(self, measure: Measure) -> pd.DataFrame:
-        """Measure, store, and give what a later run would load."""
-        content = pack(measure(self.samples, **self.options), self.manifest)
+    def compute(self, measure: Measure) -> Result:
+        """Measure, store, and return what a later run would load."""
+        result = measure(self.samples, **self.options).with_manifest(self.manifest)
+        content = pack(result.frame, result.manifest)
         try:
             write_whole(self.file, content)
         except FileNotFoundError:  # a run that came to its end removed the folder just now
             write_whole(self.file, content)
-        return unpack(content)[0]
+        return Result.of(*unpack(content))
 
 
 def _cut(
-    path: Path, samples: list[Sample], part_size: int, n_check: int | None, whole: dict[str, Any]
+    path: Path, samples: list[Sample], part_size: int, n_check: int | None, whole: Mapping[str, Any]
 ) -> Iterator[_Part]:
     if part_size < 1:
         raise ValueError(f"part_size must be at least 1 sample, got {part_size}.")
-    folder = path.with_name(f"{path.stem}.parts")
+    folder = path.with_name(f"{path.stem}.{identity_of(whole)}.parts")
     for number, start in enumerate(range(0, len(samples), part_size) or [0]):
         some = samples[start : start + part_size]
-        depends_on = whole["depends_on"] | {"samples": [sample.sample_id for sample in some]}
+        depends_on = whole["depends_on"] | {"part": [sample.sample_id for sample in some]}
         yield _Part(
             number=number,
             samples=some,
             options={} if n_check is None else {"n_check": min(max(n_check - start, 0), len(some))},
             file=folder / f"{number:05}.parquet",
-            manifest=whole | {"depends_on": depends_on},
+            manifest={**whole, "depends_on": depends_on},
         )
 
 
@@ -162,59 +186,46 @@ def _read_shard(shard: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _finished(path: Path, whole: dict[str, Any]) -> pd.DataFrame | None:
+def _finished(path: Path, whole: Mapping[str, Any]) -> Result | None:
+    """Load what this very run finished before; None where there is none, or it is damaged."""
     try:
-        frame = load_frame(path, whole)
-    except ValueError:  # not there, of another run, or damaged: all three are replaced
+        file = find_frame(path, whole)
+        result = Result.of(*read_frame(file))
+    except ValueError:
         return None
-    print(f"{path.name} is of this very run: loaded. Delete it to measure anew.")
-    return frame
+    with suppress(OSError):
+        os.utime(file)  # so that it is the latest run of this name
+    print(f"{file.name} matches this run; loaded from disk. FRESH=1 measures it anew.")
+    return result
 
 
-def _find(parts: list[_Part]) -> tuple[dict[int, pd.DataFrame], dict[int, str]]:
+def _tell_place(path: Path, whole: Mapping[str, Any], fresh: bool | None) -> None:
+    """Say how the latest run of this name differs, and whether its frame stays."""
+    place = place_for(path, whole, fresh=fresh)
+    for latest in list_frames(path)[:1]:
+        with suppress(ValueError):  # damaged
+            if differ := differences(read_manifest(latest), whole):
+                kept = (
+                    f"stays, {place.name} comes beside it (FRESH=1 replaces it)" if place != latest else "is replaced"
+                )
+                print(f"{latest.name} is of another run ({'; '.join(differ)}) and {kept}.")
+
+
+def _find(parts: list[_Part]) -> tuple[dict[int, Result], dict[int, str]]:
     """Load what is there; also say why a file is unfit, by the part's number."""
     found, unfit = {}, {}
     for part in parts:
-        frame, problem = part.load()
-        if frame is not None:
-            found[part.number] = frame
+        result, problem = part.load()
+        if result:
+            found[part.number] = result
         elif problem:
             unfit[part.number] = problem
     return found, unfit
 
 
-def _tell(path: Path, found: list[int], unfit: list[str]) -> None:
+def _tell_parts(path: Path, found: list[int], unfit: list[str]) -> None:
     """Say in one line what is taken from an earlier run and what isn't."""
     said = [f"{len(found)} were measured before"] if found else []
     said += [f"{n} {why}: measured again" for why, n in Counter(unfit).items()]
     if said:
         print(f"Parts of {path.stem}: {'; '.join(said)}.")
-
-
-def _join(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Put frames below one another, with the types that one frame of all rows would have."""
-    filled = [frame for frame in frames if len(frame)] or frames[:1]
-    joined = pd.concat(filled, ignore_index=True)
-    for name in joined:
-        if len({frame[name].dtype for frame in filled}) > 1:  # a column without a value in some part
-            joined[name] = pd.Series([value for frame in filled for value in frame[name].tolist()])
-    joined.attrs = {
-        name: _merge(name, [frame.attrs[name] for frame in frames if name in frame.attrs])
-        for name in dict.fromkeys(name for frame in frames for name in frame.attrs)
-    }
-    return joined
-
-
-def _merge(name: str, values: list[Any]) -> Any:
-    """Join lists, take the largest number, and keep what is the same in all; None says nothing."""
-    values = [value for value in values if value is not None]
-    if values and all(isinstance(value, list) for value in values):
-        return [entry for value in values for entry in value]
-    if values and all(isinstance(value, int | float) for value in values):
-        return max(values)
-    if any(value != values[0] for value in values):
-        raise ValueError(
-            f"attrs[{name!r}] differs between parts ({values[0]!r:.40}, …): a measure may leave lists, "
-            "numbers, or what is the same for all samples there."
-        )
-    return values[0] if values else None

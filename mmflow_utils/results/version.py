@@ -1,109 +1,88 @@
-"""What the rows of a measurement depend on beside the parameters: samples, code, packages, the call itself.
+"""What the rows of a measurement depend on beside the parameters: the experiment's version, its samples, the call.
 
-A reader stops a sweep, changes its flows and runs it again: parts of the two must not be mixed.
+A reader stops a sweep, changes its flows and runs it again: parts of the two must not be mixed. And a corrected
+docstring must not cost the hours of a run: an experiment's code counts by a version that is raised by hand.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.prompts.flows import Flow
 from mmflow_utils.results.frames import sha256
 
-__all__ = ["describe_measure"]
+__all__ = ["VERSIONS", "describe_call"]
 
-PACKAGE = Path(__file__).parents[1]
-# What only stores, summarizes or shows: a change there changes no row, and costs no part.
-NOT_OF_A_ROW = frozenset(
-    {"__init__", "stats", "findings", "plots", "stages", "store", "parts", "miniature", "explorer", "execute"}
-)
+VERSIONS = {
+    "knockout_sweep": 1,
+    "logit_lens": 1,
+    "module_knockout": 1,
+    "question_semantics": 1,
+    "prune_sweep": 1,
+    "picture_sweep": 1,
+}
+"""Raise an experiment's version when its rows change, in its own code or in what it calls. A test holds small
+frames against it; `python tests/helpers/expected_frames.py` then writes those of the new version."""
 
 
-def describe_measure(measure: Callable, manifest: Mapping[str, Any], samples: Iterable[Sample]) -> dict[str, Any]:
-    """Give what `depends_on` must also hold: digests of the samples, of `measure` and of our code.
+def describe_call(
+    measure: Callable, samples: Iterable[Sample], arguments: Mapping[str, Any], *, version: int | None = None
+) -> dict[str, Any]:
+    """Return what `depends_on` must also hold: the experiment and its version, the samples, the arguments.
 
-    Of a sample is seen all that it holds and its picture, not where the picture lies.
+    Args:
+        measure: the experiment.
+        samples: of each is seen all that it holds and its picture, not where the picture lies.
+        arguments: plain values: numbers, texts, flows, arrays, lists and dicts of these, functions of a module,
+            and `partial` of such functions.
+        version: of an experiment that `VERSIONS` doesn't list.
 
-    Of `measure` is seen: its code and that of functions beside it (in the same notebook), and the plain
-    values that they name or hold: numbers, texts, flows, arrays, and lists of these. An object counts by its
-    type alone.
+    Raises:
+        ValueError: an experiment without a version; an argument that can't be told from another by its value.
     """
-    home = getattr(getattr(measure, "func", measure), "__module__", None)
+    name = measure.__name__
+    version = VERSIONS.get(name) if version is None else version
+    if version is None:
+        raise ValueError(f"{name} has no version: pass version=1 along, and raise it whenever its rows would change.")
     return {
-        "samples": _digest([_see(sample) for sample in samples]),
-        "measure": _digest(_look(measure, home, [])),
-        "code": _code(),
-        "packages": manifest.get("made_by", {}).get("packages"),
+        "experiment": name,
+        "version": version,
+        "samples": hashlib.sha256(json.dumps([_see(sample) for sample in samples]).encode()).hexdigest(),
+        "arguments": {key: _plain(key, value) for key, value in sorted(arguments.items())},
     }
 
 
-def _see(sample: Sample) -> list[Any]:
-    fields = [value for name, value in vars(sample).items() if name != "image"]
-    return [*fields, sha256(sample.image) if sample.image.is_file() else None]
+def _see(sample: Sample) -> dict[str, Any]:
+    """Describe a sample by what was said of it, so that a field which a later version adds changes nothing."""
+    said = {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "image"}
+    said = {name: _plain(name, value) for name, value in said.items() if value not in (None, ())}
+    return said | {"image": sha256(sample.image) if sample.image.is_file() else None}
 
 
-@cache
-def _code() -> str:
-    files = [file.relative_to(PACKAGE) for file in sorted(PACKAGE.rglob("*.py"))]
-    return sha256(*(PACKAGE / file for file in files if file.parts[0].removesuffix(".py") not in NOT_OF_A_ROW))
-
-
-def _look(value: Any, home: str | None, seen: list[FunctionType]) -> Any:
-    if isinstance(value, partial):
-        return [_look(item, home, seen) for item in (value.func, value.args, value.keywords)]
-    if isinstance(value, FunctionType):
-        return _look_into(value, home, seen)
-    if isinstance(value, tuple | list):
-        return [_look(item, home, seen) for item in value]
-    if isinstance(value, dict):
-        return [[str(key), _look(item, home, seen)] for key, item in value.items()]
-    return _plain(value)
-
-
-def _look_into(function: FunctionType, home: str | None, seen: list[FunctionType]) -> list[Any]:
-    """Describe a function by what it does and what it holds."""
-    if function in seen:
-        return [function.__qualname__]
-    seen.append(function)
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    held += [function.__defaults__, function.__kwdefaults__]
-    # One from elsewhere is known by its name: `_code` and the packages' versions look after the rest.
-    does = [function.__module__, function.__qualname__]
-    if function.__module__ == home:
-        does, names = _read(function.__code__)
-        held += [function.__globals__[name] for name in names if name in function.__globals__]
-    return [does, [_look(item, home, seen) for item in held]]
-
-
-def _read(code: CodeType) -> tuple[list[Any], list[str]]:
-    """Give all that a piece of code does, inner functions included, and all names in it."""
-    does, names = [code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars], list(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner, inner_names = _read(constant)
-            does.append(inner)
-            names += inner_names
-        else:
-            # A set has another order in each process.
-            does.append(_plain(constant) if isinstance(constant, frozenset) else repr(constant))
-    return does, names
-
-
-def _plain(value: Any) -> Any:
-    """Give a value as JSON can hold it, the same in every process; an object by its type."""
-    if isinstance(value, str | int | float | None):
+def _plain(name: str, value: Any) -> Any:
+    """Return a value as JSON can hold it, the same in every process."""
+    if value is None or isinstance(value, str | int | float):
         return value
-    if isinstance(value, Flow | Path):
-        return str(value) if isinstance(value, Path) else [value.source, value.target]
-    if isinstance(value, set | frozenset | range):
-        return sorted(map(repr, value))
-    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, default=repr).encode()).hexdigest()
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(name, asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, item) for key, item in value.items()}
+    if isinstance(value, tuple | list | range):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, partial):
+        return [_plain(name, value.func), _plain(name, value.args), _plain(name, value.keywords)]
+    if isinstance(value, FunctionType) and "<" not in value.__qualname__ and value.__module__ != "__main__":
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise ValueError(
+        f"Expected numbers, texts, flows or a module's function for {name}, which tell one run from another, got "
+        f"{value!r:.60}: pass plain values, or functools.partial of a function that a module defines."
+    )

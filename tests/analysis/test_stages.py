@@ -319,8 +319,9 @@ def test_the_comparison_loads_no_torch(tmp_path):
     save_frame(stored_flows(), tmp_path / "a" / "flow_to_last.parquet", manifest(Params()))
     code = (
         "import sys, mmflow_utils as mm\n"
+        "from mmflow_utils.analysis.flow_stages import stage_layers\n"
         f"effects = mm.collect_effects(mm.read_results({str(tmp_path)!r}))\n"
-        "stages, layers = mm.find_stages(effects, n_boot=100), mm.stage_layers(effects, n_boot=100)\n"
+        "stages, layers = mm.find_stages(effects, n_boot=100), stage_layers(effects, n_boot=100)\n"
         "mm.plot_stages(layers, stages), mm.check_claims(effects, n_boot=100)\n"
         "assert mm.Params and 'torch' not in sys.modules"
     )

@@ -317,12 +317,13 @@ def swept(tmp_path_factory):
 
 
 def test_the_sweep_has_each_way_at_each_depth_that_it_can_reach(swept):
-    _, samples, frame = swept
+    _, samples, result = swept
+    frame = result.frame
     ours, random, fastv, _ = ("No image in the last layers", "Random tokens", "FastV", "Smaller picture")
     assert {ours, random, fastv} == {*frame.way} < {*WAY_COLORS}
     depths = {way: sorted({*part.n_layers_without}) for way, part in frame.groupby("way")}
     assert depths == {ours: [0, 1, 2, 4], random: [0, 1, 2], fastv: [0, 1, 2]}
-    assert len(frame) == len(samples) * 10 and frame.attrs["max_check_diff"] < 1e-4
+    assert len(frame) == len(samples) * 10 and result.max_check_diff < 1e-4
     here = frame.set_index(["sample_id", "n_layers_without", "way"]).sort_index()
     assert (here.xs(0, level="n_layers_without")[["work_pct", "cache_pct", "same_pct"]] == 100).all(axis=None)
     assert (here.xs(ours, level="way").loc["q0"].n_kept.tolist()) == [here.n_image.iloc[0], 0, 0, 0]
@@ -332,7 +333,8 @@ def test_the_sweep_has_each_way_at_each_depth_that_it_can_reach(swept):
 
 
 def test_a_row_says_what_the_model_says(swept):
-    model, samples, frame = swept
+    model, samples, result = swept
+    frame = result.frame
     judged = ask_questions(model, samples, progress=False)
     intact = frame[(frame.n_layers_without == 0) & (frame.way == "Random tokens")]
     assert intact.prediction.tolist() == judged.prediction.tolist()
@@ -357,7 +359,7 @@ def test_a_depth_that_is_not_there_is_refused(swept):
 def test_a_smaller_picture_saves_work_only_where_there_are_tiles(family, tmp_path):
     model = tiny_vlm(family, n_layers=1)
     sample = tiny_sample(tmp_path, size=(96, 96))
-    frame = picture_sweep(model, [sample], scales=(1.0, 0.25), progress=False).set_index("scale")
+    frame = picture_sweep(model, [sample], scales=(1.0, 0.25), progress=False).frame.set_index("scale")
     assert frame.loc[1.0, ["work_pct", "cache_pct", "same_pct"]].tolist() == [100, 100, 100]
     assert (frame.loc[0.25, "work_pct"] < 100) == (family == "llava_next")
     with pytest.raises(ValueError, match="above 0 and at most 1"):

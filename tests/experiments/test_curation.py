@@ -18,7 +18,6 @@ from mmflow_utils.experiments.curation import (
     answer,
     ask_questions,
     curate,
-    group_accuracy,
     load_samples,
     read_questions,
     stratified_sample,
@@ -139,21 +138,6 @@ def test_without_scene_graphs_the_sets_that_need_boxes_are_missing_with_their_re
     assert made[0]["data_sha256"] != made[1]["data_sha256"] is not None
     captioned, _ = read_questions(without.model_copy(update={"prompt": "{caption}\n{question}"}))
     assert all(sample.caption for sample in captioned)
-
-
-def test_accuracy_by_hand():
-    heard = [a_sample(i) for i in range(4)] + [a_sample(i, semantic="rel") for i in (4, 5)]
-    rows = [{k: getattr(s, k) for k in curation.ABOUT_SAMPLE} for s in heard]
-    asked = pd.DataFrame(rows).assign(prediction="Red", correct=[True, True, True, False, False, False])
-    unusable = asked.iloc[[0]].assign(prediction=None, correct=False)
-    table = group_accuracy(pd.concat([asked, unusable]), n_boot=200).set_index(["structural", "semantic"])
-    assert table.accuracy_pct.to_dict() == {("choose", "attr"): 75.0, ("choose", "rel"): 0.0}
-    assert table.n.tolist() == [4, 2] and table.n_clusters.tolist() == [
-        2,
-        1,
-    ]  # what went unheard isn't counted
-    low, high = table.loc[("choose", "attr"), ["ci_low", "ci_high"]]
-    assert 0 <= low <= 75 <= high <= 100
 
 
 # ---- curation ------------------------------------------------------------------------------------------

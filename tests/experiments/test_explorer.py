@@ -45,14 +45,14 @@ def explorer(model, samples, monkeypatch):
 
 def test_what_is_chosen_is_what_the_sweep_gives(explorer, model, samples):
     explorer.flow.value, explorer.layer.value, explorer.window.value = "Question -> Last", 2, 3
-    frame = knockout_sweep(model, [samples[0]], FLOWS, window=3, progress=False)
+    frame = knockout_sweep(model, [samples[0]], FLOWS, window=3, progress=False).frame
     (row,) = frame[(frame.flow == "Question -> Last") & (frame.layer == 2)].to_dict("records")
     assert explorer.chosen.to_dict() == pytest.approx(row, nan_ok=True)
     assert abs(row["rel_change_pct"]) > 0.1  # else equality would say little
 
 
 def test_the_words_are_those_of_the_lens(explorer, model, samples):
-    lens = logit_lens(model, [samples[0]], protocol="corrected", progress=False)
+    lens = logit_lens(model, [samples[0]], protocol="corrected", progress=False).frame
     for layer in range(model.n_layers):
         explorer.layer.value = layer
         there = lens[lens.layer == layer]

@@ -24,8 +24,12 @@ from mmflow_utils.prompts.flows import (
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION
 
 
-def run(model, samples, flows=FLOWS, **options):
+def sweep_of(model, samples, flows=FLOWS, **options):
     return knockout_sweep(model, samples, flows, **{"window": 3, "progress": False, **options})
+
+
+def run(*args, **options):
+    return sweep_of(*args, **options).frame
 
 
 def samples_of(folder, n=2):
@@ -55,8 +59,9 @@ def test_each_row_is_what_its_logits_say(tmp_path):
 
 def test_sweep_and_reference_give_the_same_frame(tmp_path):
     model, samples = tiny_vlm(n_kv_heads=2), samples_of(tmp_path)
-    fast, slow = (run(model, samples, method=method) for method in ("sweep", "reference"))
-    assert fast.attrs["max_check_diff"] < 1e-5 and slow.attrs["max_check_diff"] is None
+    fast, slow = (sweep_of(model, samples, method=method) for method in ("sweep", "reference"))
+    assert fast.max_check_diff < 1e-5 and slow.max_check_diff is None
+    fast, slow = fast.frame, slow.frame
     labels = list(COLUMNS[:10])
     pd.testing.assert_frame_equal(fast[labels], slow[labels])
     numbers = list(COLUMNS[10:])
@@ -65,9 +70,9 @@ def test_sweep_and_reference_give_the_same_frame(tmp_path):
 
 @pytest.mark.parametrize("intervention", ["zero_value", "mean_value", "attention_output", "mlp_output"])
 def test_every_intervention_passes_its_own_check(intervention, tmp_path):
-    frame = run(tiny_vlm("llava_next"), samples_of(tmp_path), intervention=intervention, n_check=9)
-    assert frame.attrs["max_check_diff"] < 1e-5
-    assert frame.rel_change_pct.abs().max() > 1
+    result = sweep_of(tiny_vlm("llava_next"), samples_of(tmp_path), intervention=intervention, n_check=9)
+    assert result.max_check_diff < 1e-5
+    assert result.frame.rel_change_pct.abs().max() > 1
 
 
 def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
@@ -81,8 +86,8 @@ def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "run_sweep", wrong)
     with pytest.raises(ValueError, match="on sample q0, more than the tolerance"):
         run(model, samples)
-    assert run(model, samples, tolerance=0.5).attrs["max_check_diff"] > 1e-4
-    assert run(model, samples, n_check=0).attrs["max_check_diff"] is None
+    assert sweep_of(model, samples, tolerance=0.5).max_check_diff > 1e-4
+    assert sweep_of(model, samples, n_check=0).max_check_diff is None
 
 
 def test_a_sweep_that_gives_no_numbers_is_caught(tmp_path, monkeypatch):
@@ -96,12 +101,12 @@ def test_flows_that_a_prompt_lacks_are_skipped_with_their_reason(tmp_path):
     samples = samples_of(tmp_path)
     samples[1] = replace(samples[1], objects=())
     backwards = Flow(source="last", target="image")
-    frame = run(tiny_vlm(), samples, (*IMAGE_PATCHES_TO_QUESTION, backwards, FLOW_TO_LAST[0]))
-    skipped = {(s["sample_id"], s["flow"]): s["reason"] for s in frame.attrs["skipped"]}
+    result = sweep_of(tiny_vlm(), samples, (*IMAGE_PATCHES_TO_QUESTION, backwards, FLOW_TO_LAST[0]))
+    skipped = {(s["sample_id"], s["flow"]): s["reason"] for s in result.skipped}
     assert len(skipped) == 4
     assert "no object" in skipped["q1", "Related image patches -> Question"]
     assert "back in time" in skipped["q0", "Last -> Image"]
-    assert frame.groupby("sample_id").flow.nunique().tolist() == [3, 1]
+    assert result.frame.groupby("sample_id").flow.nunique().tolist() == [3, 1]
 
 
 def test_a_name_that_no_prompt_knows_is_an_error_and_not_a_skip(tmp_path):
@@ -113,8 +118,8 @@ def test_a_name_that_no_prompt_knows_is_an_error_and_not_a_skip(tmp_path):
 
 def test_nothing_left_is_an_empty_frame_with_the_same_columns(tmp_path):
     model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
-    frame = run(model, [replace(sample, objects=())], IMAGE_PATCHES_TO_QUESTION)
-    assert frame.empty and tuple(frame.columns) == COLUMNS and len(frame.attrs["skipped"]) == 2
+    result = sweep_of(model, [replace(sample, objects=())], IMAGE_PATCHES_TO_QUESTION)
+    assert result.frame.empty and tuple(result.frame.columns) == COLUMNS and len(result.skipped) == 2
 
 
 def test_logit_differences_compare_the_options_first_tokens(tmp_path):

@@ -10,21 +10,16 @@ from tiny import tiny_sample, tiny_vlm
 
 from mmflow_utils.analysis.stats import summarize
 from mmflow_utils.engine.reference import run_reference
-from mmflow_utils.experiments.lens import (
-    LENS_COLUMNS,
-    LENS_WORDS,
-    decision_curves,
-    decision_layers,
-    describe_decisions,
-    lens_logits,
-    logit_lens,
-)
-from mmflow_utils.plots.style import WORD_COLORS
+from mmflow_utils.experiments.lens import LENS_COLUMNS, LENS_WORDS, lens_logits, logit_lens
 from mmflow_utils.prompts.encoding import encode
 
 
-def run(model, samples, **options):
+def lens_of(model, samples, **options):
     return logit_lens(model, samples, progress=False, **options)
+
+
+def run(model, samples, **options):
+    return lens_of(model, samples, **options).frame
 
 
 def library_states(model, sample):
@@ -42,7 +37,8 @@ def norm_by_hand(model, states):
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_each_row_is_what_the_librarys_states_say(family, tmp_path):
     model, sample = tiny_vlm(family, n_kv_heads=2), tiny_sample(tmp_path)
-    frame = run(model, [sample])
+    result = lens_of(model, [sample])
+    frame = result.frame
     states, logits = library_states(model, sample)
     by_hand = {
         "paper": states @ model.unembed.weight.T,
@@ -63,7 +59,7 @@ def test_each_row_is_what_the_librarys_states_say(family, tmp_path):
     end = frame[(frame.layer == 3) & (frame.word == LENS_WORDS[0])]
     token = model.first_token_id("Left")
     assert np.allclose(end.probability, logits.softmax(-1)[token], rtol=1e-4)
-    assert frame.attrs["max_check_diff"] < 1e-6 and frame.attrs["skipped"] == []
+    assert result.max_check_diff < 1e-6 and result.skipped == []
 
 
 def test_the_protocols_part_everywhere_but_at_the_end(tmp_path):
@@ -93,13 +89,13 @@ def test_a_model_whose_layers_add_nothing_says_the_same_after_each(tmp_path):
 
 def test_options_that_are_absent_or_begin_like_the_answer_are_left_out(tmp_path):
     model, sample = tiny_vlm(), tiny_sample(tmp_path)
-    frame = run(model, [replace(sample, option_true=None, option_false=None)])
-    assert set(frame.word) == set(LENS_WORDS[:2]) and frame.attrs["skipped"] == []
+    result = lens_of(model, [replace(sample, option_true=None, option_false=None)])
+    assert set(result.frame.word) == set(LENS_WORDS[:2]) and result.skipped == []
     twin = model.tokenizer.convert_ids_to_tokens(model.first_token_id("left"))
     assert model.first_token_id("left hand") == model.first_token_id("left"), twin
-    frame = run(model, [replace(sample, option_false="left hand")])
-    assert "False option" not in set(frame.word)
-    (first, *_) = frame.attrs["skipped"]
+    result = lens_of(model, [replace(sample, option_false="left hand")])
+    assert "False option" not in set(result.frame.word)
+    (first, *_) = result.skipped
     assert first["sample_id"] == "q1" and "'left hand' begins with the same token" in first["reason"]
 
 
@@ -112,81 +108,23 @@ def test_a_lens_that_does_not_end_in_the_models_output_is_refused(tmp_path, monk
     model, sample = tiny_vlm(), tiny_sample(tmp_path)
     shifted = torch.nn.Linear(32, 32)
     monkeypatch.setattr(type(model), "final_norm", shifted)
-    with pytest.raises(ValueError, match="After the last layer the lens differs"):
+    with pytest.raises(ValueError, match="The lens after the last layer and the model's own output differ"):
         run(model, [sample])
 
 
 def test_half_precision_reads_its_own_stream(tmp_path):
     sample = tiny_sample(tmp_path)
-    exact, rough = (run(tiny_vlm(dtype=kind), [sample]) for kind in (torch.float32, torch.bfloat16))
-    assert np.allclose(exact.probability, rough.probability, atol=0.03)
-    assert rough.attrs["max_check_diff"] < 1e-6
+    exact, rough = (lens_of(tiny_vlm(dtype=kind), [sample]) for kind in (torch.float32, torch.bfloat16))
+    assert np.allclose(exact.frame.probability, rough.frame.probability, atol=0.03)
+    assert rough.max_check_diff < 1e-6
 
 
 def test_nothing_in_nothing_out_and_wrong_names_are_told(tmp_path):
     model = tiny_vlm()
-    frame = run(model, [])
-    assert frame.empty and tuple(frame.columns) == LENS_COLUMNS and frame.attrs["max_check_diff"] is None
+    result = lens_of(model, [])
+    assert result.frame.empty and tuple(result.frame.columns) == LENS_COLUMNS and result.max_check_diff is None
     stream = run_reference(model, encode(model, tiny_sample(tmp_path)), []).resid_post
     with pytest.raises(ValueError, match="one of corrected, paper, got 'normed'"):
         lens_logits(model, stream, protocol="normed")
     with pytest.raises(ValueError, match="got 'both'"):
         run(model, [], protocol="both")
-    with pytest.raises(ValueError, match="without rank"):
-        decision_layers(frame.drop(columns="rank"))
-
-
-def ranks(capitalized, noncapitalized, sample_id="a", task="T"):
-    rows = []
-    for word, values in zip(LENS_WORDS, (capitalized, noncapitalized, [1] * len(capitalized)), strict=False):
-        rows += [{"word": word, "layer": n, "rank": rank} for n, rank in enumerate(values)]
-    same = {"sample_id": sample_id, "image_id": "i", "task": task, "protocol": "paper"}
-    return pd.DataFrame(rows).assign(**same)
-
-
-@pytest.mark.parametrize(
-    ("capitalized", "noncapitalized", "expected"),
-    [
-        # capitalized first, settled; noncapitalized first, settled; either case first, settled
-        ([9, 1, 5, 1, 1], [2, 2, 2, 2, 2], (1, 3, None, None, 1, 3)),
-        ([9, 9, 2, 1, 1], [9, 1, 1, 2, 2], (3, 3, 1, None, 1, 1)),  # from the meaning to the form
-        ([1, 1, 1, 1, 1], [2, 2, 2, 2, 3], (0, 0, None, None, 0, 0)),
-        ([1, 1, 1, 1, 2], [2, 2, 2, 2, 3], (0, None, None, None, 0, None)),  # lost at the very end
-        ([9, 9, 9, 9, 1], [9, 9, 9, 9, 9], (4, 4, None, None, 4, 4)),
-    ],
-)
-@pytest.mark.parametrize("task", ["T", None])
-def test_first_and_settled_layers_by_hand(capitalized, noncapitalized, expected, task):
-    frame = ranks(capitalized, noncapitalized, task=task).sample(frac=1, random_state=0)
-    table = decision_layers(frame).set_index("word").loc[[*LENS_WORDS[:2], "Either case"]]
-    found = table[["first_layer", "settled_layer"]].to_numpy().ravel()
-    assert np.array_equal(found, np.array(expected, dtype=float), equal_nan=True)
-
-
-def test_decisions_keep_samples_apart(tmp_path):
-    both = pd.concat([ranks([1, 1], [2, 2], "a"), ranks([2, 1], [1, 2], "b")])
-    table = decision_layers(both).query("word == 'Capitalized answer'").set_index("sample_id")
-    assert table.settled_layer.to_dict() == {"a": 0.0, "b": 1.0}
-    real = decision_layers(run(tiny_vlm(), [tiny_sample(tmp_path)]))
-    assert len(real) == 2 * 3 and not (real.first_layer > real.settled_layer).any()
-
-
-def test_decision_curves_count_from_the_layer_on():
-    table = decision_layers(pd.concat([ranks([9, 1, 5, 1], [2] * 4, "a"), ranks([9] * 4, [2] * 4, "b")]))
-    drawn = decision_curves(table[table.word == "Either case"], n_layers=4)
-    share = drawn.groupby(["sample_id", "event"]).share_pct.agg(list)
-    assert share["a", "Was on top"] == [0, 100, 100, 100]
-    assert share["a", "Stays on top"] == [0, 0, 0, 100]
-    assert share["b", "Was on top"] == share["b", "Stays on top"] == [0] * 4
-    assert set(drawn.event) < set(WORD_COLORS) and set(LENS_WORDS) < set(WORD_COLORS)
-    assert len(drawn) == 2 * 2 * 4 and "settled_layer" not in drawn
-
-
-def test_decisions_are_described_with_n_and_a_null_result_as_one():
-    settled = [ranks([9, 1, 5, 1], [2] * 4, "a"), ranks([9, 1, 1, 1], [2] * 4, "b").assign(image_id="j")]
-    (line,) = describe_decisions(decision_layers(pd.concat([*settled, ranks([9] * 4, [2] * 4, "c")])))
-    assert line.startswith("T, paper lens: on average the answer first becomes the most probable word after layer")
-    assert "after layer 1.0 and stays so from layer 2.0 on (95 % interval " in line
-    assert line.endswith("2 of 3 samples, on 2 images).")
-    (line,) = describe_decisions(decision_layers(ranks([9] * 4, [2] * 4)))
-    assert line == "T, paper lens: the answer is never the most probable word to the end (0 of 1 samples)."

@@ -85,7 +85,7 @@ def test_a_position_without_modules_says_what_its_embedding_says(tmp_path):
     ids = encoded.inputs["input_ids"][0, list(question)]
     alone = model.unembed(model.final_norm(model.text.embed_tokens.weight[ids])).topk(10).indices
     assert changed[0].tolist() == alone.tolist()
-    frame = module_knockout(model, [encoded.sample], ["attention_output"], window=4, layers=[0], progress=False)
+    frame = module_knockout(model, [encoded.sample], ["attention_output"], window=4, layers=[0], progress=False).frame
     common = sum(len({*a} & {*b}) for a, b in zip(base.tolist(), alone.tolist(), strict=True))
     assert frame.jaccard.tolist() == pytest.approx([common / (20 * len(question) - common)])
     assert 0 < frame.jaccard[0] < 1
@@ -110,7 +110,7 @@ def test_zeroing_a_module_that_adds_nothing_changes_nothing(module, name, tmp_pa
     model, encoded = ready(tmp_path)
     for n in EVERY:
         (model.output_proj(n) if name == "Attention" else model.mlp(n).down_proj).weight.zero_()
-    frame = module_knockout(model, [encoded.sample], window=2, progress=False)
+    frame = module_knockout(model, [encoded.sample], window=2, progress=False).frame
     dead = frame[frame.intervention == module]
     assert dead.knockout.unique().tolist() == [name] and (dead.jaccard == 1).all()
     assert (frame[frame.intervention != module].jaccard < 1).all()
@@ -121,12 +121,14 @@ def test_frames_of_both_experiments(tmp_path):
     samples = [tiny_sample(tmp_path, sample_id=f"q{n}", seed=n, size=(30 + 8 * n, 30)) for n in range(2)]
     zeroed = module_knockout(model, samples, window=3, progress=False)
     cut = question_semantics(model, samples, window=3, progress=False)
+    assert zeroed.skipped == cut.skipped == []
+    zeroed, cut = zeroed.frame, cut.frame
     for frame, n_knockouts, n_blocked in ((zeroed, 2, [3, 3, 2, 1]), (cut, 1, [2, 3, 3, 2])):
         assert tuple(frame.columns) == SEMANTICS_COLUMNS and len(frame) == 2 * n_knockouts * 4
         assert frame.n_layers_blocked.tolist() == n_blocked * 2 * n_knockouts  # forward; centered
         assert frame.layer.tolist() == [0, 1, 2, 3] * 2 * n_knockouts
         assert frame.jaccard.between(0, 1, inclusive="left").all()
-        assert frame.attrs["skipped"] == [] and not frame.pooled.any()
+        assert not frame.pooled.any()
     assert cut.knockout.unique().tolist() == ["Image -> Question"]
     assert zeroed.n_positions.tolist() == [
         len(encode(model, s).positions["question"]) for s in samples for _ in range(8)
@@ -137,17 +139,17 @@ def test_frames_of_both_experiments(tmp_path):
 
 def test_parameters_reach_the_measure(tmp_path):
     model, sample = tiny_vlm(), tiny_sample(tmp_path)
-    plain = question_semantics(model, [sample], window=3, progress=False)
-    pooled = question_semantics(model, [sample], window=3, pooled=True, progress=False)
+    plain = question_semantics(model, [sample], window=3, progress=False).frame
+    pooled = question_semantics(model, [sample], window=3, pooled=True, progress=False).frame
     assert pooled.pooled.all() and (plain.jaccard != pooled.jaccard).all()
-    some = question_semantics(model, [sample], window=3, top_k=1, layers=[2, 0], progress=False)
+    some = question_semantics(model, [sample], window=3, top_k=1, layers=[2, 0], progress=False).frame
     assert some.layer.tolist() == [2, 0] and (some.top_k == 1).all()
     hits = some.jaccard * 2 * some.n_positions / (1 + some.jaccard)  # whole words in common
     assert np.allclose(hits, hits.round())
-    values = question_semantics(model, [sample], window=3, intervention="zero_value", progress=False)
+    values = question_semantics(model, [sample], window=3, intervention="zero_value", progress=False).frame
     assert not np.allclose(values.jaccard, plain.jaccard)
     every = model.unembed.weight.shape[0]
-    whole = module_knockout(model, [sample], window=3, top_k=every, layers=[0], progress=False)
+    whole = module_knockout(model, [sample], window=3, top_k=every, layers=[0], progress=False).frame
     assert (whole.jaccard == 1).all()  # the whole vocabulary is always the same
 
 
@@ -156,9 +158,9 @@ def test_the_two_ways_find_the_same_and_a_wrong_sweep_is_stopped(tmp_path, monke
     for measure in (module_knockout, question_semantics):
         ours = measure(model, [sample], window=3, progress=False)
         plain = measure(model, [sample], window=3, method="reference", progress=False)
-        assert np.allclose(ours.jaccard, plain.jaccard, atol=0.02)
-        assert ours.attrs["max_check_diff"] <= 0.02 and plain.attrs["max_check_diff"] is None
-        assert measure(model, [sample], window=3, n_check=0, progress=False).attrs["max_check_diff"] is None
+        assert np.allclose(ours.frame.jaccard, plain.frame.jaccard, atol=0.02)
+        assert ours.max_check_diff <= 0.02 and plain.max_check_diff is None
+        assert measure(model, [sample], window=3, n_check=0, progress=False).max_check_diff is None
     monkeypatch.setattr(PackedPass, "_blocks", lambda ride, i, here, begins: whole(ride, 0, here, begins))
     with pytest.raises(ValueError, match="method='reference'"):
         question_semantics(model, [sample], window=1, progress=False)
@@ -170,12 +172,12 @@ whole = PackedPass._blocks  # as if every window began at layer 0
 def test_what_a_prompt_lacks_is_skipped_with_its_reason(tmp_path):
     model, sample = tiny_vlm(), tiny_sample(tmp_path)
     samples = [sample, replace(sample, sample_id="q2", objects=())]
-    frame = question_semantics(model, samples, IMAGE_PATCHES_TO_QUESTION, window=3, progress=False)
-    assert set(frame.sample_id) == {"q1"}
-    skipped = frame.attrs["skipped"]
+    result = question_semantics(model, samples, IMAGE_PATCHES_TO_QUESTION, window=3, progress=False)
+    assert set(result.frame.sample_id) == {"q1"}
+    skipped = result.skipped
     assert [s["sample_id"] for s in skipped] == ["q2", "q2"] and "no object" in skipped[0]["reason"]
     empty = module_knockout(model, samples[1:], window=3, positions="objects", progress=False)
-    assert empty.empty and tuple(empty.columns) == SEMANTICS_COLUMNS and len(empty.attrs["skipped"]) == 2
+    assert empty.frame.empty and tuple(empty.frame.columns) == SEMANTICS_COLUMNS and len(empty.skipped) == 2
 
 
 def test_wrong_parameters_are_told(tmp_path):

@@ -249,8 +249,9 @@ def test_captions_flow_to_the_question_and_to_the_last_position(tmp_path):
     """Both engines agree, and the ends of a chain of layers are where they must be."""
     model = tiny_vlm("llama", prompt="USER: {caption}\n{question} ASSISTANT:")
     flows = (*CAPTIONS_TO_LAST, Flow(source="captions", target="question"))
-    frame = knockout_sweep(model, [tiny_sample(tmp_path)], flows, window=1, n_check=1, progress=False)
-    assert frame.attrs["max_check_diff"] < 1e-5 and frame.attrs["skipped"] == []
+    result = knockout_sweep(model, [tiny_sample(tmp_path)], flows, window=1, n_check=1, progress=False)
+    assert result.max_check_diff < 1e-5 and result.skipped == []
+    frame = result.frame
     changed = frame.assign(changed=frame.rel_change_pct.abs() > 1e-3).pivot(
         index="flow", columns="layer", values="changed"
     )
@@ -261,6 +262,6 @@ def test_captions_flow_to_the_question_and_to_the_last_position(tmp_path):
 
 def test_a_picture_flows_nowhere_in_a_text_only_model(tmp_path):
     model = tiny_vlm("llama", prompt="USER: {caption}\n{question} ASSISTANT:")
-    frame = knockout_sweep(model, [tiny_sample(tmp_path)], FLOW_TO_LAST, window=1, progress=False)
-    assert "Image -> Last" not in set(frame.flow)
-    assert [note["reason"] for note in frame.attrs["skipped"]] == ["image: the prompt shows no picture"]
+    result = knockout_sweep(model, [tiny_sample(tmp_path)], FLOW_TO_LAST, window=1, progress=False)
+    assert "Image -> Last" not in set(result.frame.flow)
+    assert [note["reason"] for note in result.skipped] == ["image: the prompt shows no picture"]

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -21,10 +20,11 @@ import pandas as pd
 import pyarrow as pa
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.results import version as identity
-from mmflow_utils.results.resume import compute_in_parts
+from mmflow_utils.params import Params
+from mmflow_utils.results.record import Result
+from mmflow_utils.results.resume import measure_in_parts
 
-MADE_FROM = {"depends_on": {"model": "tiny", "window": 3}, "made_by": {"device": "cpu"}}
+PARAMS = Params(model="tiny", window=3)
 
 
 def make_sample(name):
@@ -35,43 +35,33 @@ def make_sample(name):
 SAMPLES = [make_sample(f"q{n:03}") for n in range(400)]
 
 
-def measure(samples):
-    """Give rows that follow from the samples' ids, with what real measures leave behind."""
+def measure(model, samples, *, window=1, n_check=0, progress=False):
+    """Return rows that follow from the samples' ids and the window, as a real experiment does."""
     rows = []
     for sample in samples:
         number = int(sample.sample_id[1:])
         for layer in range(number % 3):
-            rows.append({"sample_id": sample.sample_id, "layer": layer, "p": 1 / (7 * number + layer + 1)})
+            p = 1 / (7 * number + layer + 1) / window
+            rows.append({"sample_id": sample.sample_id, "layer": layer, "p": p})
     frame = pd.DataFrame(rows, columns=["sample_id", "layer", "p"])
-    frame.attrs["skipped"] = [s.sample_id for s in samples if int(s.sample_id[1:]) % 3 == 0]
-    frame.attrs["max_check_diff"] = max((int(s.sample_id[1:]) for s in samples), default=None)
-    return frame
+    skipped = [{"sample_id": s.sample_id, "reason": "a third"} for s in samples if int(s.sample_id[1:]) % 3 == 0]
+    return Result(frame, skipped, max((float(s.sample_id[1:]) for s in samples), default=None))
 
 
-def slow_measure(log):
-    """Make a measure that takes 2 ms a sample and notes each one as it begins."""
-
-    def measure_slowly(samples):
-        with open(log, "a", buffering=1) as lines:
-            for sample in samples:
-                lines.write(f"{sample.sample_id}\n")
-                time.sleep(0.002)
-        return measure(samples)
-
-    return measure_slowly
+def measure_slowly(model, samples, *, log, window=1, progress=False):
+    """Take 2 ms a sample, and note each one as it begins."""
+    with open(log, "a", buffering=1) as lines:
+        for sample in samples:
+            lines.write(f"{sample.sample_id}\n")
+            time.sleep(0.002)
+    return measure(model, samples, window=window)
 
 
-def compute(folder, *, shard=None, made_from=MADE_FROM, rows=lambda frame: frame):
+def compute(folder, *, shard=None, **arguments):
     """Compute slowly in parts, and leave the result in the folder."""
-    identity._code = lambda: "as it is"  # whoever edits the package meanwhile would make it another run
-    slowly = slow_measure(str(folder / "measured.log"))
-    options = {"part_size": 8, "shard": shard, "progress": False}
-    return compute_in_parts(lambda some: rows(slowly(some)), SAMPLES, folder / "flow.parquet", made_from, **options)
-
-
-def of_window(window, frame):
-    """Make rows that follow from the window too."""
-    return frame.assign(p=frame["p"] / window)
+    params, path = PARAMS.model_copy(update={"shard": shard}), folder / "flow.parquet"
+    options = {"version": 1, "part_size": 8, "progress": False, "log": str(folder / "measured.log")}
+    return measure_in_parts(measure_slowly, None, SAMPLES, path, params, **options, **arguments)
 
 
 def start(folder, **options):
@@ -90,9 +80,7 @@ def start_window(folder, window):
     """Fork a child that computes with a window of its own, and ends well if it gets just that frame."""
     if child := os.fork():
         return child
-    made_from = {"depends_on": {"model": "tiny", "window": window}, "made_by": {}}
-    frame = compute(folder, made_from=made_from, rows=partial(of_window, window))
-    os._exit(not frame.equals(of_window(window, measure(SAMPLES))))
+    os._exit(not compute(folder, window=window).frame.equals(measure(None, SAMPLES, window=window).frame))
 
 
 def start_notebook(folder, kind):

@@ -118,10 +118,10 @@ def test_without_high_norms_the_experiment_is_experiment_04_to_the_last_digit(tm
     def encoder(model, sample):
         return encode_by_norm(model, sample, threshold=1e9)
 
-    frame = knockout_sweep(tiny_vlm(), [tiny_sample(tmp_path)], SINK_FLOWS, window=2, encoder=encoder, progress=False)
-    tables = frame.pivot(index="layer", columns="source", values="p_knockout")
+    result = knockout_sweep(tiny_vlm(), [tiny_sample(tmp_path)], SINK_FLOWS, window=2, encoder=encoder, progress=False)
+    tables = result.frame.pivot(index="layer", columns="source", values="p_knockout")
     np.testing.assert_allclose(tables.image_related_low_norm, tables.image_related, rtol=1e-5)
-    assert [row["flow"] for row in frame.attrs["skipped"]] == ["High-norm image patches -> Question"]
+    assert [row["flow"] for row in result.skipped] == ["High-norm image patches -> Question"]
 
 
 def test_no_picture_no_norms(tmp_path):

@@ -75,9 +75,9 @@ def test_the_knockout_is_measured_on_the_last_sub_word(family, tmp_path):
     first, last = encode(model, sample), encoder(model, sample)
     assert last.positions.last == first.positions.last + 2 and last.positions["question"] == first.positions["question"]
     assert last.inputs["input_ids"][0, -2:].tolist() == tokens[:2]
-    frame = knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, encoder=encoder, n_check=1, progress=False)
+    frame = knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, encoder=encoder, n_check=1, progress=False).frame
     assert set(frame.token) == {said.subwords[0][-1]}
-    plain = knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, n_check=0, progress=False)
+    plain = knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, n_check=0, progress=False).frame
     assert set(plain.token) == {said.subwords[0][0]}
     assert not np.allclose(frame.rel_change_pct, plain.rel_change_pct)
 
@@ -87,7 +87,7 @@ def test_an_answer_of_one_sub_word_is_the_plain_experiment(tmp_path):
     said = answer_subwords(model, [sample], max_new_tokens=1, progress=False)
     assert said.n_subwords.tolist() == [1]
     one, plain = (
-        knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, n_check=0, progress=False, **options)
+        knockout_sweep(model, [sample], FLOW_TO_LAST, window=2, n_check=0, progress=False, **options).frame
         for options in ({"encoder": at_last_subword(said)}, {})
     )
     pd.testing.assert_frame_equal(one, plain)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,40 +16,55 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killed_runs import MADE_FROM, SAMPLES, make_sample, measure, of_window
+from killed_runs import PARAMS, SAMPLES, make_sample, measure
 
+from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import Flow
 from mmflow_utils.results import frames as store
-from mmflow_utils.results.frames import load_frame, read_manifest
-from mmflow_utils.results.resume import compute_in_parts
-from mmflow_utils.results.version import describe_measure
+from mmflow_utils.results.frames import list_frames, load_frame, read_frame, read_manifest
+from mmflow_utils.results.record import Result
+from mmflow_utils.results.resume import measure_in_parts
+from mmflow_utils.results.version import VERSIONS, describe_call
 
-FEW = SAMPLES[:10]
+FEW, ROOT = SAMPLES[:10], Path(__file__).parents[2]
+
+
+def whole(samples=FEW, **options):
+    return measure(None, samples, **options)
 
 
 def equal(one, other):
-    pd.testing.assert_frame_equal(one, other, check_exact=True)
-    assert one.attrs == other.attrs
+    pd.testing.assert_frame_equal(one.frame, other.frame, check_exact=True)
+    assert one.skipped == other.skipped and one.max_check_diff == other.max_check_diff
     return True
+
+
+def stored(path):
+    """Return the latest result of a name, as it was stored."""
+    return Result.of(*read_frame(list_frames(path)[0]))
 
 
 @pytest.fixture
 def compute(tmp_path):
     """Compute ten samples in parts of three; `compute.asked` lists what was measured since the last call."""
 
-    def compute(samples=FEW, made_from=MADE_FROM, **options):
+    def compute(samples=FEW, changes=(), **options):
         compute.asked = []
 
-        def noting(some):
+        def noting(model, some, *, window=1, progress):
             compute.asked += [sample.sample_id for sample in some]
             if compute.stop_at in compute.asked:
                 raise KeyboardInterrupt
-            return measure(some)
+            return measure(model, some, window=window)
 
-        options = {"part_size": 3, "progress": False} | options
-        return compute_in_parts(noting, samples, compute.path, made_from, **options)
+        options = {"part_size": 3, "progress": False, "version": 1} | options
+        params = PARAMS.model_copy(update=dict(changes))
+        return measure_in_parts(noting, None, samples, compute.path, params, **options)
 
-    compute.path, compute.parts = tmp_path / "flow.parquet", tmp_path / "flow.parts"
+    def parts(name="*"):
+        return sorted(tmp_path.glob(f"flow.*.parts/{name}"))
+
+    compute.path, compute.parts = tmp_path / "flow.parquet", parts
     compute.stop_at, compute.asked = None, []
     return compute
 
@@ -68,29 +84,32 @@ def ids(*numbers):
 
 
 def test_an_undisturbed_run_is_one_call_and_leaves_only_the_result(compute):
-    assert equal(compute(), measure(FEW))
+    result = compute()
+    assert equal(result, whole())
     assert compute.asked == ids(*range(10))
     assert sorted(file.name for file in compute.path.parent.iterdir()) == ["flow.json", "flow.parquet"]
-    assert equal(load_frame(compute.path, MADE_FROM), measure(FEW))
-    assert read_manifest(compute.path)["made_by"] == {"device": "cpu", "max_check_diff": 9}
+    assert load_frame(compute.path, result.manifest).equals(whole().frame)
+    assert equal(stored(compute.path), whole())
+    assert read_manifest(compute.path)["made_by"]["max_check_diff"] == 9
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(stopped, capsys):
-    assert sorted(file.name for file in stopped.parts.iterdir()) == ["00000.parquet", "00001.parquet"]
+    assert [file.name for file in stopped.parts()] == ["00000.parquet", "00001.parquet"]
     assert not stopped.path.exists()
-    assert equal(stopped(), measure(FEW))
+    assert equal(stopped(), whole())
     assert stopped.asked == ids(6, 7, 8, 9)
     assert capsys.readouterr().out == "Parts of flow: 2 were measured before.\n"
-    assert not stopped.parts.exists()
+    assert sorted(file.name for file in stopped.path.parent.iterdir()) == ["flow.json", "flow.parquet"]
 
 
 def test_a_finished_run_is_loaded_until_it_is_deleted_or_damaged(compute, capsys):
     compute()
-    assert equal(compute(), measure(FEW))
+    assert equal(compute(), whole())
     assert compute.asked == []
-    assert "flow.parquet is of this very run: loaded. Delete it to measure anew." in capsys.readouterr().out
+    said = "flow.parquet matches this run; loaded from disk. FRESH=1 measures it anew.\n"
+    assert capsys.readouterr().out == said
     compute.path.write_bytes(compute.path.read_bytes()[:-9])
-    assert equal(compute(), measure(FEW))
+    assert equal(compute(), whole())
     assert len(compute.asked) == 10
     compute.path.unlink()
     compute()
@@ -104,8 +123,8 @@ def run_and_kill(folder, kinds):
     """Kill and resume in a process of its own; say what it cost, and hold it against an undisturbed run."""
     script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "kill", str(folder), json.dumps(kinds)], check=True, timeout=900)
-    assert equal(load_frame(folder / "flow.parquet"), measure(SAMPLES))
-    assert not (folder / "flow.parts").exists()
+    assert equal(stored(folder / "flow.parquet"), whole(SAMPLES))
+    assert not list(folder.glob("*.parts"))
     log = Counter((folder / "measured.log").read_text().split())
     assert set(log) == {sample.sample_id for sample in SAMPLES}
     again = log.total() - len(SAMPLES)
@@ -128,16 +147,18 @@ def test_a_killed_kernel_papermill_or_snakemake_loses_nothing(tmp_path):
 def test_different_runs_at_once_under_one_name_each_get_their_own(tmp_path):
     script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "windows", str(tmp_path), "[5, 7, 5]"], check=True)
-    window = read_manifest(tmp_path / "flow.parquet")["depends_on"]["window"]
-    assert window in (5, 7)
-    assert equal(load_frame(tmp_path / "flow.parquet"), of_window(window, measure(SAMPLES)))
+    found = [Result.of(*read_frame(file)) for file in list_frames(tmp_path / "flow.parquet")]
+    windows = [result.manifest["depends_on"]["arguments"]["window"] for result in found]
+    assert sorted(windows) == [5, 7]
+    assert all(equal(result, whole(SAMPLES, window=window)) for result, window in zip(found, windows, strict=True))
 
 
 @pytest.mark.parametrize("shards", [[None, None], ["1/3", "2/3", "3/3", None]])
 def test_processes_that_run_at_once_do_no_harm(tmp_path, shards):
     script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "together", str(tmp_path), json.dumps(shards)], check=True)
-    assert equal(load_frame(tmp_path / "flow.parquet"), measure(SAMPLES))
+    assert [file.name for file in list_frames(tmp_path / "flow.parquet")] == ["flow.parquet"]
+    assert equal(stored(tmp_path / "flow.parquet"), whole(SAMPLES))
 
 
 @pytest.mark.parametrize(
@@ -152,17 +173,18 @@ def test_processes_that_run_at_once_do_no_harm(tmp_path, shards):
     ids=["cut by a byte", "cut short", "emptied", "one bit flipped", "manifest edited"],
 )
 def test_a_damaged_part_is_found_and_measured_again(stopped, capsys, harm):
-    file = stopped.parts / "00001.parquet"
+    (file,) = stopped.parts("00001.parquet")
     file.write_bytes(harm(file.read_bytes()))
-    assert equal(stopped(), measure(FEW))
+    assert equal(stopped(), whole())
     assert stopped.asked == ids(*range(3, 10))
     said = capsys.readouterr().out
     assert said == "Parts of flow: 1 were measured before; 1 damaged: measured again.\n"
 
 
 def test_a_part_in_the_place_of_another_is_not_taken(stopped):
-    (stopped.parts / "00001.parquet").write_bytes((stopped.parts / "00000.parquet").read_bytes())
-    assert equal(stopped(), measure(FEW))
+    first, second = stopped.parts()
+    second.write_bytes(first.read_bytes())
+    assert equal(stopped(), whole())
     assert stopped.asked == ids(*range(3, 10))
 
 
@@ -182,9 +204,9 @@ def test_a_full_disk_leaves_what_was_there(compute, monkeypatch):
     fill_disk(monkeypatch, after=2)
     with pytest.raises(OSError, match="No space left on device"):
         compute()
-    assert sorted(file.name for file in compute.parts.iterdir()) == ["00000.parquet", "00001.parquet"]
+    assert [file.name for file in compute.parts()] == ["00000.parquet", "00001.parquet"]
     monkeypatch.undo()
-    assert equal(compute(), measure(FEW))
+    assert equal(compute(), whole())
     assert compute.asked == ids(*range(6, 10))
 
 
@@ -193,32 +215,76 @@ def test_a_full_disk_in_the_last_step_loses_no_part(compute, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         compute()
     assert compute.asked == ids(*range(10))
-    assert len(list(compute.parts.iterdir())) == 4
+    assert len(compute.parts()) == 4
     assert not compute.path.exists()
     monkeypatch.undo()
-    assert equal(compute(), measure(FEW))
+    assert equal(compute(), whole())
     assert compute.asked == []
 
 
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        ({"depends_on": {"model": "tiny", "window": 5}}, "window was 3, now 5"),
-        ({"depends_on": {"model": "mini", "window": 3}}, "model was 'tiny', now 'mini'"),
-        ({**MADE_FROM, "made_by": {"packages": {"torch": "9"}}}, "packages was None, now {'torch': '9'}"),
-    ],
-)
-def test_parts_of_another_run_are_replaced_and_never_mixed_in(stopped, capsys, other, said):
-    stopped(made_from=other)
+def test_parts_of_another_run_are_kept_and_never_mixed_in(stopped):
+    stopped(changes={"window": 5})
     assert stopped.asked == ids(*range(10))
-    assert f"Parts of flow: 2 of another run ({said}): measured again." in capsys.readouterr().out
-    assert load_frame(stopped.path, other).equals(measure(FEW))
+    assert equal(stopped(), whole())
+    assert stopped.asked == ids(6, 7, 8, 9)
+
+
+CHANGES = [
+    ({"changes": {"model": "mini"}}, "model was 'tiny', now 'mini'"),
+    ({"changes": {"window": 5}, "window": 5}, "window was 3, now 5; window was None, now 5"),
+    ({"version": 2}, "version was 1, now 2"),
+    ({"window": 1}, "window was None, now 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "differs"), CHANGES)
+def test_a_finished_frame_of_another_run_is_kept_and_both_are_found(compute, capsys, change, differs):
+    first = compute()
+    content = compute.path.read_bytes()
+    second = compute(**change)
+    assert compute.asked == ids(*range(10)) and compute.path.read_bytes() == content
+    (beside,) = (file for file in compute.path.parent.glob("*.parquet") if file != compute.path)
+    said = capsys.readouterr().out
+    assert said == (
+        f"flow.parquet is of another run ({differs}) and stays, {beside.name} comes beside it (FRESH=1 replaces it).\n"
+    )
+    assert beside.with_suffix(".json").is_file()
+    assert load_frame(compute.path, first.manifest).equals(first.frame)
+    assert load_frame(compute.path, second.manifest).equals(second.frame)
+    # Each is loaded when it is asked for, and is then the latest.
+    for options, file in (({}, compute.path), (change, beside)):
+        compute(**options)
+        assert compute.asked == [] and list_frames(compute.path)[0] == file
+
+
+@pytest.mark.parametrize("asked", ["parameter", "environment"])
+def test_what_is_finished_is_replaced_if_the_reader_asks(compute, capsys, monkeypatch, asked):
+    options = {"fresh": True} if asked == "parameter" else {}
+    if asked == "environment":
+        monkeypatch.setenv("FRESH", "1")
+    compute(fresh=False)
+    again = compute(**options)
+    assert compute.asked == ids(*range(10)) and capsys.readouterr().out == ""
+    compute(changes={"window": 5}, **options)
+    assert "window was 3, now 5) and is replaced" in capsys.readouterr().out
+    assert [file.name for file in list_frames(compute.path)] == ["flow.parquet"]
+    with pytest.raises(ValueError, match="window was 5, now 3"):
+        load_frame(compute.path, again.manifest)
+
+
+def test_a_fresh_run_takes_the_parts_that_its_shards_left(compute):
+    compute(changes={"window": 5})
+    for shard in ("1/2", "2/2"):
+        compute(fresh=True, changes={"shard": shard})
+        assert len(compute.asked) == (6 if shard == "1/2" else 4)
+    assert equal(compute(fresh=True), whole())
+    assert compute.asked == []
 
 
 def test_other_samples_and_other_sizes_are_another_run(stopped):
-    stopped(samples=FEW[1:], shard="1/1")
+    stopped(samples=FEW[1:], changes={"shard": "1/1"})
     assert stopped.asked == ids(*range(1, 10))
-    stopped(part_size=5, shard="1/1", samples=FEW[1:])
+    stopped(part_size=5, changes={"shard": "1/1"}, samples=FEW[1:])
     assert stopped.asked == ids(*range(1, 10))
     stopped(part_size=5, samples=FEW[1:])
     assert stopped.asked == []
@@ -240,89 +306,93 @@ def test_other_words_and_another_picture_are_another_run(stopped, tmp_path):
         assert stopped.asked == ([] if moved else ids(*range(10)))
 
 
-def test_a_sweep_that_was_changed_is_another_run(tmp_path):
+def test_a_call_with_other_arguments_is_another_run(tmp_path):
     flow, other = (Flow(source=source, target="last") for source in ("image", "question"))
-
-    def run(measure):
-        asked.clear()
-        return compute_in_parts(measure, FEW, tmp_path / "f.parquet", MADE_FROM, progress=False)
-
-    def sweep(some, flows=(), window=0):
-        asked.append(len(some))
-        return measure(some).assign(flows=str(flows), window=window)
-
     asked = []
+
+    def sweep(model, some, *, progress, **arguments):
+        asked.append(len(some))
+        return measure(model, some)
+
     calls = [
-        lambda some: sweep(some, (flow,), 3),
-        lambda some: sweep(some, (other,), 3),
-        lambda some: sweep(some, (flow, other), 3),
-        lambda some: sweep(some, (flow,), 5),
-        lambda some: sweep(some, flows=(flow,)),
-        lambda some: sweep(some, flows=(flow,)).head(3),
-        partial(sweep, flows=(flow,), window=1),
-        partial(sweep, flows=(flow,), window=2),
+        {"flows": (flow,), "window": 3},
+        {"flows": (other,), "window": 3},
+        {"flows": (flow, other), "window": 3},
+        {"flows": (flow,), "window": 5},
+        {"flows": (flow,)},
+        {"flows": (flow,), "encoder": encode},
+        {"flows": (flow,), "encoder": partial(encode, answer_prefix=[1])},
+        {"flows": (flow,), "encoder": partial(encode, answer_prefix=np.array([2]))},
     ]
+    run = partial(measure_in_parts, sweep, None, FEW, tmp_path / "f.parquet", PARAMS, version=1, progress=False)
     for call in calls:
-        run(call)
+        run(**call)
         assert asked == [10]
-        run(call)
-        assert asked == []
+        run(**call)
+        assert asked == [10]
+        asked.clear()
+    assert len(list_frames(tmp_path / "f.parquet")) == len(calls)
 
 
-def test_what_a_measure_names_is_seen_and_an_object_counts_by_its_type():
-    space = {"__name__": "notebook"}
-    code = "def scale(x):\n    return [f * x for f in factors if f not in {'a', 'b'}]\n"
-    exec(f"{code}measure = lambda some: (model, scale(some))", space)
-
-    def digest(**named):
-        space.update(named)
-        return describe_measure(space["measure"], MADE_FROM, FEW)["measure"]
-
-    first = digest(factors=[1, 2], model=object())
-    assert digest(factors=[1, 2], model=object()) == first
-    assert digest(factors=np.array([1, 2])) == first
-    assert digest(factors=[1, 3]) != first
-    assert digest(factors=(1, 2)) == first
-    exec(code.replace("f * x", "f + x"), space)
-    assert digest() != first
+def test_what_cannot_be_told_apart_is_refused():
+    for value in (lambda sample: sample, object(), partial(encode, answer_prefix=object())):
+        with pytest.raises(ValueError, match="Expected numbers, texts, flows .* for encoder, .* pass plain values"):
+            describe_call(measure, FEW, {"encoder": value}, version=1)
+    with pytest.raises(ValueError, match="measure has no version: pass version=1"):
+        describe_call(measure, FEW, {})
 
 
-def test_the_digest_of_a_measure_is_the_same_in_every_process(tmp_path):
+def test_the_code_of_an_experiment_counts_by_its_version_alone(compute):
+    compute()
+    first = read_manifest(compute.path)["depends_on"]
+    assert first["experiment"] == "noting" and first["version"] == 1
+    assert not {"code", "packages"} & set(first)
+    assert all(isinstance(version, int) and version > 0 for version in VERSIONS.values())
+
+
+def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
     code = (
-        "from mmflow_utils.parts.identity import describe_measure\n"
-        "def own(x, kinds={'a', 'b', 'c'}):\n    return x in {'d', 'e', 'f'}\n"
-        "print(describe_measure(lambda some: own(some), {}, []))"
+        "import sys; sys.path[:0] = ['tests/helpers']\n"
+        "from functools import partial\n"
+        "from killed_runs import PARAMS, SAMPLES\n"
+        "from mmflow_utils.prompts.flows import FLOW_TO_LAST, Flow, variants\n"
+        "from mmflow_utils.results.frames import identity_of, manifest\n"
+        "from mmflow_utils.results.version import describe_call\n"
+        "def knockout_sweep(): pass\n"
+        "arguments = {'flows': FLOW_TO_LAST, 'encoder': partial(variants, a={'b': 1})}\n"
+        "call = describe_call(knockout_sweep, SAMPLES, arguments)\n"
+        "print(identity_of({'depends_on': manifest(PARAMS)['depends_on'] | call}))"
     )
     said = set()
     for seed in "12":
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, env={"PYTHONHASHSEED": seed})
-        said.add(ran.stdout.decode())
-    assert len(said) == 1
-    assert "'measure': '" in said.pop()
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=True, cwd=ROOT)
+        said.add(ran.stdout.decode().strip())
+    assert len(said) == 1 and len(said.pop()) == 8
 
 
 def test_shards_share_the_parts_and_a_run_without_puts_them_together(compute):
-    there = compute(shard="2/3")
+    there = compute(changes={"shard": "2/3"})
     assert compute.asked == ids(3, 4, 5)
-    assert equal(there, measure(FEW[3:6]))
+    assert equal(there, whole(FEW[3:6]))
     assert not compute.path.exists()
-    there = compute(shard="1/3")
+    there = compute(changes={"shard": "1/3"})
     assert compute.asked == ids(0, 1, 2, 9)
-    assert list(there.sample_id.unique()) == ids(1, 2, 4, 5)
-    assert equal(compute(), measure(FEW))
+    assert list(there.frame.sample_id.unique()) == ids(1, 2, 4, 5)
+    assert equal(compute(), whole())
     assert compute.asked == ids(6, 7, 8)
 
 
 def test_a_shard_without_a_part_gives_a_frame_without_rows(compute):
-    there = compute(shard="9/9")
-    assert list(there) == ["sample_id", "layer", "p"]
-    assert len(there) == 0
+    there = compute(changes={"shard": "9/9"})
+    assert list(there.frame) == ["sample_id", "layer", "p"]
+    assert len(there.frame) == 0
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "2", "1/0", "a/b", "1/2/3", "-1/2", "1 / 2", ""])
 def test_a_bad_shard_is_one_sentence(compute, shard):
     with pytest.raises(ValueError, match=f"shard must be of the form 2/8, the second of eight, got '{shard}'"):
-        compute(shard=shard)
+        compute(changes={"shard": shard})
 
 
 def test_a_bad_part_size_is_one_sentence(compute):
@@ -331,18 +401,18 @@ def test_a_bad_part_size_is_one_sentence(compute):
 
 
 def test_no_sample_is_a_frame_without_rows(compute):
-    assert equal(compute(samples=[]), measure([]))
+    assert equal(compute(samples=[]), whole([]))
 
 
 @pytest.mark.parametrize("n_check", [0, 2, 4, 99])
 def test_the_first_samples_are_checked_however_the_work_is_cut(tmp_path, n_check):
     checked = []
 
-    def checking(some, n_check):
+    def checking(model, some, *, n_check, progress):
         checked.extend(sample.sample_id for sample in some[:n_check])
-        return measure(some)
+        return measure(model, some)
 
-    run = partial(compute_in_parts, checking, FEW, tmp_path / "flow.parquet", MADE_FROM, progress=False)
+    run = partial(measure_in_parts, checking, None, FEW, tmp_path / "flow.parquet", PARAMS, version=1, progress=False)
     run(part_size=3, n_check=n_check)
     assert checked == ids(*range(min(n_check, 10)))
     # What was checked less is not taken for what is checked more.
@@ -358,41 +428,30 @@ def test_parts_and_shards_together_equal_one_call(tmp_path_factory, data):
     table = {f"q{n}": [[data.draw(kind) for kind in kinds] for _ in range(count)] for n, count in enumerate(n_rows)}
     samples = [make_sample(name) for name in table]
 
-    def measure(some):
+    def measure(model, some, *, progress=False):
         rows = [(s.sample_id, *row) for s in some for row in table[s.sample_id]]
         frame = pd.DataFrame(rows, columns=["sample_id", "count", "p", "word"])
-        frame.attrs |= {"skipped": [s.sample_id for s in some if not table[s.sample_id]], "unit": "nats"}
-        frame.attrs["max_check_diff"] = max((row[1] for row in rows if row[1] is not None), default=None)
-        return frame
+        skipped = [{"sample_id": s.sample_id, "reason": "none"} for s in some if not table[s.sample_id]]
+        return Result(frame, skipped, max((float(row[1]) for row in rows if row[1] is not None), default=None))
 
     size, n_shards = data.draw(st.integers(1, 14)), data.draw(st.integers(1, 5))
     order = data.draw(st.permutations(range(1, n_shards + 1)))
     path = tmp_path_factory.mktemp("parts") / "flow.parquet"
-    run = partial(compute_in_parts, measure, samples, path, MADE_FROM, part_size=size, progress=False)
+    options = {"part_size": size, "version": 1, "progress": False}
     for k in order[: data.draw(st.integers(0, n_shards))]:
-        run(shard=f"{k}/{n_shards}")
-    assert equal(run(), measure(samples))
+        measure_in_parts(
+            measure, None, samples, path, PARAMS.model_copy(update={"shard": f"{k}/{n_shards}"}), **options
+        )
+    assert equal(measure_in_parts(measure, None, samples, path, PARAMS, **options), measure(None, samples))
 
 
-def test_numbers_in_attrs_are_joined_by_the_largest_and_contradictions_refused(tmp_path):
-    def run(values, name="a"):
-        left = iter(values)
-
-        def leaving(some):
-            frame = measure(some)
-            frame.attrs = {name: next(left)}
-            return frame
-
-        path = tmp_path / "flow.parquet"
-        path.unlink(missing_ok=True)
-        return compute_in_parts(leaving, FEW[:3], path, MADE_FROM, part_size=1, progress=False).attrs[name]
-
-    assert run([1e-7, None, 3e-7]) == 3e-7
-    assert run([None, None, None]) is None
-    assert run([[1], [], [2, 3]]) == [1, 2, 3]
-    assert run(["nats"] * 3) == "nats"
-    with pytest.raises(ValueError, match=r"attrs\['unit'\] differs between parts \('nats', …\)"):
-        run(["nats", "bits", "nats"], "unit")
+def test_results_are_joined_with_all_that_they_left_out_and_the_largest_difference():
+    frame = pd.DataFrame({"layer": [0]})
+    notes = [{"sample_id": name, "reason": "no options"} for name in "ab"]
+    joined = Result.join([Result(frame, notes[:1], 1e-7), Result(frame), Result(frame, notes[1:], 3e-7)])
+    assert joined.frame.index.tolist() == [0, 1, 2]
+    assert joined.skipped == notes and joined.max_check_diff == 3e-7
+    assert Result.join([Result(frame)]).max_check_diff is None
 
 
 def test_the_bar_counts_parts_and_says_what_is_left(stopped, capsys):

@@ -1,6 +1,7 @@
 """Results on disk: lossless, whole or absent, and never mistaken for those of another run."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -21,9 +22,7 @@ def frame():
         "p_base": [0.5, np.nan],
         "option_true": ["red", None],
     }
-    frame = pd.DataFrame(columns)
-    frame.attrs["skipped"] = [{"sample_id": "c", "reason": "no options"}]
-    return frame
+    return pd.DataFrame(columns)
 
 
 @pytest.fixture
@@ -42,7 +41,6 @@ def test_a_frame_comes_back_as_it_went(tmp_path, frame, params):
     path = save_frame(frame, tmp_path / "deep" / "flow.parquet", manifest(params, max_check_diff=1e-7))
     back = load_frame(path, manifest(params))
     pd.testing.assert_frame_equal(back, frame)
-    assert back.attrs == frame.attrs
     assert sorted(file.name for file in path.parent.iterdir()) == ["flow.json", "flow.parquet"]
 
 
@@ -129,8 +127,7 @@ def test_a_file_that_was_cut_short_is_noticed(tmp_path, frame, params, kept):
 
 def test_a_table_that_holds_what_looks_like_a_checksum_is_no_trouble(tmp_path, params):
     frame = pd.DataFrame({"text": ['"sha256": "' + 64 * digit for digit in "0a"]})
-    frame.attrs["note"] = '"sha256": "' + 64 * "0"
-    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params, note=frame.attrs["note"]))
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params, note='"sha256": "' + 64 * "0"))
     assert load_frame(path, manifest(params)).equals(frame)
 
 
@@ -161,3 +158,40 @@ def test_a_file_that_one_notebook_alone_reads_counts_too(tmp_path, frame, params
     (tmp_path / "okvqa.json").write_text("another")
     with pytest.raises(ValueError, match="okvqa_sha256 was"):
         load_frame(path, manifest(own))
+
+
+def test_a_frame_of_another_run_goes_beside_and_each_is_found_again(tmp_path, frame, params):
+    path, other = tmp_path / "flow.parquet", params.model_copy(update={"window": 5})
+    assert save_frame(frame, path, manifest(params)) == path
+    beside = save_frame(frame.assign(layer=7), path, manifest(other))
+    assert re.fullmatch(r"flow\.[0-9a-f]{8}\.parquet", beside.name)
+    assert save_frame(frame.assign(layer=8), path, manifest(other)) == beside
+    assert load_frame(path, manifest(params)).equals(frame)
+    assert load_frame(path, manifest(other)).layer.tolist() == load_frame(path).layer.tolist() == [8, 8]
+    assert load_frame(beside).layer.tolist() == [8, 8]
+    assert save_frame(frame, path, manifest(params.model_copy(update={"window": 7})), fresh=True) == path
+    with pytest.raises(ValueError, match="window was 7, now 3"):
+        load_frame(path, manifest(params))
+
+
+def test_what_is_damaged_is_replaced(tmp_path, frame, params):
+    path = tmp_path / "flow.parquet"
+    path.write_bytes(b"PAR1")
+    assert save_frame(frame, path, manifest(params)) == path
+    assert load_frame(path).equals(frame)
+
+
+def test_of_two_runs_that_end_at_once_none_is_lost(tmp_path, frame, params, monkeypatch):
+    path, other = tmp_path / "flow.parquet", params.model_copy(update={"window": 5})
+    place_for = store.place_for
+
+    def place_and_wait(*args, **options):
+        monkeypatch.setattr(store, "place_for", place_for)
+        place = place_for(*args, **options)
+        save_frame(frame.assign(layer=7), path, manifest(other))  # another run ends just here
+        return place
+
+    monkeypatch.setattr(store, "place_for", place_and_wait)
+    assert save_frame(frame, path, manifest(params)) != path
+    assert load_frame(path, manifest(params)).equals(frame)
+    assert load_frame(path, manifest(other)).layer.tolist() == [7, 7]

@@ -1,0 +1,121 @@
+"""The one loop over samples that all experiments share: encode, plan, skip with a reason, run, check.
+
+loop = Loop(model, n_check=2)
+result = loop.over(samples, measure, columns, name="Knockout")    # measure: a prompt -> its rows
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pandas as pd
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.checks import check_close
+from mmflow_utils.engine.sweep import engine
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import MODULE_INTERVENTIONS, Flow, Intervention, Variant, flow_problem, variants
+from mmflow_utils.results.record import Result
+
+__all__ = ["Loop"]
+
+Found = TypeVar("Found")
+Wanted = tuple[str, Flow, Intervention]  # a label, and what is to be done
+
+
+@dataclass
+class Loop:
+    """A loop over samples, and what it leaves beside rows.
+
+    Attributes:
+        model: the model.
+        encoder: makes the prompt and its positions.
+        method: the engine's name, `sweep` or `reference`.
+        n_check: how many samples the sweep is compared with the reference on, of those that can be measured.
+        skipped: what a prompt lacked, with the reason.
+        differences: the largest one on each sample checked.
+    """
+
+    model: VLM
+    encoder: Callable[[VLM, Sample], Encoded] = encode
+    method: str = "sweep"
+    n_check: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    differences: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        engine(self.method)  # refuses an unknown one
+
+    def over(
+        self,
+        samples: Iterable[Sample],
+        measure: Callable[[Encoded], Sequence[dict[str, Any]]],
+        columns: Sequence[str],
+        *,
+        name: str,
+        progress: bool = True,
+    ) -> Result:
+        """Measure each sample's prompt, and return the rows with what was skipped and checked."""
+        rows = []
+        for sample in tqdm(list(samples), desc=name, unit="question", disable=not progress):
+            labels = {"sample_id": sample.sample_id, "image_id": sample.image_id, "task": sample.task}
+            rows += [labels | row for row in measure(self.encoder(self.model, sample))]
+        frame = pd.DataFrame(rows, columns=list(columns))
+        return Result(frame, self.skipped, max(self.differences, default=None))
+
+    def plan(
+        self,
+        encoded: Encoded,
+        wanted: Iterable[Wanted],
+        *,
+        window: int,
+        layers: Sequence[int] | None = None,
+        needs: Sequence[str] = (),
+        kind: str = "flow",
+    ) -> list[tuple[str, Variant]]:
+        """List the variants of what this prompt has, labeled; skip the rest, each as a `kind`, with its reason.
+
+        Raises:
+            ValueError: a position set, of a flow or among `needs`, that no prompt has.
+        """
+        held, planned = encoded.positions, []
+        for label, flow, intervention in wanted:
+            source = () if intervention in MODULE_INTERVENTIONS else (flow.source,)
+            for name in (*source, flow.target, *needs):
+                if name not in held and name not in held.missing:
+                    raise ValueError(f"{label}: {held.why_missing(name)}.")
+            problem = flow_problem(held, flow, intervention=intervention)
+            if reason := problem or next((held.why_missing(name) for name in needs if name not in held), None):
+                self.skip(encoded, reason, **{kind: label})
+                continue
+            options = {"window": window, "n_layers": self.model.n_layers, "layers": layers}
+            planned += [(label, v) for v in variants(held, [flow], intervention=intervention, **options)]
+        return planned
+
+    def skip(self, encoded: Encoded, reason: str, **what: str) -> None:
+        """Note what is left out of a sample, and why."""
+        self.skipped.append({"sample_id": encoded.sample.sample_id, **what, "reason": reason})
+
+    @property
+    def checks(self) -> bool:
+        """Whether a sample measured now is to be checked."""
+        return self.method == "sweep" and len(self.differences) < self.n_check
+
+    def run(
+        self,
+        encoded: Encoded,
+        compute: Callable[[str], Found],
+        values: Callable[[Found], Tensor],
+        *,
+        tolerance: float,
+        unit: str = "probability",
+    ) -> Found:
+        """Compute by the loop's method; on the first samples the plain way too, and hold the two together."""
+        found = compute(self.method)
+        if self.checks:
+            plain = values(compute("reference"))
+            self.differences.append(check_close(encoded, values(found), plain, tolerance=tolerance, unit=unit))
+        return found
