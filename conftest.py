@@ -1,7 +1,51 @@
 """Shared by all tests. None may reach the network, and one thread keeps numbers and times steady."""
 
 import os
+from functools import cache
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def what_examples_know(request, doctest_namespace):
+    """Give the examples in docstrings the names that they don't define, and a folder of their own to write to."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        return
+    code = " ".join(example.source for example in request.node.dtest.examples)
+    tmp_path = request.getfixturevalue("tmp_path")
+    request.getfixturevalue("monkeypatch").chdir(tmp_path)
+    doctest_namespace |= _libraries() | {"folder": tmp_path}
+    if "model" in code or "samples" in code:
+        doctest_namespace |= _miniature()
+    if "scene" in code:
+        doctest_namespace |= _scene()
+
+
+@cache
+def _libraries():
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    return {"np": np, "pd": pd, "torch": torch, "Path": Path}
+
+
+@cache
+def _miniature():
+    import mmflow_utils as mm
+
+    params = mm.Params()
+    samples = mm.read_questions(params, tasks=["ChooseAttr"])[0][:4]
+    return {"mm": mm, "params": params, "model": mm.load_model(params), "samples": samples, "sample": samples[0]}
+
+
+@cache
+def _scene():
+    from miniature.world import sample_scene
+
+    return {"scene": sample_scene(_libraries()["np"].random.default_rng(0))}

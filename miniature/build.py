@@ -3,8 +3,8 @@
 Everything is the library's own class, so that what works on the miniature works on the real models.
 
 Example:
-    >>> processor = build_processor(build_tokenizer(seed=0))
-    >>> model = build_model(processor.tokenizer, seed=0)
+    processor = build_processor(build_tokenizer(seed=0))
+    model = build_model(processor.tokenizer, seed=0)
 """
 
 from collections.abc import Iterator

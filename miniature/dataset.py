@@ -6,7 +6,7 @@
     images/<image id>.png
 
 Example:
-    >>> write_split(Path("assets/miniature"), n_scenes=300, seed=0)
+    write_split(Path("assets/miniature"), n_scenes=300, seed=0)
 """
 
 import json

@@ -4,7 +4,7 @@ A color, a shape, a material and a category are each plain to see, so that a sma
 them: a cup is a cup by its handle, whatever the shape of its body.
 
 Example:
-    >>> draw_scene(sample_scene(np.random.default_rng(0))).size
+    >>> draw_scene(scene).size
     (224, 224)
 """
 

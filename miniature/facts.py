@@ -8,8 +8,8 @@ The ten people who answer are drawn too: they know the facts, are sure, and agre
 wholly right or wholly wrong here, and soft accuracy is plain accuracy.
 
 Example:
-    >>> write_factual(Path("assets/miniature"), n_scenes=300, seed=0)  # the pictures are those of write_split
-    >>> read_aokvqa(folder / "aokvqa.json", folder / "images", image_pattern=IMAGE_PATTERN)
+    write_factual(Path("assets/miniature"), n_scenes=300, seed=0)  # the pictures are those of write_split
+    read_aokvqa(folder / "aokvqa.json", folder / "images", image_pattern=IMAGE_PATTERN)
 """
 
 from pathlib import Path

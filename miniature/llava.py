@@ -11,10 +11,10 @@ itself embeds them.
 No attention edge is blocked and no flow rewarded: whatever routes the model uses, it found.
 
 Example:
-    >>> trainer = LlavaTrainer(LLAVA_RECIPE, Path("outputs/llava-smollm2/training"))
-    >>> trainer.align()
-    >>> trainer.instruct()
-    >>> save_llava(trainer, Path("assets/llava-smollm2"))
+    trainer = LlavaTrainer(LLAVA_RECIPE, Path("outputs/llava-smollm2/training"))
+    trainer.align()
+    trainer.instruct()
+    save_llava(trainer, Path("assets/llava-smollm2"))
 """
 
 from collections.abc import Iterator, Sequence

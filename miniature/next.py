@@ -5,11 +5,11 @@ token at the end of each row. Tower, projector and decoder begin as `mini`'s. Th
 averaged in pairs, each shared by two query heads, and training goes on from there (Ainslie et al. 2023).
 
 Example:
-    >>> model, processor = begin(NEXT_RECIPE)
-    >>> trainer = Trainer(model, processor, NEXT_RECIPE, Path("outputs/mini-next/training"))
-    >>> trainer.tower()
-    >>> trainer.joint()
-    >>> save_miniature(trainer, Path("assets/mini-next"))
+    model, processor = begin(NEXT_RECIPE)
+    trainer = Trainer(model, processor, NEXT_RECIPE, Path("outputs/mini-next/training"))
+    trainer.tower()
+    trainer.joint()
+    save_miniature(trainer, Path("assets/mini-next"))
 """
 
 import copy

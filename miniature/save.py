@@ -1,10 +1,10 @@
 """A trained miniature on disk: the library's own files, and in `training.json` how it learnt and how well.
 
 Example (the text-only counterpart of `mini`, App. G; its `text` stage is that of `mini`):
-    >>> trainer = Trainer(model, processor, Recipe(), Path("outputs/mini/training"))
-    >>> trainer.text()
-    >>> trainer.read()
-    >>> save_text_miniature(trainer, Path("assets/mini-text"))
+    trainer = Trainer(model, processor, Recipe(), Path("outputs/mini/training"))
+    trainer.text()
+    trainer.read()
+    save_text_miniature(trainer, Path("assets/mini-text"))
 """
 
 import json

@@ -13,10 +13,10 @@ A miniature that begins with another's weights (`next`) repeats `tower` and `joi
 No attention edge is blocked and no flow rewarded: whatever routes the model uses, it found.
 
 Example:
-    >>> trainer = Trainer(model, processor, Recipe(), Path("outputs/mini/training"))
-    >>> for stage in (trainer.tower, trainer.text, trainer.align, trainer.joint):
-    ...     stage()
-    >>> save_miniature(trainer, Path("assets/mini"))
+    trainer = Trainer(model, processor, Recipe(), Path("outputs/mini/training"))
+    for stage in (trainer.tower, trainer.text, trainer.align, trainer.joint):
+        stage()
+    save_miniature(trainer, Path("assets/mini"))
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """What a model is shown of scenes: the whole picture and, where its processor cuts them, tiles.
 
 Example:
-    >>> views = look_at(scenes, processor.image_processor)
-    >>> views.pixels.shape, views.windows[0]
-    (torch.Size([21, 3, 112, 112]), (0.0, 0.0, 256.0, 192.0))
+    >>> views = look_at([scene], model.processor.image_processor)
+    >>> views.pixels.shape, views.windows
+    (torch.Size([1, 3, 112, 112]), [(0.0, 0.0, 224.0, 224.0)])
 """
 
 from dataclasses import dataclass

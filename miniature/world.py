@@ -7,7 +7,7 @@ question may ask about stands in the scene graph.
 Example:
     >>> scene = sample_scene(np.random.default_rng(0))
     >>> [thing.category for thing in scene.things]
-    ['apple', 'boat', 'lamp', 'table']
+    ['boat', 'clock', 'lamp', 'cat']
 """
 
 from collections.abc import Sequence

@@ -5,9 +5,10 @@ scene doesn't allow it. It bears the name of GQA's type, `types.detailed`, hence
 drawn after the form of the question, so that a question's words say nothing about its answer.
 
 Example:
+    >>> from miniature.questions.tasks import positionQuery
     >>> draft = ask(positionQuery, scene, np.random.default_rng(0))
     >>> draft.text, draft.answer
-    ('On which side of the photo is the cup?', 'left')
+    ('In which part of the image is the cat?', 'right')
 """
 
 from collections.abc import Callable

@@ -4,8 +4,8 @@ A compositional question names a thing by what it is like or where it stands ("t
 cup"), so that the thing must be found before its property can be read.
 
 Example:
-    >>> directOfRelated(scene, np.random.default_rng(1)).text
-    'What color is the thing to the left of the cup?'
+    >>> verifyAttrThat(scene, np.random.default_rng(0)).text
+    'Is the green thing round?'
 """
 
 from collections.abc import Callable

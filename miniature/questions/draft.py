@@ -1,8 +1,8 @@
 """A question before it is written as GQA's JSON: its words, the things that they name, and its operations.
 
 Example:
-    >>> fill("Is the {t} {a} or {b}?", t=cup, a="red", b="blue")
-    Wording(text='Is the cup red or blue?', mentions={'2': '0000'})
+    >>> fill("Is the {t} {a} or {b}?", t=scene.things[0], a="red", b="blue")
+    Wording(text='Is the boat red or blue?', mentions={'2': '000'})
 """
 
 from collections.abc import Iterable

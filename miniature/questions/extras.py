@@ -1,8 +1,8 @@
 """Questions that GQA doesn't have: about knowledge that no picture shows, and descriptions to learn from.
 
 Example:
-    >>> factual(scene, np.random.default_rng(0)).text
-    'Which of the things in the picture is alive?'
+    >>> factual(scene, np.random.default_rng(1)).text
+    'Which of the things in the picture has legs?'
 """
 
 from miniature.questions.draft import Draft, Named, Rng, Wording, fill, pick, select, shared_kinds, two

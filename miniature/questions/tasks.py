@@ -2,7 +2,7 @@
 
 Example:
     >>> chooseAttr(scene, np.random.default_rng(0)).text
-    'Which shape is the cup, round or square?'
+    'Is the cat round or triangular?'
 """
 
 from collections.abc import Callable
