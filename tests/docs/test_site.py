@@ -46,6 +46,12 @@ def put_executed(name: str, folder: Path, **injected) -> None:
     nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
+def build(*arguments):
+    """Build a site as `make report` does."""
+    command = [sys.executable, "-m", "docs.build", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
@@ -61,8 +67,7 @@ def site(tmp_path_factory):
         shutil.copy(file, docs)
     (docs / "linked.md").write_text(DOC)
     (docs / "other.md").write_text("# Other\n\n## Far down\n\nText.\n")
-    command = [sys.executable, ROOT / "site" / "build.py", "--outputs", outputs, "--docs", docs]
-    built = subprocess.run(command, capture_output=True, text=True)
+    built = build("--outputs", outputs, "--docs", docs)
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     return outputs / "site"
@@ -164,6 +169,9 @@ def test_the_start_page_shows_the_main_figures_and_leads_on(site, page):
     assert "03_image_to_question" in page.inner_text(".warning")
     assert page.locator("section#for-reference a[href='docs/linked.html']").count() == 1
     assert page.locator("section#planted a[href='planted/02_flow_to_last.html']").count() == 1
+    assert "Not run for planted: 12_factual_tasks, since all its tasks offer options" in page.inner_text("#planted")
+    assert "Not run for mini" not in page.inner_text("article")
+    assert "What is found about mini, planted is no finding about the paper’s models" in page.inner_text("article")
     assert page.locator("section#the-models-side-by-side a[href='mini/14_compare_models.html']").count() == 1
 
 
@@ -241,7 +249,6 @@ def test_pages_of_docs_lead_to_pages_of_the_site(site):
 
 
 def test_without_a_run_there_is_no_report(tmp_path):
-    command = [sys.executable, ROOT / "site" / "build.py", "--outputs", tmp_path]
-    built = subprocess.run(command, capture_output=True, text=True)
+    built = build("--outputs", tmp_path)
     assert built.returncode == 1
     assert "There is no executed notebook" in built.stderr

@@ -1,4 +1,4 @@
-"""What is held against the pages of the report, in a browser and by their links; tests/test_site.py."""
+"""What is held against the pages of the report, in a browser and by their links; tests/docs/test_site.py."""
 
 import re
 from collections import defaultdict

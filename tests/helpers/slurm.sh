@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a command beside a real Slurm of one node and two GPUs that are none; the Slurm lives as long as the command.
 #
-#   tests/slurm.sh sinfo
-#   tests/slurm.sh --install sinfo     installs Debian's slurm-wlm and munge first, where they are missing
+#   tests/helpers/slurm.sh sinfo
+#   tests/helpers/slurm.sh --install sinfo     installs Debian's slurm-wlm and munge first, where they are missing
 #
 # Ends with the command's exit code, or with 77 and one sentence on stderr where there can't be a Slurm here.
 set -euo pipefail
@@ -27,7 +27,7 @@ if [[ ${1-} == --install ]]; then
             slurm-wlm munge; } >/dev/null || cannot "apt-get could not install slurm-wlm and munge"
     fi
 fi
-[[ -z $(missing) ]] || cannot "$(missing | paste -sd' ') not found; as root, tests/slurm.sh --install gets them"
+[[ -z $(missing) ]] || cannot "$(missing | paste -sd' ') not found; as root, tests/helpers/slurm.sh --install gets them"
 [[ $# -gt 0 ]] || set -- sinfo
 
 folder=$(mktemp -d)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from tiny import tiny_sample, tiny_vlm
 
+from docs.reference import FOLDERS
 from mmflow_utils.data.sample import SceneObject
 from mmflow_utils.explorer import Explorer
 from mmflow_utils.params import ROOT
@@ -22,7 +23,7 @@ from mmflow_utils.prompts.encoding import encode
 def test_no_pickle_is_loaded():
     unsafe = re.compile(r"^(c?[Pp]ickle|dill|joblib|shelve|marshal)$")
     found = []
-    for file in [*(ROOT / "mmflow_utils").rglob("*.py"), *(ROOT / "site").rglob("*.py")]:
+    for file in (file for folder in ("mmflow_utils", *FOLDERS) for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [name.name for name in node.names] + [getattr(node, "module", None) or ""]
@@ -99,8 +100,8 @@ def test_text_from_data_comes_out_escaped_in_the_rendered_site(hostile, tmp_path
     folder = tmp_path / "outputs" / "mini"
     folder.mkdir(parents=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "02_flow_to_last.ipynb")
-    build = [sys.executable, str(ROOT / "site" / "build.py"), "--outputs", str(tmp_path / "outputs")]
-    subprocess.run([*build, "--docs", str(tmp_path / "none")], check=True, capture_output=True)
+    build = [sys.executable, "-m", "docs.build", "--outputs", str(tmp_path / "outputs")]
+    subprocess.run([*build, "--docs", str(tmp_path / "none")], cwd=ROOT, check=True, capture_output=True)
     page = Tags((tmp_path / "outputs/site/mini/02_flow_to_last.html").read_text(encoding="utf-8"))
     assert page.text.count("alert(1)") >= 6
     assert not [s for s in page.sources if "evil" in s or "alert" in s or s in ("onerror", "onclick")]
