@@ -150,13 +150,15 @@ class Attend:
             yield rows, mixed
 
     def _with_room(self, keys: _Keys, low: int, room: int) -> list[Tensor]:
-        """Lay out the shared clean keys and values, with room for more; once for all slices of a layer."""
-        both = self.clean.laid_out.get(low, []) if keys.prefix is None else []
-        for clean in () if both else (self.clean.key, self.clean.value):
-            laid_out = clean.new_empty(len(clean), keys.n_prefix + room, clean.shape[-1])
-            laid_out[:, : keys.n_prefix] = clean[:, :low] if keys.prefix is None else clean[:, keys.prefix]
-            both.append(laid_out)
-        if keys.prefix is None:
+        """Lay out the shared clean keys and values with room for more; once for all groups that need no more."""
+        whole, needed = keys.prefix is None, keys.n_prefix + room
+        if whole and low in self.clean.laid_out and self.clean.laid_out[low][0].shape[1] >= needed:
+            return self.clean.laid_out[low]
+        prefix, both = slice(low) if whole else keys.prefix, []
+        for clean in (self.clean.key, self.clean.value):
+            both.append(clean.new_empty(len(clean), needed, clean.shape[-1]))
+            both[-1][:, : keys.n_prefix] = clean[:, prefix]
+        if whole:
             self.clean.laid_out[low] = both
         return both
 

@@ -132,7 +132,7 @@ class PackedPass:
                 f"Position {wrong[0]} is a target or is read, but lies among tokens that attend to later "
                 "ones too (an image's, in this model), which the sweep can't take: set method to reference."
             )
-        self.known["order", id(mask)] = True
+        self.known["order", id(mask)] = mask  # held, so that no other mask gets its id
 
     def _after(self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""

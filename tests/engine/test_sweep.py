@@ -3,10 +3,12 @@
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -24,11 +26,14 @@ from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
     IMAGE_TO_QUESTION,
+    Flow,
     Intervention,
     Variant,
+    flow_problem,
     variants,
     window_layers,
 )
+from mmflow_utils.prompts.positions import PositionSets
 
 N_LAYERS = 4
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
@@ -104,6 +109,50 @@ def test_random_edits_give_the_reference_numbers(kind, data):
         run_sweep(model, encoded, some, read=read, chunk=data.draw(st.sampled_from((None, 1, 3)))),
         run_reference(model, encoded, some, read=read),
     )
+
+
+def long_prompt(kind: str, n_tokens: int):
+    """Give a model and a prompt of that many tokens, so that many keys are a row's own run's."""
+    model, encoded = setting(kind)
+    more = [10 + n % 90 for n in range(n_tokens - encoded.positions.n_tokens)]
+    with TemporaryDirectory() as folder:
+        return model, encode(model, tiny_sample(Path(folder)), answer_prefix=more)
+
+
+@pytest.mark.parametrize("kind", ("llava", "llava-gqa", "sliding"))
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    n_tokens=st.integers(130, 400),
+    seed=st.integers(0, 2**32 - 1),
+    intervention=st.sampled_from(["mask", "mask", "mask", *get_args(Intervention)]),
+    window=st.integers(1, N_LAYERS),
+)
+def test_random_position_sets_of_long_prompts_give_the_reference_numbers(kind, n_tokens, seed, intervention, window):
+    model, encoded = long_prompt(kind, n_tokens)
+    rng = np.random.default_rng(seed)
+    sets = {"last": [n_tokens - 1]}
+    for name in ("image", "question", "objects"):
+        low, high = sorted(rng.choice(n_tokens, 2, replace=False))
+        share = rng.choice([0.1, 0.6, 1.0])
+        sets[name] = [low, *(p for p in range(low + 1, high) if rng.random() < share)]
+    positions = PositionSets(n_tokens=n_tokens, sets=sets)
+    flows = [Flow(source=source, target=target) for source, target in product(sets, sets)]
+    flows = [flow for flow in flows if not flow_problem(positions, flow, intervention=intervention)]
+    some = variants(positions, flows, window=window, n_layers=N_LAYERS, intervention=intervention)
+    assert_same(run_sweep(model, encoded, some), run_reference(model, encoded, some))
+
+
+@pytest.mark.parametrize("kind", ("llava", "llava-gqa"))
+def test_groups_that_begin_alike_may_need_more_room_one_after_the_other(kind):
+    model, encoded = long_prompt(kind, 180)
+    image = tuple(range(5, 149))
+    flows = {"within": (image, image), "all but a few": (image[:140], image), "few": (image[:3], image)}
+    some = [
+        Variant(layers=range(start, stop), target=target, source=source)
+        for source, target in flows.values()
+        for start, stop in ((0, 2), (1, 3), (0, 4), (2, 4))
+    ]
+    assert_same(run_sweep(model, encoded, some), run_reference(model, encoded, some))
 
 
 @pytest.mark.parametrize("intervention", get_args(Intervention))
