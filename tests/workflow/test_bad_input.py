@@ -14,7 +14,7 @@ from mmflow_utils.data.sample import SceneObject, load_image
 from mmflow_utils.experiments.curation import ask_questions
 from mmflow_utils.experiments.knockout import knockout_sweep
 from mmflow_utils.experiments.lens import logit_lens
-from mmflow_utils.params import ROOT, Params
+from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST
 from mmflow_utils.results.frames import manifest, save_frame
@@ -204,16 +204,3 @@ def test_results_of_different_runs_are_not_compared(tmp_path):
     said = r"m/image_to_question.parquet and flow_to_last.parquet are of different runs \(window was 3, now 5\)"
     with pytest.raises(ValueError, match=f"{said}: run the notebooks 02 and 03 again"):
         read_results(tmp_path)
-
-
-# The table in docs/
-
-
-def test_every_test_that_the_table_names_exists():
-    table = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", table)
-    assert len(named) > 30
-    for file, test in set(named):
-        (found,) = (ROOT / "tests").rglob(f"{file}.py")
-        code = found.read_text(encoding="utf-8")
-        assert f"def {test}(" in code, f"{file}.py has no {test}"
