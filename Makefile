@@ -31,14 +31,13 @@ NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sani
 .PHONY: report test quick notebooks data bench docs lock
 .NOTPARALLEL:
 
-# What is measured once is loaded the next time: these measure anew.
-ANEW = folder="$${MMFLOW_OUTPUTS:-outputs}/$(1)" && rm -rf "$$folder"/*.parquet "$$folder"/*.parts
+# What is measured once is loaded the next time: with FRESH in the environment it is measured anew.
+export FRESH
 
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
-	@$(if $(FRESH),$(call ANEW,$(MODEL)))
 	@$(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
-	    --config model=$(MODEL) shards=$(SHARDS) $(if $(FRESH),--forceall); \
+	    --config model=$(MODEL) shards=$(SHARDS) $(if $(filter-out 0,$(FRESH)),--forceall); \
 	status=$$?; $(BIN)/python -m docs.build && exit $$status
 
 quick: $(READY)
@@ -54,9 +53,8 @@ test: $(READY)
 	    (set -x; $(NBVAL) -n 2 --dist loadfile $$notebooks </dev/null) || exit 1; done
 
 notebooks: $(READY)
-	@$(call ANEW,mini)
 	@notebooks=$$($(BIN)/python -m workflow.graph) && for notebook in $$notebooks; do \
-	    $(BIN)/python -m workflow.run_notebook --in-place $$notebook || exit 1; done
+	    FRESH=1 $(BIN)/python -m workflow.run_notebook --in-place $$notebook || exit 1; done
 
 data: $(READY)
 	@$(BIN)/python -m workflow.download $(DATA)

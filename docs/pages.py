@@ -12,7 +12,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from mmflow_utils.params import plain_assignments
-from mmflow_utils.results.frames import read_manifest
+from mmflow_utils.results.frames import find_frame, read_manifest
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
@@ -120,12 +120,11 @@ def manifests(notebook: NotebookNode, folder: Path) -> dict[str, dict[str, Any]]
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     found = {}
-    for file in sorted(folder.glob("*.parquet")):
-        if file.stem in named:
-            try:
-                found[file.stem] = _shown(read_manifest(file))
-            except ValueError as error:
-                found[file.stem] = {"no manifest": str(error)}
+    for name in sorted(named & {file.name.split(".")[0] for file in folder.glob("*.parquet")}):
+        try:
+            found[name] = _shown(read_manifest(find_frame(folder / f"{name}.parquet")))
+        except ValueError as error:
+            found[name] = {"no manifest": str(error)}
     return found
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from tiny import save, tiny_sample, tiny_vlm, wanted
@@ -66,8 +67,8 @@ def test_a_model_that_fits_is_left_whole(tmp_path):
 
 MEASURE = """
 import sys
-from test_models import wanted
-from mmflow_utils.models import load_model
+from tiny import wanted
+from mmflow_utils.models.load import load_model
 
 def megabytes(what):
     with open("/proc/self/status") as status:
@@ -100,7 +101,7 @@ def test_weights_are_in_memory_once(dtype, tmp_path):
     weights = {name: torch.zeros(w.shape, dtype=torch.bfloat16) for name, w in empty.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     args = [sys.executable, "-c", MEASURE, str(folder), dtype, str(small)]
-    said = subprocess.run(args, capture_output=True, text=True, cwd=__file__.rsplit("/", 1)[0], check=True)
+    said = subprocess.run(args, capture_output=True, text=True, cwd=tiny.__file__.rsplit("/", 1)[0], check=True)
     before, peak, held = map(float, said.stdout.split())
     on_disk = (folder / "model.safetensors").stat().st_size / 2**20
     assert held > 250 and held == pytest.approx(on_disk * (2 if dtype == "float32" else 1), rel=0.01)

@@ -7,7 +7,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from workflow import run_notebook as execute
 from workflow.vector_figures import VECTORS
 
-DECLARED = 'model: str = "mini"\noutputs: str = "outputs"\nshard: str = None'
+DECLARED = 'model: str = "mini"'
 DRAW = """import mmflow_utils as mm, pandas as pd
 mm.set_style()
 frame = pd.DataFrame({"flow": "Image -> Last", "layer": range(3), "rel_change_pct": [-1.0, -50.0, 2.0]})"""
@@ -17,12 +17,12 @@ CELLS = (DRAW, "mm.plot_map(frame, title='One')", "print('no figure')", "mm.plot
 @pytest.mark.parametrize("kind", VECTORS)
 def test_each_figure_is_a_file_in_the_pages_order_and_the_page_keeps_its_png(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
-    (tmp_path / "tiny.yaml").write_text(f"model: tiny\noutputs: {tmp_path}/out\n")
+    (tmp_path / "tiny.yaml").write_text(f"model: mini\noutputs: {tmp_path}/out\n")
     parameters = new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = new_notebook(cells=[parameters, *map(new_code_cell, CELLS)], metadata=kernel)
     nbformat.write(notebook, tmp_path / "02_flow.ipynb")
-    stale = tmp_path / "out" / "tiny" / "figures" / f"02_flow-9.{kind}"
+    stale = tmp_path / "out" / "mini" / "figures" / f"02_flow-9.{kind}"
     stale.parent.mkdir(parents=True)
     stale.touch()
 
@@ -35,7 +35,7 @@ def test_each_figure_is_a_file_in_the_pages_order_and_the_page_keeps_its_png(kin
     if kind == "svg":
         # Text is drawn as paths, and matplotlib names it in a comment; nothing is a picture of pixels.
         assert b"<!-- One -->" in one and b"<!-- Two -->" in two and b"<image" not in one
-    executed = nbformat.read(tmp_path / "out" / "tiny" / "02_flow.ipynb", as_version=4)
+    executed = nbformat.read(tmp_path / "out" / "mini" / "02_flow.ipynb", as_version=4)
     shown = [out.data for cell in executed.cells for out in cell.get("outputs", ()) if "data" in out]
     assert [set(data) for data in shown] == [{"image/png", "text/plain"}] * 2
 
