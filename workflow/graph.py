@@ -29,7 +29,7 @@ COMPARISON = "14"  # sets all models side by side
 TRAINING = "9"  # from 90 on: how a model of this project was trained
 # Whose results a notebook reads, beside the samples.
 RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07")}
-PARTS = "compute_in_parts("  # what a notebook calls that measures in parts
+PARTS = "_in_parts("  # ends the name of what a notebook calls that measures in parts
 SHOWN = ("02", "03", COMPARISON)  # whose main figures the report opens with
 
 

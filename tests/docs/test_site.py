@@ -16,6 +16,8 @@ from site_checks import CHECKS, DESK, Addresses, broken_links, broken_markdown_l
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.results.frames import manifest, save_frame
 
+pytestmark = pytest.mark.browser
+
 NOTEBOOKS = ("00_tour", "02_flow_to_last", "14_compare_models")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ALARM = "<script>window.alarm = true</script>"

@@ -85,6 +85,7 @@ def test_text_from_data_comes_out_escaped_in_all_html_we_make(hostile):
     assert HOSTILE in Tags(hostile["table"]).text
 
 
+@pytest.mark.slow
 def test_text_from_data_comes_out_escaped_in_the_rendered_site(hostile, tmp_path):
     outputs = [nbformat.v4.new_output("display_data", {"text/html": html}) for html in hostile.values()]
     outputs += [

@@ -13,9 +13,11 @@ import pytest
 
 from mmflow_utils.params import ROOT
 
-IN_PARTS = "mm.compute_in_parts("
+IN_PARTS = "mm.measure_in_parts("
 RUN_NOTEBOOK = """
 import os, pathlib, sys, time
+
+pytestmark = pytest.mark.slow
 
 name, model, *more = sys.argv[1:]
 shard = more[2] if more[:2] == ["-p", "shard"] else ""

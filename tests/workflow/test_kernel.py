@@ -15,6 +15,8 @@ RUN = """
 import sys
 from pathlib import Path
 from workflow import run_notebook
+
+pytestmark = pytest.mark.notebook
 run_notebook.NOTEBOOKS = Path(sys.argv[1]).parent
 sys.exit(run_notebook.main(sys.argv[1:]))
 """

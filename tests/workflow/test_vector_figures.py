@@ -14,6 +14,7 @@ frame = pd.DataFrame({"flow": "Image -> Last", "layer": range(3), "rel_change_pc
 CELLS = (DRAW, "mm.plot_map(frame, title='One')", "print('no figure')", "mm.plot_map(frame, title='Two')")
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("kind", VECTORS)
 def test_each_figure_is_a_file_in_the_pages_order_and_the_page_keeps_its_png(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
