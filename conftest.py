@@ -1,6 +1,7 @@
 """Shared by all tests. None may reach the network, and one thread keeps numbers and times steady."""
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -16,14 +17,13 @@ def what_examples_know(request, doctest_namespace):
     """Give the examples in docstrings the names that they don't define, and a folder of their own to write to."""
     if not isinstance(request.node, pytest.DoctestItem):
         return
-    code = " ".join(example.source for example in request.node.dtest.examples)
+    words = set(re.findall(r"\w+", " ".join(example.source for example in request.node.dtest.examples)))
     tmp_path = request.getfixturevalue("tmp_path")
     request.getfixturevalue("monkeypatch").chdir(tmp_path)
     doctest_namespace |= _libraries() | {"folder": tmp_path}
-    if "model" in code or "samples" in code:
-        doctest_namespace |= _miniature()
-    if "scene" in code:
-        doctest_namespace |= _scene()
+    for names in (_miniature, _scene):
+        if words & set(names.__doc__.split()):
+            doctest_namespace |= names()
 
 
 @cache
@@ -37,6 +37,7 @@ def _libraries():
 
 @cache
 def _miniature():
+    """model params sample samples"""
     import mmflow_utils as mm
 
     params = mm.Params()
@@ -46,6 +47,7 @@ def _miniature():
 
 @cache
 def _scene():
+    """scene"""
     from miniature.world import sample_scene
 
     return {"scene": sample_scene(_libraries()["np"].random.default_rng(0))}

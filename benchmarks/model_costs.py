@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from model_shapes import SHAPES, Shape, shrunk
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -31,6 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from benchmarks.model_shapes import SHAPES, Shape, shrunk
 from benchmarks.speed import SIX_FLOWS
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.plan import count_rows, plan_branches

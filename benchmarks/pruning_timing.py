@@ -130,7 +130,7 @@ def plan_times(model: VLM, encoded: Encoded, *, n_depths: int = 4) -> dict[str, 
     FastV is left out where it may keep no token, and is the same.
 
     Example:
-        >>> list(plan_times(model, encoded))[:2]
+        >>> list(plan_times(model, mm.encode(model, sample)))[:2]
         ['intact', 'no image in the last 3']
     """
     counts = [round(n * model.n_layers / n_depths) for n in range(1, n_depths)]

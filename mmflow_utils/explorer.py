@@ -85,7 +85,8 @@ class Explorer(widgets.VBox):
     Example:
         >>> explorer = Explorer(model, samples)
         >>> explorer.layer.value = 4
-        >>> explorer.chosen["rel_change_pct"], explorer.figure
+        >>> explorer.chosen["token"], explorer.figure
+        ('Square', <Figure size 1050x402 with 3 Axes>)
     """
 
     def __init__(self, model: VLM, samples: Sequence[Sample], *, window: int = 3, flows: Sequence[Flow] = FLOWS):

@@ -68,8 +68,9 @@ def decision_curves(decisions: pd.DataFrame, *, n_layers: int) -> pd.DataFrame:
         mean is the share of samples. A sample whose answer never comes counts as 0.
 
     Example:
-        >>> curves = decision_curves(decision_layers(frame), n_layers=model.n_layers)
-        >>> summarize(curves, "share_pct", by=("task", "protocol", "word", "event", "layer"))
+        >>> decisions = pd.DataFrame({"sample_id": ["a", "b"], "first_layer": [1, 2], "settled_layer": [2, np.nan]})
+        >>> decision_curves(decisions, n_layers=3).groupby(["event", "layer"]).share_pct.mean().tolist()
+        [0.0, 0.0, 50.0, 0.0, 50.0, 100.0]
     """
     events = {"Was on top": "first_layer", "Stays on top": "settled_layer"}
     keys = decisions.drop(columns=list(events.values()))

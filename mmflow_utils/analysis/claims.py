@@ -139,7 +139,7 @@ def _absent(claim: Claim, lines: Sequence[Line]) -> tuple[str, str]:
 def _verdict(low: float, high: float, holds: tuple[float, float]) -> str:
     """Judge an interval.
 
-    >>> _verdict(0.1, 3, (0, inf)), _verdict(-2, 0, (0, inf)), _verdict(-1, 1, (0, inf))
+    >>> _verdict(0.1, 3.0, (0.0, inf)), _verdict(-2.0, 0.0, (0.0, inf)), _verdict(-1.0, 1.0, (0.0, inf))
     ('holds', 'does not hold', 'undecided')
     """
     if low > holds[0] and high < holds[1]:

@@ -232,9 +232,9 @@ def greedy_decode(
         ValueError: see `image_tokens_removed`.
 
     Example:
-        >>> ids = greedy_decode(model, encoded, Pruning(from_layer=20))
+        >>> ids = greedy_decode(model, mm.encode(model, sample), Pruning(from_layer=8))
         >>> model.tokenizer.decode(ids, skip_special_tokens=True)
-        'Left'
+        'Round'
     """
     if embeds is None:
         embeds = prompt_embeds(model, encoded)

@@ -61,11 +61,13 @@ def run_sweep(
             order; a chunk below 1; NaN among the logits.
 
     Example:
+        >>> encoded = mm.encode(model, sample)
+        >>> planned = mm.variants(encoded.positions, mm.FLOW_TO_LAST, window=3, n_layers=model.n_layers)
         >>> run_sweep(model, encoded, planned).variants.shape
-        torch.Size([72, 440])
+        torch.Size([36, 440])
         >>> words = lambda logits: logits.topk(10).indices
-        >>> run_sweep(model, encoded, planned, read=encoded.positions["question"], keep=words).variants.shape
-        torch.Size([72, 8, 10])
+        >>> run_sweep(model, encoded, planned, read=[30, 31], keep=words).variants.shape
+        torch.Size([36, 2, 10])
     """
     read, one = check_request(model, encoded, variants, read)
     if chunk is not None and chunk < 1:

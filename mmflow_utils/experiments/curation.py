@@ -1,9 +1,9 @@
 """Which questions does the model answer correctly? The samples that every experiment reads (§4, App. A).
 
 Example:
-    >>> asked = ask_questions(model, stratified_sample(samples, n=60, seed=0, by=lambda s: (s.structural, s.semantic)))
-    >>> group_accuracy(asked)  # the paper's Table 2, in analysis/answers.py
-    >>> load_samples(model, params, "ChooseAttr")  # correctly answered; curated if that wasn't done yet
+    >>> asked = ask_questions(model, stratified_sample(samples, n=2, seed=0, by=lambda s: s.structural))
+    >>> asked[["prediction", "correct"]].values.tolist()
+    [['White', True], ['Square', True]]
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -88,8 +88,9 @@ def knockout_sweep(
         ValueError: a position set that no prompt has; the check failed; anything that `encode` refuses.
 
     Example:
-        >>> frame = knockout_sweep(model, samples, FLOW_TO_LAST, window=9).frame
-        >>> frame.groupby(["flow", "layer"]).rel_change_pct.mean()
+        >>> frame = knockout_sweep(model, samples, mm.FLOW_TO_LAST, window=3).frame
+        >>> frame.groupby("flow").rel_change_pct.min().round().to_dict()
+        {'Image -> Last': -80.0, 'Last -> Last': -0.0, 'Question -> Last': -100.0}
     """
     flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
     wanted = [(str(flow), flow, intervention) for flow in flows]

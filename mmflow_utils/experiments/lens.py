@@ -73,8 +73,9 @@ def logit_lens(
         ValueError: an unknown protocol; the last point isn't the model's own output; what `encode` refuses.
 
     Example:
-        >>> frame = logit_lens(model, samples).frame
-        >>> summarize(frame, "probability", by=("task", "protocol", "word", "layer"))
+        >>> frame = logit_lens(model, samples, protocol="corrected").frame
+        >>> frame[frame.word == "Capitalized answer"].groupby("layer")["rank"].mean().iloc[[0, -1]].tolist()
+        [8.75, 1.0]
     """
     protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
     _check_protocols(protocols)

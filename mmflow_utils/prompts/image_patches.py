@@ -109,7 +109,7 @@ def random_boxes(
 
     Example:
         >>> patches = pd.DataFrame({"x": [0.0, 8.0], "y": [0.0, 0.0], "w": [8.0, 8.0], "h": [8.0, 8.0]})
-        >>> random_boxes([Box(x=1, y=1, w=5, h=5)], patches, (16, 8), rng=np.random.default_rng(0))[0].x >= 8
+        >>> random_boxes([Box(x=1.0, y=1.0, w=5.0, h=5.0)], patches, (16, 8), rng=np.random.default_rng(0))[0].x >= 8
         True
     """
     boxes = tuple(boxes)

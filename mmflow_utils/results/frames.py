@@ -1,7 +1,7 @@
 """Results on disk: a parquet file that carries the manifest of the run that made it, and its own checksum.
 
->>> path = tmp / "flow.parquet"
->>> save_frame(frame, path, manifest(params))
+>>> frame, path = pd.DataFrame({"layer": [0, 1]}), folder / "flow.parquet"
+>>> _ = save_frame(frame, path, manifest(params))
 >>> load_frame(path, manifest(params)).equals(frame)
 True
 """

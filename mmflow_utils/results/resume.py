@@ -89,8 +89,8 @@ def measure_in_parts(
         ValueError: a bad shard or part size; an argument that isn't plain; what `measure` refuses.
 
     Example:
-        >>> result = measure_in_parts(logit_lens, model, samples, path, params)
-        >>> load_frame(path, result.manifest).equals(result.frame)
+        >>> result = measure_in_parts(mm.logit_lens, model, samples, folder / "lens.parquet", params)
+        >>> mm.load_frame(folder / "lens.parquet", result.manifest).equals(result.frame)
         True
     """
     path, samples, shard = Path(path), list(samples), params.shard

@@ -1,13 +1,11 @@
 """What docs/models.md says that a model costs is what is counted, of the shapes that the models have."""
 
-import importlib.util
-import sys
-
 import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import model_costs as costs
 from benchmarks.speed import SIX_FLOWS, random_llava, random_prompt
 from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.params import ROOT, Params
@@ -28,19 +26,7 @@ STATED = {
 }
 
 
-@pytest.fixture(scope="module")
-def costs():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("costs", ROOT / "benchmarks" / "model_costs.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def test_the_page_shows_what_was_counted(costs):
+def test_the_page_shows_what_was_counted():
     frame = pd.read_csv(costs.RECORDED)
     assert costs.as_table(frame) in costs.PAGE.read_text(encoding="utf-8")
     files = (ROOT / "params").glob("*.yaml")
@@ -50,7 +36,7 @@ def test_the_page_shows_what_was_counted(costs):
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "smolvlm-2b"])
-def test_counting_again_gives_the_recorded_numbers(costs, name):
+def test_counting_again_gives_the_recorded_numbers(name):
     recorded = pd.read_csv(costs.RECORDED).set_index("model").loc[name].to_dict()
     again = costs.count(name, costs.SHAPES[name])
     assert again.pop("model") == name and again.pop("repository") == recorded.pop("repository")
@@ -68,12 +54,12 @@ def test_counting_again_gives_the_recorded_numbers(costs, name):
         ("smolvlm-2b", (4 * 3 + 1) * 81),
     ],
 )
-def test_the_picture_has_the_tokens_of_its_family(costs, name, n_image):
+def test_the_picture_has_the_tokens_of_its_family(name, n_image):
     assert pd.read_csv(costs.RECORDED).set_index("model").image_tokens[name] == n_image
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "gemma-3-4b", "internvl3-8b"])
-def test_the_pictures_path_costs_what_torch_counts(costs, name):
+def test_the_pictures_path_costs_what_torch_counts(name):
     shape = costs.shrunk(costs.SHAPES[name])
     model = costs.build(name, shape, "cpu", torch.float32)
     encoded = costs.prompt(model, shape)
@@ -85,7 +71,7 @@ def test_the_pictures_path_costs_what_torch_counts(costs, name):
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "vicuna-13b-v1.5", "qwen2.5-vl-7b", "smolvlm-2b"])
-def test_measuring_runs_the_sweep_on_a_prompt_of_true_length(costs, name):
+def test_measuring_runs_the_sweep_on_a_prompt_of_true_length(name):
     shape = costs.shrunk(costs.SHAPES[name])
     found = costs.measure(name, shape, n_rounds=1)
     assert found["n_tokens"] == pd.read_csv(costs.RECORDED).set_index("model").prompt_tokens[name]
@@ -96,7 +82,7 @@ def test_measuring_runs_the_sweep_on_a_prompt_of_true_length(costs, name):
     assert len(run.variants) == found["n_knockouts"] and torch.isfinite(run.variants).all()
 
 
-def test_the_bound_on_memory_is_near_the_recorded_peaks(costs):
+def test_the_bound_on_memory_is_near_the_recorded_peaks():
     """Peaks of the race of benchmarks/sweep_speed.py, which ran in float32."""
     race = pd.read_csv(ROOT / "benchmarks" / "recorded" / "sweep_speed.csv").query("way == 'sweep'")
     for row in race.itertuples():
