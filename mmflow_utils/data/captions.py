@@ -4,15 +4,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import ijson
-
+from mmflow_utils.data.fields import read_list
 from mmflow_utils.data.sample import Sample
 
 __all__ = ["add_captions", "captions_file"]
 
 
 def captions_file(scene_graphs: Path) -> Path:
-    """Say where the captions belong: beside the scene graphs, under Visual Genome's own name.
+    """Return where the captions belong: beside the scene graphs, under Visual Genome's own name.
 
     >>> captions_file(Path("data/gqa/val_sceneGraphs.json")).as_posix()
     'data/gqa/region_descriptions.json'
@@ -36,7 +35,7 @@ def add_captions(samples: Iterable[Sample], path: Path | str) -> list[Sample]:
     """
     samples = list(samples)
     wanted = {sample.image_id for sample in samples if sample.caption is None}
-    captions = {image_id: text for image_id, text in _read(Path(path), wanted) if text} if wanted else {}
+    captions = {image_id: text for image_id, text in _read(path, wanted) if text} if wanted else {}
     if wanted and not captions:
         raise ValueError(
             f"{path} describes none of the {len(wanted)} pictures that are asked about: expected Visual"
@@ -45,34 +44,22 @@ def add_captions(samples: Iterable[Sample], path: Path | str) -> list[Sample]:
     return [sample if sample.caption else replace(sample, caption=captions.get(sample.image_id)) for sample in samples]
 
 
-def _read(path: Path, wanted: set[str]) -> Iterator[tuple[str, str]]:
-    """Give (image id, caption) for each entry about a wanted picture."""
-    try:
-        with path.open("rb") as file:
-            for number, entry in enumerate(ijson.items(file, "item")):
-                try:
-                    # Visual Genome's documentation says image_id, its file says id.
-                    image_id = str(entry["id"] if "id" in entry else entry["image_id"])
-                    if image_id in wanted:
-                        yield image_id, _join(region["phrase"] for region in entry["regions"])
-                except (TypeError, KeyError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}, entry {number}: expected an id and regions with a phrase each ({error!r}):"
-                        " unpack Visual Genome's region descriptions unchanged"
-                    ) from None
-    except OSError as error:
-        raise ValueError(
-            f"can't read the captions {path} ({error.strerror}): unpack Visual Genome's"
-            " region_descriptions.json there, beside GQA's scene graphs"
-        ) from error
-    except ijson.JSONError as error:
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(
-            f"{path} isn't whole JSON ({reason}): download the region descriptions again and unpack them"
-        ) from error
+def _read(path: Path | str, wanted: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield (image id, caption) for each entry about a wanted picture."""
+    for number, entry in enumerate(read_list(path, "captions file region_descriptions.json of Visual Genome")):
+        try:
+            # Visual Genome's documentation says image_id, its file says id.
+            image_id = str(entry["id"] if "id" in entry else entry["image_id"])
+            if image_id in wanted:
+                yield image_id, _join(region["phrase"] for region in entry["regions"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, entry {number}: expected an id and regions with a phrase each ({error!r}):"
+                " unpack Visual Genome's region descriptions unchanged"
+            ) from None
 
 
 def _join(phrases: Iterable[str]) -> str:
-    """Write phrases as the authors' files have them: in lower case, each ended by a full stop."""
+    """Return phrases as the authors' files have them: in lower case, each ended by a full stop."""
     sentences = [phrase.strip(" .\n\t").lower() for phrase in phrases]
     return " ".join(f"{sentence}." for sentence in sentences if sentence)

@@ -1,31 +1,42 @@
-"""A file's JSON, and values of one entry, checked: a text, a number, a box cut to its picture, its file.
+"""JSON files, whole or entry by entry, and values of one entry, checked: a text, a number, a box, a picture's file.
 
-Each raises a `ValueError` that says what was expected and what came; the reader adds the entry and the file.
+Each raises a `ValueError` that says what was expected and what came; of a value, the reader adds entry and file.
 """
 
 import json
 import math
+import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import ijson
+import numpy as np
+from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Box
 
-__all__ = ["clipped_box", "json_errors", "number", "picture_file", "pictures_folder", "read_json", "text"]
+__all__ = ["clipped_box", "number", "picture_file", "pictures_folder", "read_entries", "read_json", "read_list", "text"]
+
+NO_BAR_BELOW = 2**25  # bytes; a smaller file is read within seconds
+DEEPEST = 100  # lists and objects within one another; GQA's files have five
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+# Escapes that are whole, a backslash or a character of two halves, or else half a character.
+_HALVES = re.compile(rb"\\(?:\\|u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..))")
+_STEPS, _OTHERS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), bytes({*range(256)} - {*b"[{]}"})
 
 
 @contextmanager
-def json_errors(path: Path | str, what: str) -> Iterator[None]:
+def _json_errors(path: Path | str, what: str) -> Iterator[None]:
     """Say of a file that can't be read, or isn't whole JSON, what to do; `what` names it."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"can't read the {what} {path} ({error.strerror}): check the path in the parameters"
+            f"can't read the {what} {path} ({error.strerror}): put it there, or change the path in the parameters"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't whole JSON ({error}): download the {what} again and unpack it") from error
@@ -33,8 +44,73 @@ def json_errors(path: Path | str, what: str) -> Iterator[None]:
 
 def read_json(path: Path | str, what: str) -> Any:
     """Read a whole JSON file; `what` names it in the error, as in "GQA question file"."""
-    with json_errors(path, what):
+    with _json_errors(path, what):
         return json.loads(Path(path).read_bytes())
+
+
+def read_entries(path: Path | str, what: str, *, progress: bool = True) -> Iterator[tuple[str, Any]]:
+    """Read a JSON object entry by entry, so that memory doesn't grow with the file.
+
+    Args:
+        path: The file.
+        what: Names it in errors and in the bar, as in "GQA question file".
+        progress: Show a bar of bytes for a file of 32 MB or more.
+
+    Yields:
+        Key and value, in the file's order. A key that is duplicated comes twice.
+
+    Raises:
+        ValueError: A file that is missing, damaged (names the last entry that could be read), or no object.
+    """
+    entries = _stream(path, what, ijson.kvitems, "", progress)
+    first = next(entries, None)
+    if first is None:
+        found = read_json(path, what)
+        kind = "nothing in it" if found == {} else f"a {type(found).__name__}"
+        raise ValueError(f"{path} has {kind} at the top: expected a {what}, entries keyed by id")
+    yield first
+    yield from entries
+
+
+def read_list(path: Path | str, what: str, *, progress: bool = True) -> Iterator[Any]:
+    """Read a JSON list entry by entry, as `read_entries` does an object; anything else has no entries."""
+    return _stream(path, what, ijson.items, "item", progress)
+
+
+def _stream(path: Path | str, what: str, read: Callable, prefix: str, progress: bool) -> Iterator[Any]:
+    n, entry = 0, None
+    with _json_errors(path, what), open(path, "rb") as file:
+        size = _check_readable(file)
+        quiet = not progress or size < NO_BAR_BELOW
+        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
+            try:
+                for entry in read(file, prefix, use_float=True):
+                    yield entry
+                    n += 1
+                    bar.update(file.tell() - bar.n)
+            except (ijson.JSONError, UnicodeDecodeError) as error:
+                said = re.split(r"\n|\\n", str(error))[0].removeprefix("b'")  # more lines show the place
+                last = f", {entry[0]!r:.40}" if isinstance(entry, tuple) else ""
+                raise ValueError(f"{said} after entry {n}{last}") from error
+
+
+def _check_readable(file: BinaryIO) -> int:
+    """Refuse what ijson would take wrongly: half a character becomes "?", deep nesting takes all memory.
+
+    Returns:
+        The number of bytes.
+    """
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if half := next((found for found in _HALVES.finditer(content) if found[1]), None):
+            raise ValueError(f"half a character at byte {half.start():,}")
+        depth = 0
+        for start in range(0, len(content), 2**16):
+            steps = content[start : start + 2**16].translate(_STEPS, _OTHERS)
+            depths = depth + np.frombuffer(steps, np.int8).cumsum(dtype=int)
+            depth = depths[-1] if steps else depth
+            if (depths > DEEPEST).any():
+                raise ValueError(f"lists and objects nested more than {DEEPEST} deep from byte {start:,} on")
+        return len(content)
 
 
 def text(entry: dict[str, Any], key: str) -> str:

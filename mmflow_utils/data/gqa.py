@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmflow_utils.data.entries import read_entries
-from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures_folder, text
+from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures_folder, read_entries, text
 from mmflow_utils.data.sample import Box, Sample, SceneObject
 from mmflow_utils.data.tasks import TASKS, task_of
 

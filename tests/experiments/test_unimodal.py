@@ -208,7 +208,7 @@ def test_a_caption_that_is_there_stays_and_a_picture_without_one_has_none(tmp_pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "can't read the captions .*unpack Visual Genome's"),
+        (None, "can't read the captions file region_descriptions.json of Visual Genome .*: put it there"),
         (regions((7, ["a hat"]))[:-9], "isn't whole JSON"),
         (b"[\xff", "isn't whole JSON"),
         (regions((8, ["a hat"])), "describes none of the 1 pictures"),

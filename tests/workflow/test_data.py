@@ -1,4 +1,4 @@
-"""The real data: large files in bounded memory, the authors' questions, downloads that go on after a cut."""
+"""The real data: the authors' questions, downloads that go on after a cut."""
 
 import ast
 import hashlib
@@ -6,7 +6,6 @@ import io
 import json
 import os
 import threading
-import tracemalloc
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,15 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_vlm
 
-from mmflow_utils.data import entries
 from mmflow_utils.data.authors import compare_with_authors, read_authors, read_authors_csv
-from mmflow_utils.data.entries import read_entries
-from mmflow_utils.data.fields import read_json
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.experiments.curation import ask_questions, read_questions
 from mmflow_utils.params import ROOT, Params
@@ -35,151 +29,6 @@ AUTHORS = Path(
     os.environ.get("MMFLOW_AUTHORS_CSV", Path(__file__).resolve().parents[3] / "shared" / "authors_csv_sample")
 )
 needs_authors = pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' CSV files aren't at {AUTHORS}")
-
-
-# ---- entry by entry ------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    st.dictionaries(st.text(), JSON, min_size=1, max_size=5),
-    st.integers(1, 40),
-    st.sampled_from([None, 1]),
-    st.booleans(),
-)
-def test_entries_are_those_of_the_whole_file_wherever_the_chunks_end(
-    tmp_path_factory, content, chunk, indent, ascii_only
-):
-    file = tmp_path_factory.getbasetemp() / "entries.json"
-    file.write_text(json.dumps(content, indent=indent, ensure_ascii=ascii_only), "utf-8", "surrogatepass")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entries, "CHUNK", chunk)
-        assert list(read_entries(file, "file")) == list(content.items())
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 2**20])
-def test_numbers_and_letters_aren_t_cut_at_the_end_of_a_chunk(tmp_path, monkeypatch, chunk):
-    (tmp_path / "a.json").write_text('\ufeff {"é": 1234567, "b" : -1.5e3,\n"b": "x\\ud83e"}\n', "utf-8")
-    monkeypatch.setattr(entries, "CHUNK", chunk)
-    found = list(read_entries(tmp_path / "a.json", "file"))
-    assert found == [("é", 1234567), ("b", -1500.0), ("b", "x\ud83e")]  # what stands twice comes twice
-
-
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (b'{"01": {"a": 1}, "02": {"a": "cut', "Unterminated string .*at byte 29, in entry 2, last key '02'"),
-        (b'{"01": {"a": 1}, "02"', "Expecting ':' at byte 21, in entry 2, last key '02'"),
-        (b'{"01": {"a": 1}', "Expecting ',' at byte 15, in entry 2, last key '01'"),
-        (b'{"01": 1} {"02": 2}', "Extra data at byte 10"),
-        (b'{"01": 1, 02: 2}', "Expecting a key in double quotes at byte 10"),
-        (b'{"01": 1,}', "Expecting a key in double quotes at byte 9"),
-        (b'{"\xc3\xa9": tru}', "Expecting value at byte 7, in entry 1, last key 'é'"),
-        (b'{"01": "a\xff"}', "(at byte|in position) 9"),
-        (b'{"01": "a\xc3', "unexpected end of data at byte 9"),
-    ],
-)
-@pytest.mark.parametrize("chunk", [3, 2**20])
-def test_a_file_cut_short_is_named_with_entry_and_byte(tmp_path, monkeypatch, content, match, chunk):
-    file = tmp_path / "a.json"
-    file.write_bytes(content)
-    monkeypatch.setattr(entries, "CHUNK", chunk)
-    with pytest.raises(ValueError, match=f"a.json isn't whole JSON .*{match}.*download the questions again"):
-        list(read_entries(file, "questions"))
-
-
-def test_an_entry_without_an_end_doesn_t_fill_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "a.json").write_text('{"01": "' + "x" * 100_000)
-    monkeypatch.setattr(entries, "CHUNK", 100)
-    monkeypatch.setattr(entries, "LONGEST", 1000)
-    held = []
-    monkeypatch.setattr(entries, "_DECODE", lambda text, at: held.append(len(text)) or json.loads(text[at:]))
-    with pytest.raises(ValueError, match="isn't whole JSON"):
-        list(read_entries(tmp_path / "a.json", "file"))
-    assert max(held) < 1300
-
-
-def question(i):
-    steps = [
-        {"operation": "select", "dependencies": [], "argument": f"jar ({i % 7})"},
-        {"operation": "choose", "dependencies": [0], "argument": "empty|full"},
-    ]
-    kind = "chooseAttr" if i % 10 == 0 else "verifyAttr"
-    return {
-        "semantic": steps,
-        "entailed": [f"{k:08d}" for k in range(i, i + 9)],
-        "question": f"Is the jar that stands near the window in picture {i} full or empty?",
-        "imageId": str(i // 10),
-        "isBalanced": True,
-        "groups": {"global": None, "local": "10c-jar_state"},
-        "answer": "empty",
-        "semanticStr": "select: jar->choose: empty|full" * 20,
-        "annotations": {"answer": {}, "question": {"2": str(i % 7)}, "fullAnswer": {}},
-        "types": {"structural": "choose", "semantic": "attr", "detailed": kind},
-        "fullAnswer": "The jar is empty.",
-    }
-
-
-def graph(i):
-    relations = [{"name": "to the left of", "object": str(k)} for k in range(20)]
-    thing = {"name": "jar", "x": i % 9, "y": 1, "w": 5, "h": 6, "attributes": ["red"], "relations": relations}
-    return {"width": 50, "height": 40, "objects": {str(k): thing for k in range(7)}}
-
-
-def write_large(folder, n):
-    for name, make, count in (("questions", question, n), ("graphs", graph, n // 10)):
-        with open(folder / f"{name}.json", "w") as file:
-            for i in range(count):
-                file.write(("{" if i == 0 else ", ") + f'"{i}": {json.dumps(make(i))}')
-            file.write("}")
-    return folder / "questions.json", folder / "graphs.json"
-
-
-def peak_bytes(work):
-    tracemalloc.start()
-    try:
-        kept = work()
-        return tracemalloc.get_traced_memory()[1], kept
-    finally:
-        tracemalloc.stop()
-
-
-def test_memory_doesn_t_grow_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(entries, "CHUNK", 2**16)
-    files = write_large(tmp_path, 2000)
-    size = sum(file.stat().st_size for file in files)
-    assert size > 3e6
-    whole, _ = peak_bytes(lambda: [read_json(file, "file") for file in files])
-    assert whole > 2 * size  # the measurement can tell
-    streamed, (samples, _) = peak_bytes(lambda: read_gqa(*files, tmp_path, tasks=["ChooseAttr"]))
-    assert streamed < 0.6 * size
-    assert len(samples) == 200 and samples[7].objects[0].box.x == 7
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_id_that_stands_twice_stops_the_reading(tmp_path, which):
-    files = write_large(tmp_path, 20)
-    text = files[which].read_text()
-    files[which].write_text(text[:-1] + ', "1": ' + json.dumps((question, graph)[which](1)) + "}")
-    with pytest.raises(ValueError, match=f"{files[which].name}: .* '1' stands twice"):
-        read_gqa(*files, tmp_path)
-
-
-def test_a_bar_shows_the_bytes_of_a_large_file(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.json").write_text('{"01": 1}')
-    list(read_entries(tmp_path / "a.json", "GQA question file"))
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(entries, "NO_BAR_BELOW", 0)
-    list(read_entries(tmp_path / "a.json", "GQA question file", progress=False))
-    assert capsys.readouterr().err == ""
-    list(read_entries(tmp_path / "a.json", "GQA question file"))
-    assert "GQA question file: 100%" in capsys.readouterr().err
 
 
 # ---- the authors' questions ----------------------------------------------------------------------------
