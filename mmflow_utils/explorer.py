@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from html import escape
 from io import BytesIO
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -42,7 +43,7 @@ class _Examined:
     def frame(self, window: int) -> pd.DataFrame:
         """Every flow, cut around every layer: one sweep."""
         if window not in self._frames:
-            options = {"window": window, "n_check": 0, "progress": False}
+            options: dict[str, Any] = {"window": window, "n_check": 0, "progress": False}
             self._frames[window] = knockout_sweep(self.model, [self.sample], self.flows, **options).frame
         return self._frames[window]
 

@@ -147,7 +147,7 @@ def _authors_sample(row: dict[str, Any], subjects: tuple[str, ...], folder: Path
             except ValueError as error:
                 notes.append(f"no box for {name} ({object_id}): {error}")
         objects.append(SceneObject(name=name, object_id=None if object_id == "-" else object_id, box=box))
-    kinds = {kind: text(row, f"type_{kind}") for kind in ("structural", "semantic", "detailed")}
+    kinds: dict[str, Any] = {kind: text(row, f"type_{kind}") for kind in ("structural", "semantic", "detailed")}
     return Sample(
         sample_id=text(row, "question_id"),
         image_id=text(row, "img_id"),

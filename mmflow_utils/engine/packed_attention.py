@@ -7,6 +7,7 @@ its attention function: so nothing is stored on the model.
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class _Stop(Exception):
 class Capture:
     """The library's own attention, remembering rotated keys and values, each [key_heads, pos, d_head]."""
 
-    def __init__(self, key: Tensor | None = None, value: Tensor | None = None, *, stop: bool = False):
+    def __init__(self, key: Any = None, value: Any = None, *, stop: bool = False):
         self.key, self.value, self.stop = key, value, stop
         self.laid_out: dict[int, list[Tensor]] = {}  # see Attend
 
@@ -219,6 +220,7 @@ def _replaced(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scali
 
     To give all sources their mean value is to spread the weight that falls on them evenly over them.
     """
+    assert keys.touched is not None and keys.shares is not None
     fold = q.shape[1] // len(keys.sees)
     pattern = (q @ k.transpose(1, 2)).float() * scaling + keys.mask(1, torch.float32).repeat(fold, 1)
     pattern = pattern.softmax(-1)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -56,7 +57,8 @@ class PackedPass:
             return {}
         norm = self.model.final_norm
         rows = torch.cat([self._kept(self.model.unembed(norm(x.to(compute_device(norm))))) for x in self.finals])
-        found, first = {}, 0
+        found: dict[int, Tensor] = {}
+        first = 0
         for branch in (branch for some in self._slices(self.last) for branch in some):
             n_read = len(branch.reads(self.read))
             # Before its first row a branch is the clean run.
@@ -164,7 +166,8 @@ class PackedPass:
         sizes = [sum(len(branch.rows) for branch in family) for family in families]
         most = len(self.clean_in)
         even = sum(sizes) / max(1, math.ceil(sum(sizes) / most))
-        some, n_rows = [], 0
+        some: list[Branch] = []
+        n_rows = 0
         for family, size in zip(families, sizes, strict=True):
             if some and (n_rows >= even or n_rows + size > most):
                 yield sorted(some, key=lambda b: b.born == i)
@@ -200,7 +203,8 @@ class PackedPass:
 
     def _blocks(self, i: int, here: Here, begins: Mapping[Branch, int]) -> tuple[list[Block], dict[str, list[int]]]:
         """Sort packed rows by what they attend to, and note those whose module output is zeroed."""
-        blocks, zeroed, n_rows = [], defaultdict(list), 0
+        zeroed: dict[str, list[int]] = defaultdict(list)
+        blocks, n_rows = [], 0
         for branch, positions in here.items():
             row = {p: n_rows + n for n, p in enumerate(positions)}
             n_rows += len(positions)
@@ -209,7 +213,8 @@ class PackedPass:
                 zeroed[branch.intervention] += [row[p] for p in touched]
                 touched = ()
             rest = tuple(p for p in positions if p not in branch.target_set) if touched else positions
-            keys = begins.get(branch if branch in begins else branch.parent)
+            owner = branch if branch in begins else branch.parent
+            keys = begins.get(owner) if owner else None
             for part, edit in ((touched, (branch.source, branch.intervention)), (rest, None)):
                 if part:
                     rows = [row[p] for p in part]
@@ -243,7 +248,7 @@ def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:
         return value.index_select(dim, torch.tensor(positions, device=value.device))
 
     cos, sin = kwargs["position_embeddings"]
-    picked = {
+    picked: dict[str, Any] = {
         "attention_mask": None,
         "past_key_values": None,
         "position_embeddings": (pick(cos, -2), pick(sin, -2)),

@@ -60,7 +60,7 @@ def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers:
     >>> [(b.born, b.until, b.variants) for b in plan_branches([early, late], read=[5], n_layers=4)]
     [(0, 3, [1]), (2, 2, [0])]
     """
-    families = defaultdict(lambda: defaultdict(list))
+    families: dict[tuple, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     last_read = read[-1]
     for n, variant in enumerate(variants):
         target, source = _what_matters(variant, last_read)

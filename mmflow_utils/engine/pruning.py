@@ -104,11 +104,12 @@ class Removal:
     def _choose(self) -> list[int]:
         """Give the positions that remain: all of the text, and the image tokens that are chosen."""
         if self.pruning.choice == "attention":
+            assert self.received is not None  # `watch` ran in the layer before
             best = self.received[self.image].topk(self.pruning.n_kept).indices.tolist()
             chosen = [self.image[n] for n in best]
         else:
-            chosen = np.random.default_rng(self.pruning.seed).permutation(self.image)[: self.pruning.n_kept]
-        gone = set(self.image) - {int(p) for p in chosen}
+            chosen = np.random.default_rng(self.pruning.seed).permutation(self.image)[: self.pruning.n_kept].tolist()
+        gone = set(self.image) - set(chosen)
         return [p for p in range(self.n_tokens) if p not in gone]
 
     def _mask(self, mask: Tensor | None, reads_prompt: bool) -> Tensor | None:
@@ -276,6 +277,7 @@ def compare_to_knockout(
     embeds = prompt_embeds(model, encoded)
     with image_tokens_removed(model, encoded, pruning) as removal:
         logits, _ = read_prompt(model, embeds)
+    assert removal is not None  # as there is a pruning
     layers = range(pruning.from_layer if knockout_from is None else knockout_from, model.n_layers)
     gone = tuple(sorted({*range(removal.n_tokens)} - {*removal.kept}))
     # Without anything gone the variant has no source and is the clean run.

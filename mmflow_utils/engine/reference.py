@@ -38,7 +38,7 @@ class Run:
 
     base: Shaped[Tensor, "*n_read vocab"]
     variants: Shaped[Tensor, "n_variants *n_read vocab"]
-    resid_post: Float[Tensor, "n_layers_plus_1 *n_read d"] | None = None
+    resid_post: Float[Tensor, "n_layers_plus_1 *n_read d"]
 
     @classmethod
     def from_parts(
@@ -246,8 +246,9 @@ def check_request(
 ) -> tuple[list[int], bool]:
     """Give the positions to read, and whether just one was asked for; refuse what isn't in the prompt."""
     n_layers, n_tokens = model.n_layers, encoded.positions.n_tokens
-    one = read is None or isinstance(read, int)
-    positions = [encoded.positions.last if read is None else read] if one else list(read)
+    read = encoded.positions.last if read is None else read
+    one = isinstance(read, int)
+    positions = [read] if isinstance(read, int) else list(read)
     inside = all(0 <= position < n_tokens for position in positions)
     if not positions or not inside or positions != sorted({*positions}):
         raise ValueError(

@@ -104,7 +104,7 @@ def engine(method: str) -> Callable[..., Run]:
     >>> engine("sweep") is run_sweep
     True
     """
-    engines = {"sweep": run_sweep, "reference": run_reference}
+    engines: dict[str, Callable[..., Run]] = {"sweep": run_sweep, "reference": run_reference}
     if method not in engines:
         raise ValueError(f"method must be one of {', '.join(engines)}, got {method!r}.")
     return engines[method]

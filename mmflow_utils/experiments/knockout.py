@@ -125,6 +125,7 @@ def _rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> l
     p_base = base[token].exp().item()
     rows = []
     for n, variant in enumerate(planned):
+        assert variant.flow is not None  # `variants` labels each
         p_knockout = changed[n, token].exp().item()
         rows.append(
             {

@@ -122,7 +122,7 @@ def _word_tokens(loop: Loop, encoded: Encoded) -> dict[str, int]:
     spelled = dict(zip(LENS_WORDS, (answer.capitalize(), answer, false, false.capitalize()), strict=True))
     tokens = {word: loop.model.first_token_id(text) for word, text in spelled.items() if text}
     for word in LENS_WORDS[2:]:
-        if tokens.get(word) in (tokens[name] for name in LENS_WORDS[:2]):
+        if tokens.get(word) in [tokens[name] for name in LENS_WORDS[:2]]:
             reason = f"{spelled[word]!r} begins with the same token as the answer {answer!r}"
             loop.skip(encoded, reason, word=word)
             del tokens[word]

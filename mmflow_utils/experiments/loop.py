@@ -91,8 +91,9 @@ class Loop:
             if reason := problem or next((held.why_missing(name) for name in needs if name not in held), None):
                 self.skip(encoded, reason, **{kind: label})
                 continue
-            options = {"window": window, "n_layers": self.model.n_layers, "layers": layers}
-            planned += [(label, v) for v in variants(held, [flow], intervention=intervention, **options)]
+            n_layers = self.model.n_layers
+            of_flow = variants(held, [flow], window=window, n_layers=n_layers, layers=layers, intervention=intervention)
+            planned += [(label, variant) for variant in of_flow]
         return planned
 
     def skip(self, encoded: Encoded, reason: str, **what: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 __all__ = ["FAMILIES", "VLM", "compute_device", "picture_features", "text_inputs"]
 
@@ -26,29 +25,30 @@ class VLM:
 
     Attributes:
         name: what figures and files call it.
-        hf: the library's model, in evaluation mode.
-        processor: picture and text to tensors; None for a text-only model.
+        hf: the library's model, a `PreTrainedModel` in evaluation mode. Which parts it has depends on the family.
+        processor: picture and text to tensors, a `ProcessorMixin`; None for a text-only model.
+        tokenizer: the library's, a fast one.
         prompt: the template, with `{question}` and, if it sees pictures, `<image>`.
         do_pad: pad pictures to a square first, as LLaVA-1.5 was trained. Processors that cut a picture
             into any-resolution tiles do their own padding and are left alone.
     """
 
     name: str
-    hf: PreTrainedModel
-    processor: ProcessorMixin | None
-    tokenizer: PreTrainedTokenizerBase
+    hf: Any
+    processor: Any
+    tokenizer: Any
     prompt: str
     do_pad: bool
     device: torch.device
     dtype: torch.dtype
 
     @property
-    def text(self) -> PreTrainedModel:
+    def text(self) -> Any:
         """The decoder: token embeddings in, normed hidden states out."""
         return self.hf.get_decoder()
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Any:
         return self.text.layers
 
     @property
@@ -60,11 +60,11 @@ class VLM:
         return self.text.config.num_attention_heads
 
     @property
-    def final_norm(self) -> nn.Module:
+    def final_norm(self) -> Any:
         return self.text.norm
 
     @property
-    def unembed(self) -> nn.Module:
+    def unembed(self) -> Any:
         """The unembedding: final-normed residual stream to logits over the vocabulary."""
         return self.hf.get_output_embeddings()
 
@@ -105,7 +105,7 @@ class VLM:
         """Which of several tiles shows the whole picture: LLaVA-NeXT's first one, else the last."""
         return 0 if hasattr(self.hf, "pack_image_features") else -1
 
-    def attention(self, layer: int) -> nn.Module:
+    def attention(self, layer: int) -> Any:
         return self.layers[layer].self_attn
 
     def mlp(self, layer: int) -> nn.Module:

@@ -65,7 +65,7 @@ def load_model(params: Any) -> VLM:
             f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
             "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
         )
-    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     options = weights_options(params, device, kind, config) | {"gguf_file": gguf}
     if language_model := getattr(params, "language_model", None):
         state = load_file(folder / "model.safetensors") | language_weights(language_model)
@@ -74,7 +74,7 @@ def load_model(params: Any) -> VLM:
     hf = _read_weights(kind, folder, options)
     if base:
         hf = merge_adapter(hf, adapter)
-    processor = _read_processor(folder, config) if sees else None
+    processor: Any = _read_processor(folder, config) if sees else None
     tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer", gguf_file=gguf)
     model = VLM(
         name=params.model,
@@ -90,7 +90,7 @@ def load_model(params: Any) -> VLM:
     return model
 
 
-def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:
+def _read_part(kind: Any, folder: Path, what: str, **options: Any) -> Any:
     """Read one part of a checkpoint, or say in one sentence which part could not be read."""
     options = {name: value for name, value in options.items() if value is not None}
     source = None if "state_dict" in options else folder  # weights that were put together have no folder
@@ -101,7 +101,7 @@ def _read_part(kind: type, folder: Path, what: str, **options: Any) -> Any:
         raise ValueError(f"Expected {what} in {folder}, but it can't be read: {reason}") from error
 
 
-def _read_weights(kind: type, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     with _no_bar():
         hf, info = _read_part(
             kind,
@@ -164,7 +164,7 @@ def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
             f"Expected a picture processor in {folder} (processor_config.json or preprocessor_config.json), "
             "but there is none: copy it from the checkpoint that the weights came from."
         )
-    kind = PROCESSOR_MAPPING[type(config)]
+    kind: Any = PROCESSOR_MAPPING[type(config)]
     kind = pictures_only(kind) if "video_processor" in kind.get_attributes() else AutoProcessor
     processor = _read_part(kind, folder, "a processor")
     if not getattr(processor, "tokenizer", None) or not getattr(processor, "image_processor", None):
@@ -178,7 +178,7 @@ def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
     return processor
 
 
-def pictures_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+def pictures_only(kind: Any) -> type[ProcessorMixin]:
     """Leave out a processor class's part for videos: it needs torchvision, and no video is shown here."""
 
     class PicturesOnly(kind):

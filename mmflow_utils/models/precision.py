@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 __all__ = ["find_device", "weights_options"]
 
 # What bitsandbytes does to a decoder's matrices, and the precision that everything else is computed in.
-QUANTIZED = {
+QUANTIZED: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "int8": (dict(load_in_8bit=True), torch.float16),
     "nf4": (dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"), torch.bfloat16),
 }
@@ -40,7 +40,7 @@ def find_device(params: Any) -> torch.device:
     return device
 
 
-def weights_options(params: Any, device: torch.device, kind: type, config: PreTrainedConfig) -> dict[str, Any]:
+def weights_options(params: Any, device: torch.device, kind: Any, config: PreTrainedConfig) -> dict[str, Any]:
     """Give `from_pretrained` its precision and placement.
 
     Weights go straight to their device, one after another: no copy of the whole model is made on the way.
@@ -54,12 +54,13 @@ def weights_options(params: Any, device: torch.device, kind: type, config: PreTr
     place = {"device_map": params.device_map or {"": device}}
     if params.dtype not in QUANTIZED:
         return place | {"dtype": getattr(torch, params.dtype)}
-    how, dtype = QUANTIZED[params.dtype]
-    how = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_outside_decoder(kind, config))
+    weights, dtype = QUANTIZED[params.dtype]
+    outside = _outside_decoder(kind, config)
+    how = BitsAndBytesConfig(**weights, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=outside)
     return place | {"dtype": dtype, "quantization_config": how}
 
 
-def _outside_decoder(kind: type, config: PreTrainedConfig) -> list[str]:
+def _outside_decoder(kind: Any, config: PreTrainedConfig) -> list[str]:
     """Name the matrices that are no part of the decoder's layers: the picture's path and the unembedding."""
     with torch.device("meta"):
         skeleton = kind.from_config(config)
@@ -72,8 +73,7 @@ def _check_quantization(dtype: str, device: torch.device) -> None:
     instead = "or set dtype to bfloat16, whose results differ from those of quantized weights"
     if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"dtype {dtype} needs the package bitsandbytes, which isn't installed: pip install "
-            f"bitsandbytes==0.50.2, {instead}."
+            f"dtype {dtype} needs the package bitsandbytes, which isn't installed: pip install bitsandbytes, {instead}."
         )
     if device.type != "cuda":
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -138,7 +139,7 @@ def plot_learning_curves(
         axis.set_title(_metric_name(metric), loc="left", pad=7 if len(spans) < 2 else 20)
         for task, (label, color, dashes) in looks.items():
             curve = data[(data["metric"] == metric) & (data["task"] == task)].sort_values("at")
-            mark = {"marker": "o", "markersize": 3} if len(curve) < 30 else {}
+            mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(curve) < 30 else {}
             for _, part in curve.groupby("stage", sort=False):  # no line across stages: the data change there
                 axis.plot(part["at"], part["value"], color=color, label=label, linestyle=dashes, **mark)
         axis.margins(x=0.02)
@@ -146,7 +147,7 @@ def plot_learning_curves(
         for i, (stage, (start, end)) in enumerate(spans.items() if len(spans) > 1 else ()):
             if i:
                 axis.axvline(start, color="#999999", linewidth=0.9, linestyle=(0, (2, 2)), label="_stage")
-            text = {"fontsize": 8, "color": "#555555", "ha": "center", "va": "bottom"}
+            text: dict[str, Any] = {"fontsize": 8, "color": "#555555", "ha": "center", "va": "bottom"}
             axis.text((start + end) / 2, 1.01, str(stage), transform=axis.get_xaxis_transform(), **text)
     label_outside(figure, axes, "Step", "", share_y=False)
     return figure
@@ -170,7 +171,8 @@ def _drawable(summary: pd.DataFrame, panels: list[str], line: str, x: str) -> pd
 def _draw_curve(axis: plt.Axes, curve: pd.DataFrame, x: str, label: str, color: str, dashes: str) -> None:
     low, high = curve["ci_low"].astype(float), curve["ci_high"].astype(float)
     axis.fill_between(curve[x], low, high, color=color, alpha=0.17, linewidth=0, label=label)
-    marker = {"marker": "o", "markersize": 3.6} if len(curve) <= 16 else {}  # dots show that layers are discrete
+    # Dots show that layers are discrete.
+    marker: dict[str, Any] = {"marker": "o", "markersize": 3.6} if len(curve) <= 16 else {}
     axis.plot(curve[x], curve["mean"], color=color, linestyle=dashes, label=label, **marker)
 
 
@@ -207,7 +209,8 @@ def _metric_name(metric: str) -> str:
 
 def _steps_end_to_end(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[object, tuple[float, float]]]:
     """Add `at`, the step counted over all stages, and give each stage's first and last."""
-    offset, end, parts, spans = 0.0, 0.0, [], {}
+    offset, end, parts = 0.0, 0.0, []
+    spans: dict[object, tuple[float, float]] = {}
     for stage, part in frame.groupby("stage", sort=False, dropna=False):
         if spans and part["step"].min() + offset < end:  # this stage counts from its own beginning
             offset = end

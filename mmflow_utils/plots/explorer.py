@@ -1,5 +1,7 @@
 """One knockout of one sample: the picture, the change over layers, and the words that the lens reads."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -63,7 +65,7 @@ def _draw_curves(axis: plt.Axes, frame: pd.DataFrame, flow: str, layer: int) -> 
     for name in sorted(ordered(frame["flow"], ()), key=lambda name: name == flow):  # the chosen one on top
         curve = frame[frame["flow"] == name].sort_values("layer")
         chosen = name == flow
-        look = {"color": flow_color(name), "alpha": 1.0 if chosen else 0.25, "label": shown(name)}
+        look: dict[str, Any] = {"color": flow_color(name), "alpha": 1.0 if chosen else 0.25, "label": shown(name)}
         axis.plot(curve["layer"], curve["rel_change_pct"], marker="o", markersize=3.6 if chosen else 0, **look)
     here = frame[(frame["flow"] == flow) & (frame["layer"] == layer)]["rel_change_pct"].iloc[0]
     axis.axvline(layer, color="#444444", linewidth=0.9, linestyle=(0, (2, 2)), label="_layer")

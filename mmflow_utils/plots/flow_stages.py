@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from math import ceil
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -33,7 +34,7 @@ _LANES = {
 }  # from left to right, an arrow's width apart
 _MARK_AT = dict(zip(_FLOWS, (0.33, 0.62, 0.5, 1.4, 1.75), strict=True))
 _ENDS = {"Question -> Last": (1, 2), "Image -> Last": (0, 2)}  # lanes; else from the image to the question
-_NOTE = {"fontsize": 8, "color": "#555555", "va": "top"}
+_NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555", "va": "top"}
 _WORD_AT = dict(zip(_WORDS, (2.3, 2.5), strict=True))
 
 
@@ -130,7 +131,7 @@ def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series
         at, low, high = (stage[name] for name in ("strongest", "strongest_low", "strongest_high"))
         axis.plot([_MARK_AT[line]] * 2, [low, high], color="#1A1A1A", linewidth=1.2, label=f"_{line}")
         axis.plot(_MARK_AT[line], at + aside, "D", color=color, markeredgecolor="white", markersize=6)
-        text = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#1A1A1A"}
+        text: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#1A1A1A"}
         above = (_MARK_AT[line], max(high, layers["layer"].max() + aside))
         axis.annotate(f"−{format_number(stage['effect'], 0)} %", above, (0, 4), textcoords="offset points", **text)
 

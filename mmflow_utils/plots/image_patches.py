@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from math import ceil
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,7 +59,7 @@ def plot_image_patches(
         for kind, group in seen.groupby("set", dropna=False):
             axis.add_collection(squares(group, None if pd.isna(kind) else kind))
         for box in (thing.box for thing in objects if thing.box):
-            look = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
+            look: dict[str, Any] = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
             axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
     names = list(dict.fromkeys(kind for part in panels.values() for kind in part["set"].dropna()))
     handles = [Patch(color=set_color(kind), alpha=0.7, label=pretty_name(kind)) for kind in names]
@@ -69,7 +70,7 @@ def plot_image_patches(
     figure.set_size_inches(columns * width, rows * tall + (rows - 1) * gap + room)
     add_title(figure, title, subtitle, bottom=room, gap=gap)
     figure.subplots_adjust(wspace=0.06, hspace=gap / tall)
-    legend = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
+    legend: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
     figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.2, borderpad=0, **legend)
     return figure
 
@@ -124,7 +125,7 @@ def plot_norms(
         (above, "image_high_norm", "above the threshold"),
     ):
         text = f"{label}: {int(part.sum()):,} image patches"
-        axis.hist(values[part], bins=bins, color=set_color(kind), alpha=0.85, label=text)
+        axis.hist(values[part], bins=list(bins), color=set_color(kind), alpha=0.85, label=text)
     axis.axvline(threshold, color="#333333", linewidth=1.2, linestyle="--", label=f"threshold {threshold:.1f}")
     axis.set(yscale="log", xlabel="Norm of the features that the projector receives", ylabel="Image patches")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.10g}"))

@@ -1,5 +1,7 @@
 """The map of flows x layers: one cell for each knockout."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
@@ -33,7 +35,12 @@ def plot_map(frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str =
     width = min(10.0, 2.4 + 0.62 * cells.shape[1])
     figure, axis = plt.subplots(figsize=(width, 0.55 + 0.48 * len(cells)))
     top = max(100.0, float(cells.max(axis=None)))  # drops run to -100 %, rises know no bound
-    look = {"cmap": CHANGE, "norm": TwoSlopeNorm(0, -100, top), "edgecolor": "#E6E6E6", "linewidth": 0.8}
+    look: dict[str, Any] = {
+        "cmap": CHANGE,
+        "norm": TwoSlopeNorm(0, -100, top),
+        "edgecolor": "#E6E6E6",
+        "linewidth": 0.8,
+    }
     axis.pcolormesh(cells.columns, range(len(cells)), cells, **look)
     for (row, name), column in ((r, c) for r in enumerate(cells.index) for c in cells.columns):
         change = cells.loc[name, column]

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -89,7 +90,8 @@ def plot_sample(
     figure, axis = plt.subplots(figsize=(width, height))
     axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
     axis.set_axis_off()
-    absent, taken = [], []
+    absent: list[str] = []
+    taken: list[tuple[float, float]] = []
     palette = ["#D55E00", "#0072B2", "#009E73", "#882255", "#C98500", "#332288"]
     for label, box in _labels_and_boxes(boxes):
         if box is None:
@@ -109,7 +111,7 @@ def plot_sample(
             top += line
         taken.append((x, top))
         patch = {"boxstyle": "square,pad=0.15", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
-        text = {"color": "white", "fontsize": 8.5, "fontweight": "bold", "va": "top"}
+        text: dict[str, Any] = {"color": "white", "fontsize": 8.5, "fontweight": "bold", "va": "top"}
         axis.text(x + 0.01 * inch, top, str(label), bbox=patch, **text)
     figure.set_size_inches(width, height + (0.4 if absent else 0.1))
     add_title(figure, title, subtitle, bottom=0.4 if absent else 0.1)
@@ -120,8 +122,8 @@ def plot_sample(
     return figure
 
 
-def _labels_and_boxes(boxes: Mapping | Iterable) -> list[tuple[object, object]]:
-    items = boxes.items() if isinstance(boxes, Mapping) else boxes
+def _labels_and_boxes(boxes: Mapping | Iterable) -> list[tuple[Any, Any]]:
+    items: Iterable[Any] = boxes.items() if isinstance(boxes, Mapping) else boxes
     return [(item.name, item.box) if hasattr(item, "box") else tuple(item) for item in items]
 
 

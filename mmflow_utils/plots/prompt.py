@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
+from typing import Any
 
 from IPython.display import HTML
 from matplotlib.colors import to_rgb
@@ -14,7 +15,7 @@ from mmflow_utils.prompts.flows import pretty_name
 _IMAGE_SETS = ("image", "image_newline", "image_related", "image_other")
 
 
-def plot_prompt(tokens: Sequence[str], spans: object) -> HTML:
+def plot_prompt(tokens: Sequence[str], spans: Any) -> HTML:
     """Show a prompt's tokens, colored by position set, with a legend.
 
     A token has the color of the smallest set that holds it (an option within the question). Sets that are
@@ -41,8 +42,8 @@ def plot_prompt(tokens: Sequence[str], spans: object) -> HTML:
         owner |= dict.fromkeys(sets[name], name)
     image = {p for name in _IMAGE_SETS for p in sets.get(name, ())}
     chips = []
-    for is_image, run in groupby(range(len(tokens)), image.__contains__):
-        run = list(run)
+    for is_image, neighbors in groupby(range(len(tokens)), image.__contains__):
+        run = list(neighbors)
         if is_image and len(run) > 3:
             chips.append(_image_chip(run, owner))
         else:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from math import ceil
+from typing import Any, Literal
 from zlib import crc32
 
 import matplotlib as mpl
@@ -72,7 +73,7 @@ WORD_COLORS = {
 }
 MODULE_COLORS = {"Attention": "#3D9BD1", "MLP": "#7A1F5C"}
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -107,7 +108,7 @@ STYLE = {
 
 def set_style() -> None:
     """Give the figures you draw by hand the look of ours, for the rest of the session."""
-    mpl.rcParams.update(STYLE)
+    plt.style.use(STYLE)
 
 
 def flow_color(flow: object) -> str:
@@ -157,7 +158,8 @@ def line_looks(values: pd.Series, colors: Mapping | None, first: Sequence = tupl
         numbers = sorted(set(values))
         scale = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(numbers)))
         return {n: (f"{values.name} {n:g}", to_hex(c), "-") for n, c in zip(numbers, scale, strict=True)}
-    looks, used = {}, Counter()
+    looks: dict = {}
+    used: Counter[str] = Counter()
     for value in ordered(values, first):
         color = (colors or {}).get(value) or flow_color(value)
         looks[value] = (shown(value), color, ("-", "--", ":", "-.")[used[color] % 4])
@@ -165,7 +167,7 @@ def line_looks(values: pd.Series, colors: Mapping | None, first: Sequence = tupl
     return looks
 
 
-def legend_handle(label: str, color: str, dashes: str) -> Line2D:
+def legend_handle(label: str, color: str, dashes: Literal["-", "--", ":", "-."]) -> Line2D:
     return Line2D([], [], color=color, linestyle=dashes, label=label, linewidth=2.4)
 
 
@@ -176,7 +178,7 @@ def panel_grid(
     columns = columns or {1: 1, 2: 2, 4: 2}.get(n, 3)
     rows, width = ceil(n / columns), {1: 6.4, 2: 8.4}.get(columns, 10.0)
     title, subtitle = (textwrap.fill(t, int(width * k)) for t, k in ((title, 9.5), (subtitle, 13.5)))
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(str(handle.get_label())) for handle in handles)
     in_row = min(len(handles), max(1, int(width / (0.55 + 0.078 * longest))))
     in_row = ceil(len(handles) / ceil(len(handles) / in_row))  # 4 + 3 rather than 6 + 1
     tops = [0.08]  # inches from the top: title, subtitle, legend, end of the header
@@ -191,7 +193,11 @@ def panel_grid(
     left = 0.1 / width
     figure.text(left, 1 - tops[0] / total, title, fontsize=12.5, fontweight="bold", va="top")
     figure.text(left, 1 - tops[1] / total, subtitle, fontsize=9.5, color="#555555", va="top")
-    where = {"loc": "upper left", "bbox_to_anchor": (left, 1 - (tops[2] + 0.05) / total), "ncols": in_row}
+    where: dict[str, Any] = {
+        "loc": "upper left",
+        "bbox_to_anchor": (left, 1 - (tops[2] + 0.05) / total),
+        "ncols": in_row,
+    }
     figure.legend(handles=handles, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.6, **where)
     for axis in axes.flat[n:]:
         axis.remove()
@@ -200,7 +206,8 @@ def panel_grid(
 
 def label_outside(figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str, *, share_y: bool = True) -> None:
     """Label the outer panels only; a panel with none below it counts as outer."""
-    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    grid = axes[0].get_gridspec()
+    columns = grid.ncols if grid else 1
     for i, axis in enumerate(axes):
         if i + columns >= len(axes):
             axis.set_xlabel(x_label)

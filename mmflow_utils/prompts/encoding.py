@@ -256,12 +256,12 @@ def _hold_in_context(model: VLM, sample: Sample, n_tokens: int) -> None:
 def _find_text(
     sample: Sample, text: str, chars: Mapping[str, tuple[int, int]], offsets: Sequence[tuple[int, int]]
 ) -> PositionSets:
-    options = (sample.option_true, sample.option_false)
+    true, false = sample.option_true, sample.option_false
     sets, missing = question_sets(
         text[: chars["{question}"][1]],
         sample.question,
         offsets,
-        options=options if all(options) else None,
+        options=(true, false) if true and false else None,
         objects=[(thing.name, thing.words) for thing in sample.objects],
     )
     if "{caption}" in chars:

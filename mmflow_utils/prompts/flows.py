@@ -35,7 +35,7 @@ __all__ = [
 
 Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
 Placement = Literal["centered", "forward"]
-MODULE_INTERVENTIONS = ("attention_output", "mlp_output")
+MODULE_INTERVENTIONS: tuple[Intervention, ...] = ("attention_output", "mlp_output")
 EDGE_INTERVENTIONS = tuple(name for name in get_args(Intervention) if name not in MODULE_INTERVENTIONS)
 
 _PAPER_WINDOWS, _SHALLOWEST = (1, 3, 5, 7, 9, 11, 15), 32  # App. B; layers of the paper's smaller models
@@ -236,8 +236,10 @@ def variants(
         if problem := flow_problem(spans, flow, intervention=intervention):
             raise ValueError(f"can't block {flow}: {problem}")
         source, target = () if modules else spans[flow.source], spans[flow.target]
-        labels = {"source": source, "target": target, "intervention": intervention, "flow": flow}
-        found += [Variant(layers=held, layer=i, **labels) for i, held in windows]
+        found += [
+            Variant(layers=held, target=target, source=source, intervention=intervention, flow=flow, layer=i)
+            for i, held in windows
+        ]
     return found
 
 

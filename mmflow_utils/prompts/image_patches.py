@@ -190,7 +190,7 @@ def count_image_patches(spans: PositionSets) -> dict[str, float]:
     1.0
     """
     counts = {name: float(len(spans.get(name))) for name in ("image", "image_related", "image_other")}
-    draws = [len(positions) for name, positions in spans.sets.items() if _DRAW.fullmatch(name)]
+    draws = [len(spans[name]) for name in spans.sets if _DRAW.fullmatch(name)]
     return counts | {"image_random": float(np.mean(draws)) if draws else np.nan}
 
 

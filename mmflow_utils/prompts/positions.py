@@ -76,14 +76,14 @@ class PositionSets:
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.sets:
             raise KeyError(self.why_missing(name))
-        return self.sets[name]
+        return tuple(self.sets[name])
 
     def __contains__(self, name: str) -> bool:
         return name in self.sets
 
     def get(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Give the positions of a set, or the default where the prompt has none."""
-        return self.sets.get(name, default)
+        return tuple(self.sets.get(name, default))
 
     @property
     def last(self) -> int:
@@ -164,8 +164,8 @@ def find_options(question: str, option_true: str, option_false: str) -> tuple[tu
         if not found:
             return None, f"option {option!r} is not a whole word of the question"
     every = [sum(_matches(question, option), []) for option in (option_true, option_false)]
-    for true, false in (exact, every):
-        pairs = _pairs_around_or(question, true, false)
+    for trues, falses in (exact, every):
+        pairs = _pairs_around_or(question, trues, falses)
         if len(pairs) == 1:
             return pairs.pop(), ""
         if pairs:
@@ -242,7 +242,8 @@ def question_sets(
     if begin < 0 or not question:
         raise ValueError(f"the prompt doesn't hold the question {question!r}: fill it in unchanged")
     whole = tokens_in(offsets, begin, begin + len(question))
-    sets, missing = {"question": whole}, {}
+    sets = {"question": whole}
+    missing: dict[str, str] = {}
 
     def part(start: int, end: int) -> tuple[int, ...]:
         return tokens_in(offsets, begin + start, begin + end)

@@ -116,9 +116,8 @@ def measure_in_parts(
     ) as bar:
         for number in todo:
             # Another process may have come by here since.
-            found[number], _ = parts[number].load()
-            if found[number] is None:
-                found[number] = parts[number].compute(run)
+            loaded, _ = parts[number].load()
+            found[number] = parts[number].compute(run) if loaded is None else loaded
             bar.update()
     result = Result.join([found[number] for number in sorted(found)] or [run([], **parts[0].options)])
     result = result.with_manifest(whole)
