@@ -147,6 +147,7 @@ def _shown(manifest: dict[str, Any]) -> dict[str, Any]:
         "versions": f"Python {made_by.get('python')}, {packages}",
         "largest difference to the plain way": made_by.get("max_check_diff"),
         "results (SHA-256)": manifest.get("sha256"),
+        **{name: value for name, value in depends_on.items() if not name.endswith("sha256")},
     }
 
 
