@@ -103,7 +103,7 @@ def read_okvqa(
     """
     asked, judged = _load(questions, dict, "OKVQA question"), _load(annotations, dict, "OKVQA annotation")
     subtype = asked.get("data_subtype")
-    if not isinstance(subtype, str) or not re.fullmatch(r"[\w-]+", subtype):
+    if not isinstance(subtype, str) or not re.fullmatch(r"[\w-]{1,40}", subtype):
         raise ValueError(f"{questions}: data_subtype should be a name such as val2014, got {subtype!r:.40}")
     file_of = _file_namer(images, image_pattern, data_subtype=subtype)
     kinds = judged.get("question_types")
@@ -177,7 +177,7 @@ def _each(path: Path | str, entries: Any, field: str, make: Callable[[dict[str, 
             key = entry.get("question_id")
             if isinstance(key, bool) or not isinstance(key, int | str):
                 raise ValueError(f"question_id should be a number or a name, got {key!r:.40}")
-            where += f" (question_id {key})"
+            where += f" (question_id {key!r:.40})"
             if str(key) in made:
                 raise ValueError("question_id stands twice")
             made[str(key)] = make(entry)

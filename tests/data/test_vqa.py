@@ -182,7 +182,7 @@ def test_a_malformed_annotation_stops_with_its_file_entry_and_field(okvqa, chang
     ],
 )
 def test_a_malformed_aokvqa_entry_stops_with_its_file_entry_and_field(aokvqa, changes, message):
-    with pytest.raises(ValueError, match=rf"aokvqa\.json, questions\[0\] \(question_id 22M\w+\): {message}"):
+    with pytest.raises(ValueError, match=rf"aokvqa\.json, questions\[0\] \(question_id '22M\w+'\): {message}"):
         aokvqa(with_first(AOKVQA, None, **changes))
 
 
