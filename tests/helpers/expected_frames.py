@@ -1,0 +1,89 @@
+"""Small frames of every experiment, kept as they were when its version was last raised.
+
+.venv/bin/python tests/helpers/expected_frames.py    # keeps those of each experiment whose version was raised
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+from tiny import tiny_sample, tiny_vlm
+
+from mmflow_utils.experiments import knockout, lens, pruning, semantics
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION
+from mmflow_utils.prompts.image_patches import control_flows, encode_random_patches
+from mmflow_utils.results.frames import read_frame, save_frame
+from mmflow_utils.results.record import Result
+from mmflow_utils.results.version import VERSIONS
+
+FOLDER = Path(__file__).parents[1] / "results" / "expected"
+COMMAND = ".venv/bin/python tests/helpers/expected_frames.py"
+TOLERANCE = 1e-5  # of the largest number in a column, or of 1
+
+EVERY_FLOW = (*FLOW_TO_LAST, *IMAGE_TO_QUESTION)
+RANDOM_PATCHES = partial(encode_random_patches, n_draws=2, seed=0)
+EDITS = ("zero_value", "mean_value", "attention_output", "mlp_output")
+CALLS = {
+    "knockout_sweep": [
+        {"flows": EVERY_FLOW, "window": 3},
+        {"flows": control_flows(2), "window": 2, "encoder": RANDOM_PATCHES},
+        *({"flows": EVERY_FLOW, "window": 2, "intervention": edit} for edit in EDITS),
+    ],
+    "logit_lens": [{}],
+    "module_knockout": [{"window": 2}],
+    "question_semantics": [{"window": 2}, {"window": 3, "pooled": True, "top_k": 3}],
+    "prune_sweep": [{"removed": [1, 3]}],
+    "picture_sweep": [{"scales": (0.5, 0.25)}],
+}
+"""For each experiment the calls whose rows are kept."""
+
+
+def measure(name: str, pictures: Path) -> pd.DataFrame:
+    """Measure the rows of an experiment anew, on a random model and two questions."""
+    (experiment,) = (
+        getattr(room, name) for room in (knockout, lens, pruning, semantics) if name in getattr(room, "__all__", ())
+    )
+    model = tiny_vlm("llava_next", n_kv_heads=2)
+    samples = [tiny_sample(pictures, sample_id=f"q{n}", seed=n, size=(60 + 30 * n, 60)) for n in range(2)]
+    return Result.join([experiment(model, samples, **call, progress=False) for call in CALLS[name]]).frame
+
+
+def kept(name: str) -> tuple[pd.DataFrame, int]:
+    """Return an experiment's kept rows, and the version that they are of."""
+    frame, manifest = read_frame(FOLDER / f"{name}.parquet")
+    return frame, manifest["depends_on"]["version"]
+
+
+def find_changes(frame: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
+    """Name the columns that differ by more than rounding."""
+    if list(frame) != list(expected) or len(frame) != len(expected):
+        return [f"{len(expected)} rows of {', '.join(expected)} became {len(frame)} of {', '.join(frame)}"]
+    changed = []
+    for name in expected:
+        if pd.api.types.is_float_dtype(expected[name]):
+            now, before = frame[name].to_numpy(float), expected[name].to_numpy(float)
+            scale = max(1.0, np.nanmax(np.abs(before), initial=0.0))
+            same = np.allclose(now, before, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+        else:
+            same = frame[name].tolist() == expected[name].tolist()
+        changed += [] if same else [name]
+    return changed
+
+
+def keep_raised() -> None:
+    """Keep the rows of each experiment that has none yet of its version; the others stay as they are."""
+    for name, version in VERSIONS.items():
+        if (FOLDER / f"{name}.parquet").is_file() and kept(name)[1] == version:
+            print(f"{name}: version {version} is kept already")
+            continue
+        with TemporaryDirectory() as pictures:
+            made_from = {"depends_on": {"experiment": name, "version": version}}
+            save_frame(measure(name, Path(pictures)), FOLDER / f"{name}.parquet", made_from, fresh=True)
+        print(f"{name}: kept the rows of version {version}")
+
+
+if __name__ == "__main__":
+    sys.exit(keep_raised())
