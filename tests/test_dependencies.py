@@ -113,3 +113,11 @@ def test_conda_users_get_the_same_set():
     assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
     # Nothing else is taken from conda, where it could differ from the lock.
     assert [entry for entry in CONDA if isinstance(entry, str)] == [python, "pip"]
+
+
+def test_the_workflow_on_github_runs_targets_that_exist_on_pythons_that_we_promise():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    runs = jobs["test"]["strategy"]["matrix"]["include"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {run["target"] for run in runs} == {"test", "quick"} <= set(targets)
+    assert all(SpecifierSet(PROJECT["requires-python"]).contains(run["python"]) for run in runs)
