@@ -28,6 +28,8 @@ from mmflow_utils.data.vqa import read_aokvqa, read_okvqa
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.params import read_yaml as read_parameters
 
+pytestmark = pytest.mark.slow
+
 fuzz = settings(
     max_examples=500,
     derandomize=True,

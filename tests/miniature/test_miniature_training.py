@@ -23,6 +23,8 @@ from miniature.world import FRAMES, sample_scene
 from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.params import QUESTION_PROMPT, ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def scenes(n=16):

@@ -22,6 +22,8 @@ from mmflow_utils.models.load import load_model
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, variants
 
+pytestmark = pytest.mark.slow
+
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 
 

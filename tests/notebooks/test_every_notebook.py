@@ -6,6 +6,8 @@ import pytest
 from mmflow_utils.params import ROOT
 from workflow.run_notebook import run_notebook
 
+pytestmark = [pytest.mark.notebook, pytest.mark.slow]
+
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 FEW = {"tasks": ["ChooseAttr", "QueryAttr"], "n_samples": 2, "n_boot": 100}
 FEW_OF_ITS_OWN = {

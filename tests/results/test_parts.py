@@ -132,11 +132,13 @@ def run_and_kill(folder, kinds):
     return again
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_nothing_is_lost(tmp_path):
     again = run_and_kill(tmp_path, ["fork"] * 20)
     assert 0 < again <= 20 * PART_SIZE  # a kill costs at most the part in work
 
 
+@pytest.mark.slow
 def test_a_killed_kernel_papermill_or_snakemake_loses_nothing(tmp_path):
     kinds = ["kernel"] * 3 + ["papermill"] * 3 + ["snakemake"] * 2
     assert 0 < run_and_kill(tmp_path, kinds) <= len(kinds) * PART_SIZE
@@ -144,6 +146,7 @@ def test_a_killed_kernel_papermill_or_snakemake_loses_nothing(tmp_path):
     assert [cell.execution_count for cell in code] == [1, 2]
 
 
+@pytest.mark.slow
 def test_different_runs_at_once_under_one_name_each_get_their_own(tmp_path):
     script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
     subprocess.run([sys.executable, script, "windows", str(tmp_path), "[5, 7, 5]"], check=True)
@@ -153,6 +156,7 @@ def test_different_runs_at_once_under_one_name_each_get_their_own(tmp_path):
     assert all(equal(result, whole(SAMPLES, window=window)) for result, window in zip(found, windows, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [[None, None], ["1/3", "2/3", "3/3", None]])
 def test_processes_that_run_at_once_do_no_harm(tmp_path, shards):
     script = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
