@@ -15,6 +15,8 @@ from mmflow_utils.params import Params
 from workflow import run_notebook as execute
 from workflow.run_notebook import check_parameters, find_problems, main, run_notebook
 
+pytestmark = pytest.mark.notebook
+
 DECLARED = """
 model: str = "mini"  # which
 sharpness: float = 0.5  # only here
@@ -92,7 +94,7 @@ def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path, write, capsys, m
 
 
 def test_a_shard_ends_with_the_last_cell_that_computes_in_parts(tmp_path, write):
-    path = write(SETUP, "print(params.shard)  # compute_in_parts(", "raise ValueError('a figure of a share')")
+    path = write(SETUP, "print(params.shard)  # measure_in_parts(", "raise ValueError('a figure of a share')")
     assert run(path, "-p", "shard", "2/4") == 0
     assert left_behind(tmp_path) == ["02_flow.2of4.ipynb"]
     done = nbformat.read(tmp_path / "out" / "tiny" / "shards" / "02_flow.2of4.ipynb", as_version=4)
