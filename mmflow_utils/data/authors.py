@@ -1,6 +1,5 @@
 """The CSV files that the paper's authors released: six tasks of GQA questions, with boxes and captions."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures
 from mmflow_utils.data.sample import Sample, SceneObject
 from mmflow_utils.data.tasks import task_of
 
-__all__ = ["compare_with_authors", "read_authors", "read_authors_csv"]
-
-_LOG = logging.getLogger(__name__)
+__all__ = ["compare_with_authors", "read_authors"]
 
 
 def read_authors(
@@ -22,18 +19,18 @@ def read_authors(
     """Read the authors' CSV files in a folder, for figures over exactly their questions.
 
     Args:
-        folder: Holds their six files, or some of them.
+        folder: Holds their six files, or some of them; or one of these files.
         images: Folder of GQA's pictures.
         tasks: Keep only these tasks; by default every question.
 
     Returns:
-        The samples, file by file, and what was left out, as `read_gqa` gives them. Of a question that stands
-        twice, the first is kept.
+        The samples, file by file, and what was left out, as from `read_gqa`. Of a duplicated question, the first
+        is kept; a box that can't be used is left unknown.
 
     Raises:
-        ValueError: No CSV file there, or one of another layout, naming the row.
+        ValueError: No CSV file there, or one that is damaged or of another layout, naming the row.
     """
-    files = sorted(Path(folder).glob("*.csv"))
+    files = [Path(folder)] if Path(folder).suffix == ".csv" else sorted(Path(folder).glob("*.csv"))
     if not files:
         raise ValueError(f"no CSV file in {folder}: put the authors' six files there (docs/data.md says how)")
     wanted = None if tasks is None else set(tasks)
@@ -49,29 +46,8 @@ def read_authors(
     return list(found.values()), pd.DataFrame(left_out, columns=["sample_id", "reason", "kept"])
 
 
-def read_authors_csv(path: Path | str, images: Path | str) -> list[Sample]:
-    """Read one of the CSV files that the paper's authors released: GQA questions, with boxes and captions.
-
-    Args:
-        path: One of their six files, `GQA_val_correct_question_with_…_<task>.csv`.
-        images: Folder of GQA's pictures.
-
-    Returns:
-        The samples in the file's order. A box that can't be used is left unknown, and logged as a warning.
-
-    Raises:
-        ValueError: A file that is missing, cut short or of another layout, naming the row.
-    """
-    samples = []
-    for sample, notes in _read_rows(path, images):
-        samples.append(sample)
-        for note in notes:
-            _LOG.warning("question %s: %s", sample.sample_id, note)
-    return samples
-
-
 def compare_with_authors(samples: Iterable[Sample], authors: Iterable[Sample]) -> pd.DataFrame:
-    """Hold what was read from GQA's own files against the authors' rows for the same questions.
+    """Compare what was read from GQA's own files with the authors' rows for the same questions.
 
     Args:
         samples: From `read_gqa`.
@@ -79,9 +55,9 @@ def compare_with_authors(samples: Iterable[Sample], authors: Iterable[Sample]) -
 
     Returns:
         For each of the authors' questions a row for each `field` (question, answer, options, objects, boxes):
-        `sample_id`, `task`, `field`, `equal`, and what `ours` and `authors` hold, as text. Objects and boxes
-        are compared as sets; a box is x, y, w and h in pixels, cut to the picture on both sides. A question
-        that `samples` lacks has the one field `found`.
+        `sample_id`, `task`, `field`, `equal`, and what `ours` and `authors` hold, as text. Objects and boxes are
+        compared as sets, boxes in pixels, clipped to the picture on both sides. A question that `samples` lacks
+        has the one field `found`.
     """
     ours = {sample.sample_id: _fields(sample) for sample in samples}
     rows = []
@@ -95,7 +71,7 @@ def compare_with_authors(samples: Iterable[Sample], authors: Iterable[Sample]) -
 
 
 def _fields(sample: Sample) -> dict[str, str]:
-    """Put what the experiments use of a sample into texts, one for each field."""
+    """Return what the experiments use of a sample as texts, one for each field."""
     named = {f"{o.name} ({o.object_id or '-'})": o.box for o in sample.objects}
     boxes = {name: f"{b.x:g} {b.y:g} {b.w:g} {b.h:g}" if b else "none" for name, b in named.items()}
     return {
@@ -108,7 +84,7 @@ def _fields(sample: Sample) -> dict[str, str]:
 
 
 def _read_rows(path: Path | str, images: Path | str) -> Iterator[tuple[Sample, list[str]]]:
-    """Read a file's rows, each with notes of the boxes that it lost."""
+    """Yield a file's samples, each with notes on the boxes that it lost."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors

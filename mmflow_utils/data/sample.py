@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from pydantic import TypeAdapter
 
 __all__ = [
     "Box",
@@ -81,8 +81,12 @@ class Sample:
     answers: tuple[str, ...] = ()
 
 
+_NESTED = ("objects", "image_size", "answers")  # JSON in a frame's columns
+_RECORD = TypeAdapter(Sample)
+
+
 def load_image(sample: Sample) -> Image.Image:
-    """Open a sample's picture, as RGB with 8 bits: the pixels as they are stored.
+    """Return a sample's picture as RGB with 8 bits: the pixels as they are stored.
 
     An EXIF rotation is not applied, since boxes refer to the stored pixels, and LLaVA's own code doesn't
     either. 16 bits are scaled to 8, a transparent picture is laid on white, an animated one shows its first
@@ -133,28 +137,25 @@ def _as_rgb(stored: Image.Image) -> Image.Image | None:
 
 
 def is_correct(said: str, sample: Sample) -> bool:
-    """Tell whether an answer is the label, letter case aside (§4)."""
+    """Return whether an answer is the label, letter case aside (§4)."""
     return said.lower() == sample.answer.strip().lower()
 
 
 def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:
-    """Put samples into a frame of text columns, nested values as JSON, which parquet can hold.
+    """Return samples as a frame of text columns, nested values as JSON, which parquet can hold.
 
     >>> samples_to_frame([]).columns[:4].tolist()
     ['sample_id', 'image_id', 'image', 'question']
     """
     rows = []
     for sample in samples:
-        row = asdict(sample)
-        row |= {"image": str(sample.image), "objects": json.dumps(row["objects"])}
-        row["answers"] = json.dumps(sample.answers)
-        row["image_size"] = json.dumps(sample.image_size) if sample.image_size else None
-        rows.append(row)
+        row = asdict(sample) | {"image": str(sample.image)}
+        rows.append(row | {name: json.dumps(row[name]) for name in _NESTED if row[name] is not None})
     return pd.DataFrame(rows, columns=[field.name for field in fields(Sample)], dtype="str")
 
 
 def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
-    """Turn the frame of `samples_to_frame` back into samples.
+    """Return the samples of a frame made by `samples_to_frame`.
 
     Raises:
         ValueError: A column that is missing, or a nested value that can't be read.
@@ -166,17 +167,12 @@ def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
     for row in frame[names].to_dict("records"):
         row = {name: None if pd.isna(value) else value for name, value in row.items()}
         try:
-            row["objects"] = tuple(_scene_object(value) for value in json.loads(row["objects"]))
-            row["image_size"] = tuple(json.loads(row["image_size"])) if row["image_size"] else None
-            row["answers"] = tuple(json.loads(row["answers"]))
-        except (TypeError, ValueError, KeyError) as error:
+            row |= {name: json.loads(row[name]) for name in _NESTED if row[name]}
+            samples.append(_RECORD.validate_python(row))
+        except (TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
             raise ValueError(
-                f"sample {row['sample_id']}: objects, image_size or answers can't be read: {error}"
+                f"sample {row['sample_id']}: {', '.join(_NESTED)} or another column can't be read ({said:.200}):"
+                " make the frame anew by samples_to_frame"
             ) from error
-        samples.append(Sample(**row | {"image": Path(row["image"])}))
     return samples
-
-
-def _scene_object(value: dict[str, Any]) -> SceneObject:
-    box, words = value["box"], value["words"]
-    return SceneObject(**value | {"box": Box(**box) if box else None, "words": tuple(words) if words else None})

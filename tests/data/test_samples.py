@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmflow_utils.data.authors import read_authors_csv
+from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.fields import clipped_box
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.data.sample import Box, Sample, SceneObject, frame_to_samples, load_image, samples_to_frame
@@ -126,6 +126,21 @@ def test_the_stored_pictures_ending_is_used(read, tmp_path):
 def test_each_kind_of_question_belongs_to_one_task():
     kinds = [kind for held in TASKS.values() for kind in held]
     assert len(kinds) == len(set(kinds))
+
+
+@pytest.mark.parametrize(
+    ("answer", "options"),
+    [
+        ("behind", ("behind", "front")),
+        ("front", ("front", "behind")),
+        ("in front of", ("in front of", "behind")),
+        ("left", (None, None)),
+    ],
+)
+def test_relations_are_shortened_as_the_authors_do_unless_the_answer_is_longer(read, answer, options):
+    relation = step("choose rel", "hut,behind|in front of,s (11)")
+    sample = read(changed(answer=answer, semantic=[relation]))[0][0]
+    assert (sample.option_true, sample.option_false) == options
 
 
 # Boxes
@@ -368,7 +383,7 @@ def test_frames_of_another_layout_are_refused():
     with pytest.raises(ValueError, match="sample 01: objects"):
         frame_to_samples(frame.assign(objects="[{"))
     with pytest.raises(ValueError, match="sample 01: objects"):
-        frame_to_samples(frame.assign(objects='[{"name": "jar"}]'))
+        frame_to_samples(frame.assign(objects='[{"name": "jar", "box": {"x": 1}}]'))
 
 
 # The authors' CSV
@@ -381,17 +396,18 @@ def authors_file(folder, *rows):
 
 def test_an_authors_row_is_the_gqa_sample_with_a_caption(read, tmp_path):
     gqa = read()[0][0]
-    (sample,) = read_authors_csv(authors_file(tmp_path, ROW), tmp_path / "images")
+    (sample,) = read_authors(authors_file(tmp_path, ROW), tmp_path / "images")[0]
     assert sample.objects[0].box == gqa.objects[0].box
     for name in ("image", "question", "answer", "task", "option_true", "option_false", "image_size"):
         assert getattr(sample, name) == getattr(gqa, name)
     assert sample.caption == "a jar."
 
 
-def test_an_authors_box_that_leaves_nothing_is_logged(tmp_path, caplog):
-    file = authors_file(tmp_path, ROW | {"central object w": "0"})
-    assert read_authors_csv(file, tmp_path)[0].objects[0].box is None
-    assert "question 1: no box for jar (11)" in caplog.text
+def test_an_authors_box_that_leaves_nothing_is_told(tmp_path):
+    (sample,), left_out = read_authors(authors_file(tmp_path, ROW | {"central object w": "0"}), tmp_path)
+    assert sample.objects[0].box is None
+    assert left_out["sample_id"].tolist() == ["1"] and left_out["kept"].all()
+    assert left_out["reason"].iloc[0].startswith("no box for jar (11)")
 
 
 @pytest.mark.parametrize(
@@ -404,31 +420,31 @@ def test_an_authors_box_that_leaves_nothing_is_logged(tmp_path, caplog):
 )
 def test_a_bad_authors_row_is_named(tmp_path, wrong, match):
     with pytest.raises(ValueError, match=match):
-        read_authors_csv(authors_file(tmp_path, ROW, ROW | wrong), tmp_path)
+        read_authors(authors_file(tmp_path, ROW, ROW | wrong), tmp_path)
 
 
 def test_other_csv_files_are_refused(tmp_path):
     file = authors_file(tmp_path, {name: value for name, value in ROW.items() if name != "img_id"})
     with pytest.raises(ValueError, match="lacks the columns img_id"):
-        read_authors_csv(file, tmp_path)
+        read_authors(file, tmp_path)
     text = authors_file(tmp_path, ROW | {"captions": 'a "jar", brown'}).read_text()
     file.write_text(text[: text.index("brown")])
     with pytest.raises(ValueError, match="authors.csv"):
-        read_authors_csv(file, tmp_path)
+        read_authors(file, tmp_path)
     file.write_text(text[: text.index("500,375") + 7] + "\n")
     with pytest.raises(ValueError, match="row 2: expected a number of pixels, got ''"):
-        read_authors_csv(file, tmp_path)
+        read_authors(file, tmp_path)
     file.write_text("")
     with pytest.raises(ValueError, match="can't read .*authors.csv"):
-        read_authors_csv(file, tmp_path)
+        read_authors(file, tmp_path)
     with pytest.raises(ValueError, match="nowhere.csv"):
-        read_authors_csv(tmp_path / "nowhere.csv", tmp_path)
+        read_authors(tmp_path / "nowhere.csv", tmp_path)[0]
 
 
 @needs_authors
 def test_the_authors_files_are_read_whole(tmp_path):
     files = sorted(AUTHORS.glob("*.csv"))
-    read = {file.stem.rsplit("_", 1)[-1]: read_authors_csv(file, tmp_path) for file in files}
+    read = {file.stem.rsplit("_", 1)[-1]: read_authors(file, tmp_path)[0] for file in files}
     assert set(read) == set(TASKS)
     for task, samples in read.items():
         assert {s.task for s in samples} == {task}

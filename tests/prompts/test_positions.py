@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmflow_utils.data.authors import read_authors_csv
+from mmflow_utils.data.authors import read_authors
 from mmflow_utils.prompts.positions import (
     PositionSets,
     find_objects,
@@ -310,7 +310,7 @@ def test_parts_that_are_not_there_are_recorded():
 
 @pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' CSV files aren't at {AUTHORS}")
 def test_the_authors_questions_are_found_or_the_reason_is_told(tmp_path, capsys):
-    samples = [s for file in sorted(AUTHORS.glob("*.csv")) for s in read_authors_csv(file, tmp_path)]
+    samples = [s for file in sorted(AUTHORS.glob("*.csv")) for s in read_authors(file, tmp_path)[0]]
     assert len(samples) >= 360
     offered = [s for s in samples if s.option_true]
     lost = {}

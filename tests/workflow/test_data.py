@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_vlm
 
-from mmflow_utils.data.authors import compare_with_authors, read_authors, read_authors_csv
+from mmflow_utils.data.authors import compare_with_authors, read_authors
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.experiments.curation import ask_questions, read_questions
 from mmflow_utils.params import ROOT, Params
@@ -106,7 +106,7 @@ def test_the_sides_of_an_object_and_its_name_count(both):
 @needs_authors
 def test_a_folder_of_the_authors_files_is_a_source_of_samples(tmp_path):
     every, left_out = read_authors(AUTHORS, tmp_path)
-    files = [read_authors_csv(file, tmp_path) for file in sorted(AUTHORS.glob("*.csv"))]
+    files = [read_authors(file, tmp_path)[0] for file in sorted(AUTHORS.glob("*.csv"))]
     assert every == sum(files, []) and left_out.empty
     some, _ = read_authors(AUTHORS, tmp_path, tasks=["ChooseRel"])
     assert some == [s for s in every if s.task == "ChooseRel"] != []
@@ -160,23 +160,6 @@ def test_samples_of_other_csv_files_are_of_another_run(tmp_path):
         (tmp_path / name).write_text(content)
         seen.append(manifest(params)["depends_on"]["data_sha256"])
     assert len(set(seen)) == 3 and None not in seen and seen[2] == seen[3]
-
-
-@pytest.mark.parametrize(
-    ("answer", "options"),
-    [
-        ("behind", ("behind", "front")),
-        ("front", ("front", "behind")),
-        ("in front of", ("in front of", "behind")),
-        ("left", (None, None)),
-    ],
-)
-def test_relations_are_shortened_as_the_authors_do_unless_the_answer_is_longer(tmp_path, answer, options):
-    steps = [{"operation": "choose rel", "dependencies": [], "argument": "hut,behind|in front of,s (1)"}]
-    entry = question(0) | {"answer": answer, "semantic": steps}
-    (tmp_path / "questions.json").write_text(json.dumps({"01": entry}))
-    (sample,), _ = read_gqa(tmp_path / "questions.json", None, tmp_path)
-    assert (sample.option_true, sample.option_false) == options
 
 
 def test_a_folder_without_csv_files_says_where_they_come_from(tmp_path):
