@@ -204,10 +204,7 @@ def measure(name: str, shape: Shape, *, n_rounds: int = 5) -> dict[str, Any]:
     model = build(name, shape, device, dtype)
     encoded = prompt(model, shape)
     planned = plan(model, encoded)
-    ways = {
-        "clean_s": lambda: run_sweep(model, encoded, []),
-        "sweep_s": lambda: run_sweep(model, encoded, planned),
-    }
+    ways = {"clean_s": lambda: run_sweep(model, encoded, []), "sweep_s": lambda: run_sweep(model, encoded, planned)}
     held = torch.cuda.memory_allocated() if device == "cuda" else None
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for n in range(n_rounds + 1):

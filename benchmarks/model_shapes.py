@@ -101,8 +101,7 @@ SHAPES = {
     ),
     "gemma-3-4b": Shape(_GEMMA, Gemma3ImageProcessorPil(size={"height": 896, "width": 896})),
     "smolvlm-2b": Shape(
-        _SMOLVLM,
-        Idefics3ImageProcessorPil(size={"longest_edge": 1536}, max_image_size={"longest_edge": 384}),
+        _SMOLVLM, Idefics3ImageProcessorPil(size={"longest_edge": 1536}, max_image_size={"longest_edge": 384})
     ),
 }
 

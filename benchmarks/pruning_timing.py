@@ -11,13 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mmflow_utils.engine.pruning import (
-    Pruning,
-    continue_prompt,
-    image_tokens_removed,
-    prompt_embeds,
-    read_prompt,
-)
+from mmflow_utils.engine.pruning import Pruning, continue_prompt, image_tokens_removed, prompt_embeds, read_prompt
 from mmflow_utils.engine.work import equal_work, work_of
 from mmflow_utils.models.adapter import VLM, picture_features
 from mmflow_utils.prompts.encoding import Encoded, image_positions
@@ -32,12 +26,7 @@ ENDS = ("mean", "ci_low", "ci_high")
 
 @torch.inference_mode()
 def measure_times(
-    model: VLM,
-    encoded: Encoded,
-    prunings: Mapping[str, Pruning | None],
-    *,
-    n_new: int = 8,
-    n_rounds: int = 5,
+    model: VLM, encoded: Encoded, prunings: Mapping[str, Pruning | None], *, n_new: int = 8, n_rounds: int = 5
 ) -> pd.DataFrame:
     """Time a prompt in several ways, in turns, in the attention kernel that is set (`sdpa` unless changed).
 
@@ -69,8 +58,7 @@ def measure_times(
                 reading, _ = _timed(model, lambda: int(read_prompt(model, embeds)[0].argmax()))
                 prompt, (first, cache) = _timed(model, whole_prompt)
                 decoding, _ = _timed(
-                    model,
-                    lambda first=first, cache=cache: continue_prompt(model, first, cache, n_tokens, n_new),
+                    model, lambda first=first, cache=cache: continue_prompt(model, first, cache, n_tokens, n_new)
                 )
             seconds = (encoder, reading, prompt, decoding, prompt + decoding)
             shared = {"way": way, "round": n, **_counted(model, encoded, pruning, n_new)}

@@ -130,17 +130,15 @@ def _with_boxes(samples: list[Sample], graphs: dict[str, Any], skipped: list[dic
 
 
 def _gqa_sample(
-    sample_id: str,
-    entry: Any,
-    folder: Path,
-    wanted: frozenset[str] | None,
-    notes: list[str],
+    sample_id: str, entry: Any, folder: Path, wanted: frozenset[str] | None, notes: list[str]
 ) -> Sample | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("types"), dict):
         held = ", ".join(map(str, entry)) if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise ValueError(f"expected the fields question, imageId, answer, types and semantic, got {held[:80]}")
     # interned: thousands of questions share a kind, a picture, an answer
-    kinds = {kind: intern(text(entry["types"], kind)) for kind in ("structural", "semantic", "detailed")}
+    kinds: dict[str, Any] = {
+        kind: intern(text(entry["types"], kind)) for kind in ("structural", "semantic", "detailed")
+    }
     task = task_of(kinds["detailed"])
     if wanted is not None and task not in wanted:
         return None

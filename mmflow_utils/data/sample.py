@@ -11,15 +11,7 @@ import pandas as pd
 from PIL import Image
 from pydantic import TypeAdapter
 
-__all__ = [
-    "Box",
-    "Sample",
-    "SceneObject",
-    "frame_to_samples",
-    "is_correct",
-    "load_image",
-    "samples_to_frame",
-]
+__all__ = ["Box", "Sample", "SceneObject", "frame_to_samples", "is_correct", "load_image", "samples_to_frame"]
 
 
 @dataclass(frozen=True, kw_only=True)

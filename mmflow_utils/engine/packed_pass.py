@@ -12,15 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from mmflow_utils.engine.packed_attention import (
-    PACKED_ATTENTION,
-    Attend,
-    Block,
-    Capture,
-    allowed,
-    as_index,
-    keys_only,
-)
+from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, allowed, as_index, keys_only
 from mmflow_utils.engine.plan import Branch
 from mmflow_utils.engine.reference import Keep
 from mmflow_utils.models.adapter import VLM, compute_device
@@ -115,10 +107,7 @@ class PackedPass:
         self.clean = keys_only(layer, hidden, kwargs)
         rows = list(range(len(self.read)))
         block = Block(rows=rows, positions=tuple(self.read), low=self.read[0])
-        return hidden[:, self.read], {
-            **layer_kwargs_at(kwargs, self.read),
-            PACKED_ATTENTION: self._attend([block]),
-        }
+        return hidden[:, self.read], {**layer_kwargs_at(kwargs, self.read), PACKED_ATTENTION: self._attend([block])}
 
     def _check_order(self, mask: Tensor | None) -> None:
         """Refuse rows that depend on what comes after them, as the tokens of an image do in some families."""

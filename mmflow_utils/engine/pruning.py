@@ -26,14 +26,7 @@ from mmflow_utils.models.adapter import VLM, text_inputs
 from mmflow_utils.prompts.encoding import Encoded, image_positions
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = [
-    "Pruning",
-    "Removal",
-    "compare_to_knockout",
-    "greedy_decode",
-    "image_tokens_removed",
-    "read_prompt",
-]
+__all__ = ["Pruning", "Removal", "compare_to_knockout", "greedy_decode", "image_tokens_removed", "read_prompt"]
 
 CHOICES = ("random", "attention")
 

@@ -42,13 +42,7 @@ class Run:
 
     @classmethod
     def from_parts(
-        cls,
-        encoded: Encoded,
-        base: Tensor,
-        variants: Sequence[Tensor],
-        resid_post: Sequence[Tensor],
-        *,
-        one: bool,
+        cls, encoded: Encoded, base: Tensor, variants: Sequence[Tensor], resid_post: Sequence[Tensor], *, one: bool
     ):
         """Stack what was found at the positions read; where just `one` was asked for, drop their axis."""
         changed = torch.stack(list(variants)) if variants else base.new_empty(0, *base.shape)

@@ -95,13 +95,7 @@ def work_of(model: VLM, encoded: Encoded, pruning: Pruning | None = None, *, n_n
 
 
 def equal_work(
-    model: VLM,
-    encoded: Encoded,
-    pruning: Pruning,
-    *,
-    choice: str,
-    from_layer: int = FASTV_LAYER,
-    seed: int = 0,
+    model: VLM, encoded: Encoded, pruning: Pruning, *, choice: str, from_layer: int = FASTV_LAYER, seed: int = 0
 ) -> Pruning | None:
     """Keep as many image tokens from a layer on as costs no more than another pruning, to the first token.
 

@@ -181,10 +181,7 @@ def _limits(data: pd.DataFrame) -> tuple[float, float]:
     ends = data[["ci_low", "ci_high", "mean"]].replace([np.inf, -np.inf], np.nan)
     low, high = min(0.0, data["mean"].min()), max(0.0, data["mean"].max())
     reach = (high - low) or float(ends.abs().max(axis=None)) or 1.0
-    low, high = (
-        max(min(low, ends.min(axis=None)), low - reach),
-        min(max(high, ends.max(axis=None)), high + reach),
-    )
+    low, high = (max(min(low, ends.min(axis=None)), low - reach), min(max(high, ends.max(axis=None)), high + reach))
     margin = 0.06 * (high - low)
     return float(low - margin), float(high + margin)
 

@@ -27,11 +27,7 @@ _PARTED = ("Other image patches -> Question", "Related image patches -> Question
 _WHOLE = "Image -> Question"
 _FLOWS = (*_PARTED, _WHOLE, "Question -> Last", "Image -> Last")
 _WORDS = ("Noncapitalized answer", "Capitalized answer")
-_LANES = {
-    "image": "Image",
-    "question": "Question",
-    "last": "Last",
-}  # from left to right, an arrow's width apart
+_LANES = {"image": "Image", "question": "Question", "last": "Last"}  # from left to right, an arrow's width apart
 _MARK_AT = dict(zip(_FLOWS, (0.33, 0.62, 0.5, 1.4, 1.75), strict=True))
 _ENDS = {"Question -> Last": (1, 2), "Image -> Last": (0, 2)}  # lanes; else from the image to the question
 _NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555", "va": "top"}

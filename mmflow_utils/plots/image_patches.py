@@ -120,10 +120,7 @@ def plot_norms(
     # A bin's edge at the threshold: no bar stands on both sides of it.
     bins = threshold + step * np.arange(-ceil((threshold - low) / step) - 1, ceil((high - threshold) / step) + 2)
     above = values > threshold
-    for part, kind, label in (
-        (~above, "image", "not above"),
-        (above, "image_high_norm", "above the threshold"),
-    ):
+    for part, kind, label in ((~above, "image", "not above"), (above, "image_high_norm", "above the threshold")):
         text = f"{label}: {int(part.sum()):,} image patches"
         axis.hist(values[part], bins=list(bins), color=set_color(kind), alpha=0.85, label=text)
     axis.axvline(threshold, color="#333333", linewidth=1.2, linestyle="--", label=f"threshold {threshold:.1f}")

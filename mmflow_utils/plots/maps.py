@@ -46,15 +46,7 @@ def plot_map(frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str =
         change = cells.loc[name, column]
         if abs(change) >= 5:
             color = "white" if change < -45 else "#1A1A1A"
-            axis.text(
-                column,
-                row,
-                f"{change:.0f}".replace("-", "−"),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=color,
-            )
+            axis.text(column, row, f"{change:.0f}".replace("-", "−"), ha="center", va="center", fontsize=8, color=color)
     axis.invert_yaxis()
     axis.set_yticks(range(len(cells)), [shown(name) for name in cells.index])
     axis.set_xticks([layer for layer in cells.columns if len(cells.columns) <= 16 or layer % 5 == 0])

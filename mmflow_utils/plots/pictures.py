@@ -50,16 +50,7 @@ def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of ques
         small = f"n = {int(row['n']):,}"
         if known and np.isfinite(row.get("ci_low", np.nan)):
             small = f"{format_number(row['ci_low'], 0)} to {format_number(row['ci_high'], 0)}, {small}"
-        axis.text(
-            at[0],
-            at[1] - 0.12,
-            big,
-            color="#1A1A1A",
-            ha="center",
-            va="center",
-            fontsize=12,
-            fontweight="bold",
-        )
+        axis.text(at[0], at[1] - 0.12, big, color="#1A1A1A", ha="center", va="center", fontsize=12, fontweight="bold")
         axis.text(at[0], at[1] + 0.24, small, color="#1A1A1A", ha="center", va="center", fontsize=8)
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axis.set_xticks(range(len(columns)), [names.get(c, c.capitalize()) for c in columns])

@@ -18,14 +18,7 @@ from mmflow_utils.models.adapter import VLM, picture_features
 from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
 from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
 
-__all__ = [
-    "SINK_FLOWS",
-    "NormThreshold",
-    "encode_by_norm",
-    "find_norm_threshold",
-    "measure_norms",
-    "patch_norms",
-]
+__all__ = ["SINK_FLOWS", "NormThreshold", "encode_by_norm", "find_norm_threshold", "measure_norms", "patch_norms"]
 
 PAPER_SHARE = 3.3 / 576  # of the patches lie above the paper's threshold of 57, in CLIP-L at 336 pixels
 

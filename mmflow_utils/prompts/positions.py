@@ -9,14 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = [
-    "PositionSets",
-    "find_objects",
-    "find_options",
-    "find_phrase",
-    "question_sets",
-    "tokens_in",
-]
+__all__ = ["PositionSets", "find_objects", "find_options", "find_phrase", "question_sets", "tokens_in"]
 
 Range = tuple[int, int]  # characters, half-open
 Named = tuple[str, tuple[int, int] | None]  # an object's name and its range of words, where annotated
@@ -172,10 +165,7 @@ def find_options(question: str, option_true: str, option_false: str) -> tuple[tu
             return None, f"{option_true!r} and {option_false!r} stand around more than one 'or'"
     (true, *more), (false, *others) = exact
     if more or others or _overlap(true, false):
-        return (
-            None,
-            f"{option_true!r} or {option_false!r} stands more than once, and no 'or' settles it",
-        )
+        return (None, f"{option_true!r} or {option_false!r} stands more than once, and no 'or' settles it")
     return (true, false), ""
 
 
