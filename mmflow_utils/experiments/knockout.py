@@ -24,23 +24,9 @@ from mmflow_utils.results.record import Result
 __all__ = ["COLUMNS", "knockout_sweep"]
 
 COLUMNS = (
-    "sample_id",
-    "image_id",
-    "task",
-    "flow",
-    "source",
-    "target",
-    "layer",
-    "window",
-    "n_layers_blocked",
-    "token",
-    "p_base",
-    "p_knockout",
-    "rel_change_pct",
-    "logprob_change",
-    "logit_diff_base",
-    "logit_diff_change",
-)
+    "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", "token",
+    "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
+)  # fmt: skip
 
 
 def knockout_sweep(

@@ -24,19 +24,9 @@ __all__ = ["LENS_COLUMNS", "LENS_PROTOCOLS", "LENS_WORDS", "lens_logits", "logit
 LENS_PROTOCOLS = ("corrected", "paper")
 LENS_WORDS = ("Capitalized answer", "Noncapitalized answer", "False option", "Capitalized false option")
 LENS_COLUMNS = (
-    "sample_id",
-    "image_id",
-    "task",
-    "protocol",
-    "norm",
-    "layer",
-    "word",
-    "token",
-    "probability",
-    "logprob",
-    "rank",
+    "sample_id", "image_id", "task", "protocol", "norm", "layer", "word", "token", "probability", "logprob", "rank",
     "top_token",
-)
+)  # fmt: skip
 
 
 def logit_lens(

@@ -34,20 +34,9 @@ WAY_COLORS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALL
 """The ways to save work, and their colors."""
 
 COLUMNS = (
-    "sample_id",
-    "image_id",
-    "task",
-    "way",
-    "n_layers_without",
-    "from_layer",
-    "n_image",
-    "n_kept",
-    "work_pct",
-    "cache_pct",
-    "prediction",
-    "correct_pct",
-    "same_pct",
-)
+    "sample_id", "image_id", "task", "way", "n_layers_without", "from_layer", "n_image", "n_kept", "work_pct",
+    "cache_pct", "prediction", "correct_pct", "same_pct",
+)  # fmt: skip
 
 
 def prune_sweep(

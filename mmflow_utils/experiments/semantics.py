@@ -32,19 +32,9 @@ from mmflow_utils.results.record import Result
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
 
 SEMANTICS_COLUMNS = (
-    "sample_id",
-    "image_id",
-    "task",
-    "knockout",
-    "intervention",
-    "layer",
-    "window",
-    "n_layers_blocked",
-    "n_positions",
-    "top_k",
-    "pooled",
-    "jaccard",
-)
+    "sample_id", "image_id", "task", "knockout", "intervention", "layer", "window", "n_layers_blocked",
+    "n_positions", "top_k", "pooled", "jaccard",
+)  # fmt: skip
 _MODULE_NAMES = {"attention_output": "Attention", "mlp_output": "MLP"}
 
 
