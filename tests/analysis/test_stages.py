@@ -1,5 +1,6 @@
 """Stages and claims on curves whose answer is known, and on curves that must not pass."""
 
+import os
 import subprocess
 import sys
 from math import inf
@@ -266,6 +267,16 @@ def test_results_of_every_model_are_read_and_brought_to_one_form(tmp_path):
     effects = collect_effects(results)
     assert effects.groupby("model")["n_layers"].first().to_dict() == {"a": 3, "b": 5}
     assert effects.loc[effects.model == "a", "effect"].tolist() == [0, 10, 20]
+
+
+def test_of_several_runs_the_latest_is_read_and_said(tmp_path, capsys):
+    path = tmp_path / "a" / "flow_to_last.parquet"
+    save_frame(stored_flows(), path, manifest(Params(window=3)))
+    beside = save_frame(stored_flows(layers=5), path, manifest(Params(window=5)))
+    assert len(read_results(tmp_path)["flow_to_last"]) == 5
+    assert capsys.readouterr().out == f"a has 2 runs of flow_to_last: {beside.name} is the latest, and read.\n"
+    os.utime(path)  # as a notebook does that loads it
+    assert len(read_results(tmp_path)["flow_to_last"]) == 3
 
 
 def test_where_nothing_is_stored_there_is_nothing(tmp_path):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
 
 from benchmarks.pruning_timing import PARTS, cost_curves, measure_times, plan_times, summarize_times
-from mmflow_utils.engine.checks import attention_pattern, rounding
+from mmflow_utils.engine.checks import attention_pattern, check_close, rounding
 from mmflow_utils.engine.pruning import (
     Pruning,
     compare_to_knockout,
@@ -215,6 +215,17 @@ def test_the_comparison_to_the_knockout_can_fail(tmp_path):
     for pruning in (Pruning(from_layer=1), Pruning(from_layer=2, n_kept=3), Pruning(from_layer=4)):
         assert compare_to_knockout(model, encoded, pruning) < 1e-5
     assert compare_to_knockout(model, encoded, Pruning(from_layer=1), knockout_from=2) > 1e-3
+    said = r"Removing image tokens \(.*\) and knocking them out differ by .* on sample q1, more than the tolerance of"
+    with pytest.raises(ValueError, match=said):
+        compare_to_knockout(model, encoded, Pruning(from_layer=1), knockout_from=2, tolerance=1e-3)
+
+
+def test_what_is_no_number_is_not_close(tmp_path):
+    _, encoded = ready(tmp_path)
+    numbers = torch.tensor([0.25, 0.5])
+    assert check_close(encoded, numbers, numbers + 0.125) == 0.125
+    with pytest.raises(ValueError, match="differ by nan in weight on sample q1, .*: try again"):
+        check_close(encoded, numbers * torch.nan, numbers, unit="weight", advice="try again")
 
 
 @pytest.mark.parametrize(
