@@ -13,11 +13,11 @@ import pytest
 
 from mmflow_utils.params import ROOT
 
+pytestmark = pytest.mark.slow
+
 IN_PARTS = "mm.measure_in_parts("
 RUN_NOTEBOOK = """
 import os, pathlib, sys, time
-
-pytestmark = pytest.mark.slow
 
 name, model, *more = sys.argv[1:]
 shard = more[2] if more[:2] == ["-p", "shard"] else ""
@@ -42,8 +42,6 @@ else:
     out.touch()
 sys.exit(fails)
 """
-
-
 NVIDIA_SMI = "#!/bin/sh\nprintf '0\\n1\\n'\n"  # a machine with two GPUs
 
 

@@ -11,12 +11,12 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from mmflow_utils.params import ROOT
 
+pytestmark = pytest.mark.notebook
+
 RUN = """
 import sys
 from pathlib import Path
 from workflow import run_notebook
-
-pytestmark = pytest.mark.notebook
 run_notebook.NOTEBOOKS = Path(sys.argv[1]).parent
 sys.exit(run_notebook.main(sys.argv[1:]))
 """
