@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, with_interval
+from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, strongest_index, with_interval
 
 NOTHING = (float("nan"),) * 3
 
@@ -41,7 +41,7 @@ def later(first: Line, second: Line) -> Measured:
 
 def depth(line: Line) -> Measured:
     """Depth of the strongest layer: 0 is the first, 1 the last."""
-    strongest = np.where(np.isfinite(line.draws).all(1), line.layers[line.draws.argmax(1)], np.nan)
+    strongest = np.where(np.isfinite(line.draws).all(1), line.layers[strongest_index(line.draws)], np.nan)
     return with_interval((strongest + 0.5) / line.n_layers)
 
 

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mmflow_utils.analysis.sentences import format_number, layer_ranges
 from mmflow_utils.analysis.stats import curves, resample_means, summarize
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
+
+TIE = 0.05  # in the same unit: layers that differ by less are equally strong
 
 Draws = Float[np.ndarray, "draws n_layers"]
 Measured = tuple[float, float, float]
@@ -84,7 +86,10 @@ def find_stages(
     for (_, mine), (_, curve) in zip(curves(effects, by), curves(table, by), strict=True):
         draws = resample(mine, n_boot=n_boot, seed=seed)
         half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
-        row = curve.loc[curve["mean"].idxmax(), [*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]].to_dict()
+        row = curve.loc[
+            curve.index[strongest_index(curve["mean"].to_numpy()[None])[0]],
+            [*by, "mean", "ci_low", "ci_high", "n", "n_clusters"],
+        ].to_dict()
         row["layers"] = layer_ranges(curve.loc[curve["in_stage"], "layer"])
         for name, at in _edges(draws, half_width, curve["layer"].to_numpy(), **rule).items():
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(at), strict=True))
@@ -115,10 +120,16 @@ def _edges(
     inside = (draws >= np.maximum(share * strongest, negligible)) & (draws > half_width)
     index = {
         "begins": inside.argmax(1),
-        "strongest": draws.argmax(1),
+        "strongest": strongest_index(draws),
         "ends": len(layers) - 1 - inside[:, ::-1].argmax(1),
     }
     return {name: np.where(inside.any(1), layers[at].astype(float), np.nan) for name, at in index.items()}
+
+
+def strongest_index(draws: Draws) -> Int[np.ndarray, " draws"]:
+    """Return where each draw is strongest: of layers that print alike the first, whichever rounding lifts."""
+    with np.errstate(invalid="ignore"):
+        return (draws >= draws.max(1, keepdims=True) - TIE).argmax(1)
 
 
 def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: int, seed: int) -> Draws:

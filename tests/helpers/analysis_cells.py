@@ -1,0 +1,163 @@
+"""Run what a notebook makes of its frames, without a model: the cells behind the measurement, on a given frame."""
+
+import ast
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import nbformat
+import numpy as np
+import pandas as pd
+
+import mmflow_utils as mm
+from mmflow_utils.analysis import answers, claims, collect, flow_stages, stats  # noqa: F401 (before they are patched)
+from mmflow_utils.params import ROOT
+from mmflow_utils.results.record import Result
+
+FRAMES = ROOT / "tests" / "analysis" / "frames"
+MEASURES = ("measure_in_parts(", "read_results(")
+# Notebooks that store one frame of several sweeps: the cell that stores it, and the frame's name.
+STORED = {
+    "08_window_size": ("mm.save_frame(frame", "window_size"),
+    "09_last_subword": ("mm.save_frame(frame", "last_subword"),
+}
+ASKED = {"11_unimodal_llm": "unimodal_accuracy", "12_factual_tasks": "factual_accuracy"}
+SUMMARIES = (
+    (stats, "summarize"),
+    (stats, "paired_difference"),
+    (flow_stages, "find_stages"),
+    (flow_stages, "stage_layers"),
+    (claims, "check_claims"),
+)
+
+
+def load(model: str, name: str) -> pd.DataFrame:
+    """Return a stored frame, with the columns that follow from its probabilities."""
+    return derive(pd.read_parquet(FRAMES / model / f"{name}.parquet"))
+
+
+def derive(frame: pd.DataFrame) -> pd.DataFrame:
+    frame = frame.assign(**{c: frame[c].astype(float) for c in frame.select_dtypes("float")})
+    if "p_knockout" in frame:
+        change = frame["p_knockout"] / frame["p_base"]
+        frame = frame.assign(rel_change_pct=100 * (change - 1), logprob_change=np.log(change.clip(lower=1e-30)))
+        frame = frame.assign(logit_diff_base=np.nan, logit_diff_change=np.nan)
+    if "probability" in frame:
+        frame = frame.assign(logprob=np.log(frame["probability"].clip(lower=1e-30)))
+    return frame
+
+
+def moved(frame: pd.DataFrame, rng: np.random.Generator, noise: float) -> pd.DataFrame:
+    """Move every number that a model computed as another processor's rounding does: relative to its size."""
+    computed = {"p_knockout", "probability", "norm"} & set(frame.select_dtypes("float"))
+    numbers = {name: frame[name] * (1 + noise * rng.normal(size=len(frame))) for name in sorted(computed)}
+    return derive(frame.assign(**{n: v if n == "norm" else v.clip(upper=1.0) for n, v in numbers.items()}))
+
+
+class Run:
+    """What a notebook said: the text of each cell, the tables shown, and every summary behind them."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.shown: list[pd.DataFrame] = []
+        self.tables: list[pd.DataFrame] = []
+        self.skipped: list[str] = []
+
+
+def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Run:
+    """Run the cells of a notebook from its measurement on, on stored frames that `change` moves.
+
+    Cells that need a model or a picture are skipped and listed.
+    """
+    code = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+    begin, given = STORED.get(notebook.stem, (MEASURES, None))
+    first = next(i for i, source in enumerate(code) if any(name in source for name in ([begin] if given else begin)))
+    run, frames = Run(), {}
+
+    def stored(name: str) -> pd.DataFrame:
+        if name not in frames:
+            frames[name] = change(load(model, name))
+        return frames[name].copy()
+
+    def measure(_, __, ___, path, ____, **_____):
+        return Result(stored(Path(path).stem), max_check_diff=0.0)
+
+    def read_results(_):
+        found = {}
+        for name in collect.WRITTEN_BY:
+            files = sorted(FRAMES.glob(f"*/{name}.parquet"))
+            parts = [change(load(f.parent.name, name)).assign(model=f.parent.name) for f in files]
+            found |= {name: pd.concat(parts, ignore_index=True)} if parts else {}
+        return found
+
+    n_layers = int(pd.read_parquet(FRAMES / model / "flow_to_last.parquet", columns=["layer"]).layer.max()) + 1
+    stub = SimpleNamespace(n_layers=n_layers, name=model, model=model, folder=Path(model))
+    names: dict[str, Any] = {"In": []}
+
+    def needs_a_model(*_, **__):
+        raise RuntimeError("this needs a model, or its data")
+
+    fakes = {
+        "measure_in_parts": measure,
+        "load_frame": lambda path, *_: stored(Path(path).stem),
+        "read_results": read_results,
+        "load_model": lambda *_: stub,
+        "load_samples": lambda *_: [],
+        "manifest": lambda *_, **__: {"depends_on": {}},
+        "save_frame": lambda *_, **__: None,
+        **dict.fromkeys(("read_questions", "ask_questions", "knockout_sweep", "logit_lens", "encode"), needs_a_model),
+        **{name: lambda *_, **__: None for name in mm.__all__ if name.startswith("plot_")},
+    }
+    with contextlib.ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(patch.object(mm, name, fake, create=True))
+        for module, name in SUMMARIES:
+            stack.enter_context(_recording(module, name, run))
+        for number, source in enumerate(code):
+            if number < 3:  # imports, parameters, setup
+                exec(source, names)
+                names["model"] = model
+                if "params" in names:
+                    names["params"] = names["params"].model_copy(update={"n_boot": 100})
+                continue
+            if number == first:
+                names |= {"boot": {"n_boot": 100, "seed": 0}, "options": {}, "is_alone": False}
+                names |= {"asked": stored(ASKED[notebook.stem])} if notebook.stem in ASKED else {}
+                names |= {"vlm": stub, "llm": stub, "seer": stub, "reader": stub, "samples": []}
+                names |= {"frame": stored(given)} if given else {}
+            _run_cell(source, names, run if number >= first else Run())
+    return run
+
+
+@contextlib.contextmanager
+def _recording(module, name: str, run: Run) -> Iterator[None]:
+    """Keep every table that a function of the analysis gives, wherever it was imported to."""
+    original = getattr(module, name)
+
+    def record(*args, **options):
+        table = original(*args, **options)
+        run.tables.append(table)
+        return table
+
+    with patch.object(mm, name, record, create=True), patch.object(module, name, record):
+        yield
+
+
+def _run_cell(source: str, names: dict, run: Run) -> None:
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            exec(compile(tree, "cell", "exec"), names)  # noqa: S102
+            shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+    except Exception as error:
+        run.skipped.append(f"{source.splitlines()[0][:60]}: {type(error).__name__} {error}"[:160])
+        return
+    run.text.append(said.getvalue())
+    if isinstance(shown, pd.DataFrame):
+        run.shown.append(shown)

@@ -1,0 +1,96 @@
+"""No sentence, verdict or table of a notebook hangs on what another processor rounds otherwise.
+
+Every number that a model computed is moved by a millionth of itself, twenty times; what the notebooks make of the
+frames of mini, mini-next and planted may move by no more than a hundredth of what they print.
+"""
+
+import re
+from itertools import zip_longest
+
+import numpy as np
+import pandas as pd
+import pytest
+from analysis_cells import FRAMES, moved, run_cells
+
+from mmflow_utils.params import ROOT
+
+NOISE, N_DRAWS = 1e-6, 20
+UNIT, MOVES = 0.1, 0.01  # what is printed of a percentage or a layer; how much of it may move
+NOTEBOOKS = {
+    path.stem: path
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if path.stem[:2] in {"02", "03", "04", "05", "06", "08", "09", "10", "11", "12", "13", "14"}
+}
+WORD = re.compile(r"[-−+]?\d+\.\d+|\S+")
+CASES = [
+    (name, model)
+    for name in NOTEBOOKS
+    for model in ("mini", "mini-next", "planted")
+    if not (name[:2] in ("11", "12") and model == "planted") and not (name[:2] == "14" and model != "mini")
+]
+
+
+def differences(plain, other) -> list[str]:
+    """List what two runs of a notebook say otherwise: words, whole numbers, or decimals by more than a last digit."""
+    found = []
+    for said, says in zip_longest("\n".join(plain.text).split("\n"), "\n".join(other.text).split("\n"), fillvalue=""):
+        for a, b in zip_longest(WORD.findall(said), WORD.findall(says), fillvalue=""):
+            digits = len(a.partition(".")[2])
+            near = digits and digits == len(b.partition(".")[2]) and abs(_number(a) - _number(b)) < 1.01 * 10**-digits
+            if a != b and not near:
+                found.append(f"{said} | {says}")
+                break
+    for table, changed in zip_longest(plain.tables, other.tables):
+        found += table_differences(table, changed)
+    return found
+
+
+def _number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
+def table_differences(table: pd.DataFrame, other: pd.DataFrame) -> list[str]:
+    if table.shape != other.shape:
+        return [f"a table of {table.shape} is one of {other.shape}"]
+    found = []
+    for name in table:
+        a, b = table[name], other[name]
+        if name in ("p", "p_holm"):  # said to be below 0.05, or not; a test of a few images has few values
+            a, b = a < 0.05, b < 0.05
+        if pd.api.types.is_float_dtype(a):
+            worst = np.nanmax(np.abs(a.to_numpy() - b.to_numpy()), initial=0)
+            if (
+                worst > max(MOVES * UNIT, 1e-5 * np.nanmax(np.abs(a.to_numpy()), initial=0))
+                or (a.isna() != b.isna()).any()
+            ):
+                found.append(f"{name} moves by {worst:.2g}")
+        elif not a.astype(str).equals(b.astype(str)):
+            found.append(f"{name}: {a[a.astype(str) != b.astype(str)].iloc[0]}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_nothing_said_hangs_on_rounding(name, model):
+    plain = run_cells(NOTEBOOKS[name], model, lambda frame: frame)
+    assert plain.tables, plain.skipped
+    found = []
+    for draw in range(N_DRAWS):
+        rng = np.random.default_rng(draw)
+        other = run_cells(NOTEBOOKS[name], model, lambda frame, rng=rng: moved(frame, rng, NOISE))
+        found += differences(plain, other)
+    assert not found, found[:5]
+
+
+def test_noise_that_counts_is_noticed():
+    name = "02_flow_to_last"
+    plain = run_cells(NOTEBOOKS[name], "mini", lambda frame: frame)
+    other = run_cells(NOTEBOOKS[name], "mini", lambda frame: moved(frame, np.random.default_rng(0), 0.03))
+    assert differences(plain, other)
+    assert not differences(plain, plain)
+
+
+def test_every_notebook_that_measures_flows_is_looked_at():
+    frames = {file.stem for file in FRAMES.glob("mini/*.parquet")}
+    assert {"flow_to_last", "image_to_question", "logit_lens", "window_size", "fine_grained_flow"} <= frames
