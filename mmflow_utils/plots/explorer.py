@@ -3,13 +3,12 @@
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmflow_utils.plots.image_patches import squares
-from mmflow_utils.plots.style import add_title, flow_color, need, ordered, shown, styled
+from mmflow_utils.plots.style import add_title, draw_picture, flow_color, need, ordered, shown, styled
 
 
 @styled
@@ -43,21 +42,15 @@ def plot_choice(
     if not ((frame["flow"] == flow) & (frame["layer"] == layer)).any():
         raise ValueError(f"the frame holds no knockout of {flow} at layer {layer}: choose one that it holds")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.1), width_ratios=[2.2, 4, 2])
-    _draw_picture(left, np.asarray(image), patches)
+    draw_picture(left, image)
+    left.set_title(f"{len(patches) or 'no'} image patch{'es' * (len(patches) != 0)} cut off")
+    for name, group in patches.query("w > 0 and h > 0").groupby("set") if len(patches) else ():
+        left.add_collection(squares(group, name))
     _draw_curves(middle, frame, flow, layer)
     _draw_words(right, words, layer)
     add_title(figure, title, subtitle, gap=0.4, left=0.1, bottom=0.5)
     figure.subplots_adjust(wspace=0.42, right=0.97)
     return figure
-
-
-def _draw_picture(axis: plt.Axes, pixels: np.ndarray, patches: pd.DataFrame) -> None:
-    axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
-    axis.set_axis_off()
-    axis.set_title(f"{len(patches)} image patches cut off" if len(patches) else "no image patch cut off")
-    seen = patches[(patches["w"] > 0) & (patches["h"] > 0)] if len(patches) else patches
-    for name, group in seen.groupby("set") if len(seen) else ():
-        axis.add_collection(squares(group, name))
 
 
 def _draw_curves(axis: plt.Axes, frame: pd.DataFrame, flow: str, layer: int) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from mmflow_utils.plots.style import add_title, need, set_color, styled
+from mmflow_utils.plots.style import add_title, draw_picture, need, set_color, styled
 from mmflow_utils.prompts.flows import pretty_name
 
 _VIEWS = ("Whole picture", "Tiles")
@@ -47,13 +47,12 @@ def plot_image_patches(
         ValueError: a column is missing or there are no rows.
     """
     panels, objects = _panels(patches), list(objects)
-    pixels = np.asarray(image)
     rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
     figure, axes = plt.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
-        axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
+        pixels = draw_picture(axis, image)
         axis.set_title(name, fontsize=9.5, pad=4)
         seen = part[(part["w"] > 0) & (part["h"] > 0)]
         for kind, group in seen.groupby("set", dropna=False):

@@ -4,6 +4,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -35,24 +36,15 @@ def plot_map(frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str =
     width = min(10.0, 2.4 + 0.62 * cells.shape[1])
     figure, axis = plt.subplots(figsize=(width, 0.55 + 0.48 * len(cells)))
     top = max(100.0, float(cells.max(axis=None)))  # drops run to -100 %, rises know no bound
-    look: dict[str, Any] = {
-        "cmap": CHANGE,
-        "norm": TwoSlopeNorm(0, -100, top),
-        "edgecolor": "#E6E6E6",
-        "linewidth": 0.8,
-    }
-    axis.pcolormesh(cells.columns, range(len(cells)), cells, **look)
-    for (row, name), column in ((r, c) for r in enumerate(cells.index) for c in cells.columns):
-        change = cells.loc[name, column]
-        if abs(change) >= 5:
-            color = "white" if change < -45 else "#1A1A1A"
-            axis.text(column, row, f"{change:.0f}".replace("-", "−"), ha="center", va="center", fontsize=8, color=color)
-    axis.invert_yaxis()
-    axis.set_yticks(range(len(cells)), [shown(name) for name in cells.index])
-    axis.set_xticks([layer for layer in cells.columns if len(cells.columns) <= 16 or layer % 5 == 0])
-    axis.set_xlabel("Layer")
-    axis.grid(visible=False)
-    axis.spines[:].set_visible(False)
+    numbers = cells.map(lambda change: f"{change:.0f}".replace("-", "−") if abs(change) >= 5 else "")
+    layers = [layer if len(cells.columns) <= 16 or layer % 5 == 0 else "" for layer in cells.columns]
+    look: dict[str, Any] = {"cmap": CHANGE, "norm": TwoSlopeNorm(0, -100, top), "linecolor": "#E6E6E6", "cbar": False}
+    words = {"annot": numbers, "fmt": "", "annot_kws": {"fontsize": 8}, "xticklabels": layers}
+    sns.heatmap(cells, linewidths=0.8, yticklabels=False, ax=axis, **look, **words)
+    for text, change in zip(axis.texts, cells.to_numpy()[cells.notna()], strict=True):
+        text.set_color("white" if change < -45 else "#1A1A1A")  # seaborn's own choice reads less well in between
+    axis.set(xlabel="Layer", ylabel="")
+    axis.set_yticks([row + 0.5 for row in range(len(cells))], [shown(name) for name in cells.index])
     axis.tick_params(length=0)
     subtitle = " · ".join(part for part in (subtitle, "numbers: change in probability (%)") if part)
     add_title(figure, title, subtitle, left=1.55, bottom=0.5)

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from mmflow_utils.analysis.sentences import format_number
-from mmflow_utils.plots.style import add_title, need, ordered, styled
+from mmflow_utils.plots.style import add_title, draw_picture, need, ordered, styled
 
 
 @styled
@@ -76,11 +76,9 @@ def plot_sample(
         subtitle: second line, such as the answer.
         width: of the figure, in inches.
     """
-    pixels = np.asarray(image)
+    figure, axis = plt.subplots()
+    pixels = draw_picture(axis, image)
     height = width * pixels.shape[0] / pixels.shape[1]
-    figure, axis = plt.subplots(figsize=(width, height))
-    axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
-    axis.set_axis_off()
     absent: list[str] = []
     taken: list[tuple[float, float]] = []
     palette = ["#D55E00", "#0072B2", "#009E73", "#882255", "#C98500", "#332288"]
@@ -137,8 +135,7 @@ def plot_contact_sheet(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, text in zip(axes.flat, images, wrapped, strict=False):
-        pixels = np.asarray(image)
-        axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
+        draw_picture(axis, image)
         axis.set_anchor("N")
         below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8.5}
         axis.annotate(text, (0, 0), (0, -5), **below)

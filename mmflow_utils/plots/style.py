@@ -174,30 +174,19 @@ def legend_handle(label: str, color: str, dashes: Literal["-", "--", ":", "-."])
 def panel_grid(
     n: int, title: str, subtitle: str, handles: list[Line2D], *, columns: int | None = None
 ) -> tuple[Figure, list[plt.Axes]]:
-    """Make n panels, at most three in a row (four make a square), under a title and one legend."""
+    """Return a figure of n panels, at most three in a row (four make a square), under a title and one legend."""
     columns = columns or {1: 1, 2: 2, 4: 2}.get(n, 3)
     rows, width = ceil(n / columns), {1: 6.4, 2: 8.4}.get(columns, 10.0)
-    title, subtitle = (textwrap.fill(t, int(width * k)) for t, k in ((title, 9.5), (subtitle, 13.5)))
     longest = max(len(str(handle.get_label())) for handle in handles)
     in_row = min(len(handles), max(1, int(width / (0.55 + 0.078 * longest))))
     in_row = ceil(len(handles) / ceil(len(handles) / in_row))  # 4 + 3 rather than 6 + 1
-    tops = [0.08]  # inches from the top: title, subtitle, legend, end of the header
-    for text, size in ((title, 0.23), (subtitle, 0.19)):
-        tops.append(tops[-1] + size * (text.count("\n") + 1 if text else 0))
-    tops.append(tops[-1] + 0.12 + 0.21 * ceil(len(handles) / in_row))
-    header, height = tops[-1] + 0.42, 3.1 if rows == 1 else 2.15
-    total = header + rows * height + (rows - 1) * 0.55 + 0.62
-    figure, axes = plt.subplots(rows, columns, figsize=(width, total), squeeze=False)
-    edge = 0.72 / width
-    figure.subplots_adjust(edge, 0.58 / total, 1 - 0.15 / width, 1 - header / total, 0.14, 0.55 / height)
-    left = 0.1 / width
-    figure.text(left, 1 - tops[0] / total, title, fontsize=12.5, fontweight="bold", va="top")
-    figure.text(left, 1 - tops[1] / total, subtitle, fontsize=9.5, color="#555555", va="top")
-    where: dict[str, Any] = {
-        "loc": "upper left",
-        "bbox_to_anchor": (left, 1 - (tops[2] + 0.05) / total),
-        "ncols": in_row,
-    }
+    height = 3.1 if rows == 1 else 2.15
+    size = (width, rows * height + (rows - 1) * 0.55 + 0.62)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    gap = 0.52 + 0.21 * ceil(len(handles) / in_row)
+    below = add_title(figure, title, subtitle, gap=gap, left=0.72, bottom=0.58, right=0.15)
+    figure.subplots_adjust(wspace=0.14, hspace=0.55 / height)
+    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.1 / width, below), "ncols": in_row}
     figure.legend(handles=handles, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.6, **where)
     for axis in axes.flat[n:]:
         axis.remove()
@@ -205,33 +194,40 @@ def panel_grid(
 
 
 def label_outside(figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str, *, share_y: bool = True) -> None:
-    """Label the outer panels only; a panel with none below it counts as outer."""
+    """Label the outer panels only; a panel with none below it counts as outer, which matplotlib's own way misses."""
     grid = axes[0].get_gridspec()
     columns = grid.ncols if grid else 1
     for i, axis in enumerate(axes):
-        if i + columns >= len(axes):
-            axis.set_xlabel(x_label)
-        else:
-            axis.tick_params(labelbottom=False)
-        if share_y and i % columns:
-            axis.tick_params(labelleft=False)
-        elif y_label and i % columns == 0:
-            axis.set_ylabel(y_label)
+        is_lowest, is_first = i + columns >= len(axes), i % columns == 0
+        axis.set(xlabel=x_label if is_lowest else "", ylabel=y_label if is_first else "")
+        axis.tick_params(labelbottom=is_lowest, labelleft=is_first or not share_y)
     if not share_y:
         figure.subplots_adjust(wspace=0.22)
 
 
 def add_title(
-    figure: Figure, title: str, subtitle: str, *, gap: float = 0.1, left: float = 0.1, bottom: float = 0.1
-) -> None:
-    """Put title and subtitle above the axes, and grow the figure by their room; margins are in inches."""
+    figure: Figure, title: str, subtitle: str, *, gap: float = 0.1, left: float = 0.1, bottom: float = 0.1, right=0.1
+) -> float:
+    """Put title and subtitle above the axes, and grow the figure by their room; margins are in inches.
+
+    Returns:
+        Where the text ends, as a share of the figure's height.
+    """
     width, height = figure.get_size_inches()
-    title, subtitle = (textwrap.fill(t, max(20, int(width * k))) for t, k in ((title, 9.0), (subtitle, 13.0)))
-    first = 0.23 * (title.count("\n") + 1) if title else 0.0
-    room = 0.1 + first + (0.19 * (subtitle.count("\n") + 1) if subtitle else 0.0) + gap
-    total = height + room
+    title, subtitle = (textwrap.fill(t, max(20, int(width * k))) for t, k in ((title, 9.5), (subtitle, 13.5)))
+    first, second = (k * (t.count("\n") + 1) if t else 0.0 for t, k in ((title, 0.23), (subtitle, 0.19)))
+    total = height + 0.1 + first + second + gap
     figure.set_size_inches(width, total)
-    figure.subplots_adjust(left / width, bottom / total, 1 - 0.1 / width, 1 - room / total)
+    figure.subplots_adjust(left / width, bottom / total, 1 - right / width, height / total)
     edge = 0.1 / width
     figure.text(edge, 1 - 0.08 / total, title, fontsize=12.5, fontweight="bold", va="top")
     figure.text(edge, 1 - (0.08 + first) / total, subtitle, fontsize=9.5, color="#555555", va="top")
+    return 1 - (0.13 + first + second) / total
+
+
+def draw_picture(axis: plt.Axes, image: object) -> np.ndarray:
+    """Draw a picture without axes, small ones with sharp pixels; return it as an array (height, width, 3)."""
+    pixels = np.asarray(image)
+    axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
+    axis.set_axis_off()
+    return pixels

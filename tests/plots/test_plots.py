@@ -446,7 +446,7 @@ def test_map_shows_every_cell_and_prints_the_large_ones():
         columns=["flow", "layer", "rel_change_pct"],
     )
     axis = plot_map(frame, title="T").axes[0]
-    assert [text.get_text() for text in axis.texts] == ["−80", "−80"]
+    assert [text.get_text() for text in axis.texts] == ["", "−80", "", "−80"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Question → Last", "Image → Last"]
     assert axis.collections[0].get_array().ravel().tolist() == [-1.0, -80.0, -1.0, -80.0]
     with pytest.raises(ValueError, match="layer"):
