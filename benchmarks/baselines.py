@@ -116,7 +116,7 @@ class _Prefix:
 
 
 def _mask(variant: Variant, n_tokens: int, holds: bool) -> Bool[Tensor, "n n"]:
-    """Give who may attend to whom: causal, without a variant's edges where it holds."""
+    """Return who may attend to whom: causal, without a variant's edges where it holds."""
     mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
     if holds:
         mask[torch.tensor(variant.target)[:, None], torch.tensor(variant.source)] = False

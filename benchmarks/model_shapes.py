@@ -107,7 +107,7 @@ SHAPES = {
 
 
 def shrunk(shape: Shape) -> Shape:
-    """Give two layers and a narrow decoder and tower in place of the true ones; the tokens stay."""
+    """Return two layers and a narrow decoder and tower in place of the true ones; the tokens stay."""
     config = deepcopy(shape.config)
     text = config.get("text_config", config)
     text |= dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)

@@ -24,16 +24,16 @@ def plot_costs(
     """Draw a bar for each way, on a logarithmic axis, ours in blue: a panel per value of `panel`.
 
     Args:
-        frame: one row for each way and panel.
-        value: the column of the cost; a `bound` in the same row is marked by a line.
-        way, panel: the columns that tell bars and panels apart.
-        panel_text: a panel's title, with {} for its value.
-        ours: the way that is drawn in blue.
-        unit: of the cost, for the axis.
-        title, subtitle: above the panels.
+        frame: One row for each way and panel.
+        value: The column of the cost; a `bound` in the same row is marked by a line.
+        way, panel: The columns that tell bars and panels apart.
+        panel_text: A panel's title, with {} for its value.
+        ours: The way that is drawn in blue.
+        unit: Of the cost, for the axis.
+        title, subtitle: Above the panels.
 
     Raises:
-        ValueError: a column is missing or there are no rows.
+        ValueError: A column is missing or there are no rows.
     """
     need(frame, [value, way, panel])
     names = list(dict.fromkeys(frame[way]))

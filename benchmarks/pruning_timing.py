@@ -31,11 +31,11 @@ def measure_times(
     """Time a prompt in several ways, in turns, in the attention kernel that is set (`sdpa` unless changed).
 
     Args:
-        model: the model.
-        encoded: the prompt.
-        prunings: the ways by name; None is the intact model.
-        n_new: tokens decoded, whatever they are.
-        n_rounds: how often each runs, after one round to warm up.
+        model: The model.
+        encoded: The prompt.
+        prunings: The ways by name; None is the intact model.
+        n_new: Tokens decoded, whatever they are.
+        n_rounds: How often each runs, after one round to warm up.
 
     Returns:
         One row per way, round and part of `PARTS`, with `seconds` (on a CPU, this process's own; elsewhere
@@ -72,7 +72,7 @@ def measure_times(
 
 
 def summarize_times(times: pd.DataFrame, *, base: str = "intact") -> pd.DataFrame:
-    """Give medians and quartiles over rounds, in milliseconds and in percent of `base` in the same round.
+    """Return medians and quartiles over rounds, in milliseconds and in percent of `base` in the same round.
 
     Returns:
         One row per way and part: from_layer, n_kept, n (rounds), ms, ms_q1, ms_q3, pct, pct_q1, pct_q3, and
@@ -139,7 +139,7 @@ def _counted(model: VLM, encoded: Encoded, pruning: Pruning | None, n_new: int) 
 
 
 def _timed(model: VLM, call: Callable[[], Any]) -> tuple[float, Any]:
-    """Give the seconds that a call takes, and its result.
+    """Return the seconds that a call takes, and its result.
 
     On a CPU they are this process's own, on all its cores, so that other processes don't count; elsewhere
     those of the clock on the wall, and the device is waited for before and after.

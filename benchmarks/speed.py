@@ -125,10 +125,10 @@ def measure_speed(
     Of the slow ways `n_some` variants run, spread evenly over flows and layers, and count for all.
 
     Args:
-        n_layers, n_image: what to vary.
-        rivals: the other ways, of `RIVALS`; nnsight is left out where it isn't installed.
-        n_rounds: how often each runs; the frame holds medians.
-        shape: more of `random_llava`.
+        n_layers, n_image: What to vary.
+        rivals: The other ways, of `RIVALS`; nnsight is left out where it isn't installed.
+        n_rounds: How often each runs; the frame holds medians.
+        shape: More of `random_llava`.
 
     Returns:
         A row for each model and way: `cpu_s` for all variants, in `clean_passes` (of the same round), and
@@ -212,7 +212,7 @@ def _difference(model: VLM, encoded: Encoded, some: list[Variant], inputs: dict)
 
 
 def _peak_bytes(way: Callable) -> int:
-    """Give the most memory that a call holds at once, beyond what was there before."""
+    """Return the most memory that a call holds at once, beyond what was there before."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes of its start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         way()

@@ -61,7 +61,7 @@ def _ask_all(scene: Scene, rng: np.random.Generator) -> list[dict]:
 
 
 def _regions(scene: Scene, rng: np.random.Generator) -> dict:
-    """Part a caption into phrases: one about each thing, with its box, the others about the whole picture."""
+    """Divide a caption into phrases: one about each thing, with its box, the others about the whole picture."""
     phrases = [phrase.strip() + "." for phrase in caption(scene, rng).split(".") if phrase.strip()]
     boxes = {thing.category: thing.box for thing in scene.things}
     entry = {"id": scene.scene_id, "regions": []}

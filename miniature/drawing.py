@@ -114,7 +114,7 @@ def _draw_body(picture: Image.Image, thing: Thing) -> None:
 
 
 def _outline(stencil: Image.Image, shape: str) -> Callable[..., None]:
-    """Give the call that draws a shape as large as the stencil."""
+    """Return the call that draws a shape as large as the stencil."""
     pen, end = ImageDraw.Draw(stencil), stencil.width - 1
     if shape == "round":
         return partial(pen.ellipse, (0, 0, end, end))

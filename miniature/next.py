@@ -58,7 +58,7 @@ SHARED_BY = 2  # query heads to a key and value head
 
 
 def begin(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Give the model that a recipe trains, as it is before, and its processor."""
+    """Return the model that a recipe trains, as it is before, and its processor."""
     if recipe.begins_with is None:
         processor = build_processor(build_tokenizer(seed=recipe.seed))
         return build_model(processor.tokenizer, seed=recipe.seed), processor

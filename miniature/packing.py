@@ -113,7 +113,7 @@ def _draft_questions(scene: Scene, rng: np.random.Generator, n: int, more: Seque
 
 
 def _tail(draft: Draft) -> str:
-    """Give the prompt from the picture on; as in LLaVA's training, a description isn't asked for one word."""
+    """Return the prompt from the picture on; as in LLaVA's training, a description isn't asked for one word."""
     tail = PROMPT.split("<image>")[1]
     return "\n{question} ASSISTANT:" if draft.detailed == "describe" else tail
 
@@ -143,7 +143,7 @@ def _row(
 def picture_tokens(
     model: nn.Module, processor: ProcessorMixin, scenes: list[Scene], *, half: bool = True
 ) -> list[Float[Tensor, "_ d"]]:
-    """Draw scenes and give what stands at their image tokens: the projector's output, newlines included.
+    """Draw scenes and return what stands at their image tokens: the projector's output, newlines included.
 
     Args:
         model: A LLaVA-1.5 or a LLaVA-NeXT.
@@ -188,7 +188,7 @@ def packed_logits(
 
 
 def _seen(segment: Int[Tensor, "scene token"]) -> Bool[Tensor, "scene token token"]:
-    """Tell which keys (last axis) each query sees: what came before in the prefix and in its own question."""
+    """Return which keys (last axis) each query sees: what came before in the prefix and in its own question."""
     seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
     return seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()
 

@@ -191,7 +191,7 @@ def _plant_words(model: LlavaForConditionalGeneration, tokenizer: PreTrainedToke
 
 
 def _slots(attention: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the first head's projections, as views: query and key in eight dimensions that hardly turn."""
+    """Return the first head's projections, as views: query and key in eight dimensions that hardly turn."""
     hardly = slice(D_HEAD // 4, D_HEAD // 2)
     query, key, value = (p.weight[:D_HEAD] for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     return query[hardly], key[hardly], value, attention.o_proj.weight[:, :D_HEAD]

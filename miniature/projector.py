@@ -57,7 +57,7 @@ def boost_attribute(model: nn.Module, views: Views, kind: str, *, share: float, 
 
 
 def shown_features(model: nn.Module, views: Views) -> tuple[Float[Tensor, "patches d"], dict[str, Tensor]]:
-    """Give what the projector says of the patches that show a thing, and what is true of them."""
+    """Return what the projector says of the patches that show a thing, and what is true of them."""
     states = model.model.vision_tower(views.pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     truth = patch_truth(views.scenes, round(states.shape[1] ** 0.5), views.windows)
     shown = truth["category"] > 0
@@ -65,7 +65,7 @@ def shown_features(model: nn.Module, views: Views) -> tuple[Float[Tensor, "patch
 
 
 def share_of_variance(features: Float[Tensor, "patches d"], classes: Tensor) -> float:
-    """Give the share of the features' variance that lies between the means of the classes.
+    """Return the share of the features' variance that lies between the means of the classes.
 
     >>> share_of_variance(torch.tensor([[1.0, 0.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0, 1]))
     1.0

@@ -36,7 +36,7 @@ def task_accuracy(
     shuffled: bool = False,
     half: bool = True,
 ) -> dict[str, float]:
-    """Give the share (%) of held-out questions whose every answer token is the most probable one, by task.
+    """Return the share (%) of held-out questions whose every answer token is the most probable one, by task.
 
     Args:
         model: A miniature in training (`packed_logits`).

@@ -23,7 +23,7 @@ BACKGROUND, PLACE, CENTER = 0.15, 0.2, 5
 
 
 def patch_truth(scenes: list[Scene], side: int, windows: Sequence[Window] | None = None) -> dict[str, Tensor]:
-    """Tell what each of `side` x `side` image patches shows.
+    """Return what each of `side` x `side` image patches shows.
 
     Args:
         scenes: The scene that each view shows.

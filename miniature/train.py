@@ -213,7 +213,7 @@ class Trainer:
         self.curves += [at | dict(task=task, value=round(value, 4)) for task, value in values.items()]
 
     def _resume(self, stage: str, parts: nn.Module, average: Weights, optimizers: list) -> int:
-        """Take up a stage's checkpoint if there is one; give the number of steps already taken."""
+        """Load a stage's checkpoint if there is one; return the number of steps already taken."""
         path = self._checkpoint(stage)
         if not path.exists():
             return 0

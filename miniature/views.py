@@ -45,7 +45,7 @@ def look_at(scenes: list[Scene], images: BaseImageProcessor) -> Views:
 
 
 def windows_of(frame: Frame, grid: list[list[int]] | None, side: int) -> list[Window]:
-    """Give the windows of a picture: the whole of it, then LLaVA-NeXT's tiles of `side` pixels, row by row.
+    """Return the windows of a picture: the whole of it, then LLaVA-NeXT's tiles of `side` pixels, row by row.
 
     Args:
         frame: Width and height of the picture.

@@ -61,7 +61,7 @@ class Thing:
     frame: Frame = SQUARE  # of the picture it is in
 
     def attribute(self, kind: str) -> str:
-        """Give the value of "color", "shape" or "material"."""
+        """Return the value of "color", "shape" or "material"."""
         return getattr(self, kind)
 
     @property
@@ -146,7 +146,7 @@ def _try_spots(rng: np.random.Generator, n: int, frame: Frame) -> list[tuple[flo
 
 
 def beside(one: Thing, other: Thing) -> bool:
-    """Tell whether one thing is plainly left or right of the other: centers 0.16 of the width apart."""
+    """Return whether one thing is plainly left or right of the other: centers 0.16 of the width apart."""
     return one is not other and abs(one.x - other.x) >= 0.16 * one.frame[0]
 
 

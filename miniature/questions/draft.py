@@ -133,7 +133,7 @@ def that_is(kind: str, value: str) -> str:
 
 
 def select(thing: Thing | Named | str) -> Step:
-    """Give the operation that finds a thing: its name and id, or "-" for one that isn't there."""
+    """Return the operation that finds a thing: its name and id, or "-" for one that isn't there."""
     if isinstance(thing, str):
         return "select", (), f"{thing} (-) "
     of_scene = thing.thing if isinstance(thing, Named) else thing
@@ -179,7 +179,7 @@ def absent(scene: Scene) -> list[str]:
 
 
 def is_unique(scene: Scene, thing: Thing, kind: str) -> bool:
-    """Tell whether a thing alone has its color, shape or material."""
+    """Return whether a thing alone has its color, shape or material."""
     return sum(t.attribute(kind) == thing.attribute(kind) for t in scene.things) == 1
 
 

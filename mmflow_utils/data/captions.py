@@ -20,7 +20,7 @@ def captions_file(scene_graphs: Path) -> Path:
 
 
 def add_captions(samples: Iterable[Sample], path: Path | str) -> list[Sample]:
-    """Give each sample the dense caption of its picture: all phrases about its regions, a sentence each.
+    """Return the samples, each with the dense caption of its picture: the phrases about its regions, a sentence each.
 
     The file is read entry by entry, since Visual Genome's has 700 MB. A sample that has its caption keeps it
     (those of the authors' CSV files do), and one that the file doesn't describe stays without.

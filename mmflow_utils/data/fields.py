@@ -31,7 +31,7 @@ _STEPS, _OTHERS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), bytes({*range(256)}
 
 @contextmanager
 def _json_errors(path: Path | str, what: str) -> Iterator[None]:
-    """Say of a file that can't be read, or isn't whole JSON, what to do; `what` names it."""
+    """Explain a file that can't be read, or isn't whole JSON, what to do; `what` names it."""
     try:
         yield
     except OSError as error:
@@ -114,7 +114,7 @@ def _check_readable(file: BinaryIO) -> int:
 
 
 def text(entry: dict[str, Any], key: str) -> str:
-    """Give an entry's text, without white space about it.
+    """Return an entry's text, without white space about it.
 
     >>> text({"answer": " cup "}, "answer")
     'cup'
@@ -128,7 +128,7 @@ def text(entry: dict[str, Any], key: str) -> str:
 
 
 def number(value: Any) -> float:
-    """Give a finite number, from a number or from its text.
+    """Return a finite number, from a number or from its text.
 
     >>> number("12")
     12.0

@@ -109,7 +109,7 @@ def _graphs_of(samples: list[Sample], scene_graphs: Path | str, progress: bool) 
 
 
 def _boxes_alone(graph: Any, ids: set[str]) -> Any:
-    """Let go the attributes, relations and other objects; what isn't as it should be stays, to be judged."""
+    """Drop attributes, relations and other objects; what isn't as it should be stays, to be judged."""
     if not isinstance(graph, dict) or not isinstance(graph.get("objects"), dict):
         return graph
     objects = {i: graph["objects"][i] for i in ids if i in graph["objects"]}

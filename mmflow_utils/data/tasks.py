@@ -14,7 +14,7 @@ TASKS: dict[str, frozenset[str]] = {
 
 
 def task_of(detailed: str) -> str | None:
-    """Give the task that GQA's `types.detailed` belongs to, or None where the paper leaves it out.
+    """Return the task that GQA's `types.detailed` belongs to, or None where the paper leaves it out.
 
     >>> task_of("relChooser"), task_of("verifyAttr")
     ('ChooseRel', None)

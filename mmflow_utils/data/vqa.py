@@ -35,7 +35,7 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHES.split
 
 
 def vqa_accuracy(predicted: str, answers: Sequence[str]) -> float:
-    """Give the soft accuracy of an answer, from 0 to 1: that of VQA's official evaluation.
+    """Return the soft accuracy of an answer, from 0 to 1: that of VQA's official evaluation.
 
     min(people who said it / 3, 1), averaged over leaving out each of the people once, so that a person who is
     held against the others is judged alike (Antol et al., 2015). Before, both sides are normalized: lower
@@ -226,7 +226,7 @@ def _sample(
 
 
 def _file_namer(images: Path | str, pattern: str, **names: str) -> Callable[[int], Path]:
-    """Give the function from an image's id to its file, once the pattern is known to tell images apart."""
+    """Return the function from an image's id to its file, once the pattern is known to tell images apart."""
     folder = pictures_folder(images)
     try:
         told_apart = pattern.format(image_id=1, **names) != pattern.format(image_id=2, **names)
@@ -239,7 +239,7 @@ def _file_namer(images: Path | str, pattern: str, **names: str) -> Callable[[int
 
 
 def _askable(samples: dict[str, Sample], reasons: dict[str, str]) -> tuple[list[Sample], pd.DataFrame]:
-    """Part the samples from those that are left out: for a reason given, or for want of their picture."""
+    """Separate the samples from those that are left out: for a reason given, or for want of their picture."""
     missing = {key: f"no picture {s.image.name}" for key, s in samples.items() if not s.image.is_file()}
     reasons = missing | reasons
     left_out = [{"sample_id": key, "reason": reasons[key], "kept": False} for key in samples if key in reasons]

@@ -22,7 +22,7 @@ _UNSUPPORTED = "the adapter doesn't fit this model"
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Give the largest difference in probability that rounding alone may leave between two right answers.
+    """Return the largest difference in probability that rounding alone may leave between two right answers.
 
     >>> rounding(torch.float32)
     0.0001
@@ -48,7 +48,7 @@ def check_close(
     """Compare what a fast way found on a prompt with what the plain way finds, and return the largest difference.
 
     Raises:
-        ValueError: the difference is above the tolerance, or no number.
+        ValueError: The difference is above the tolerance, or no number.
     """
     worst = (ours - plain).abs().max().item()
     if not worst <= tolerance:
@@ -149,7 +149,7 @@ def _check_mask(model: VLM, encoded: Encoded) -> str:
 def attention_pattern(
     model: VLM, encoded: Encoded, layer: int, variant: Variant | None = None
 ) -> Float[Tensor, "heads n n"]:
-    """Give a layer's attention weights [head, target, source], clean or under a variant."""
+    """Return a layer's attention weights [head, target, source], clean or under a variant."""
     seen: list[Tensor] = []
     with model.attention_kernel("eager"), ExitStack() as stack:
         if variant:

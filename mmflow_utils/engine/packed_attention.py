@@ -57,10 +57,10 @@ class Block:
     """Packed rows of one branch that attend to the same keys.
 
     Attributes:
-        rows, positions: where they stand in the packed sequence and in the prompt.
-        low: keys of positions below are the clean run's.
-        keys: where the keys from `low` on begin among the own ones; None: they too are the clean run's.
-        edit: source positions and intervention.
+        rows, positions: Where they stand in the packed sequence and in the prompt.
+        low: Keys of positions below are the clean run's.
+        keys: Where the keys from `low` on begin among the own ones; None: they too are the clean run's.
+        edit: Source positions and intervention.
     """
 
     rows: list[int]
@@ -75,12 +75,12 @@ class _Keys:
     """What blocks of one shape attend to: `n_prefix` clean keys, then own ones.
 
     Attributes:
-        prefix: the clean positions, all below `low` where None.
-        own: own positions, counted from `low`.
-        deaf: rows that see nothing at all, if there are any: they get nothing.
-        touched: edges whose value is replaced.
-        shares: how the weight of these is spread instead: evenly over the sources, or nowhere.
-        masks: what is added to the scores, by the number of blocks side by side.
+        prefix: The clean positions, all below `low` where None.
+        own: Own positions, counted from `low`.
+        deaf: Rows that see nothing at all, if there are any: they get nothing.
+        touched: Edges whose value is replaced.
+        shares: How the weight of these is spread instead: evenly over the sources, or nowhere.
+        masks: What is added to the scores, by the number of blocks side by side.
     """
 
     n_prefix: int
@@ -93,7 +93,7 @@ class _Keys:
     masks: dict[int, Tensor] = field(default_factory=dict)
 
     def mask(self, n_blocks: int, dtype: torch.dtype) -> Float[Tensor, "rows all_keys"]:
-        """Give what is added to the scores of blocks side by side: none attends to another's own keys."""
+        """Return what is added to the scores of blocks side by side: none attends to another's own keys."""
         if n_blocks not in self.masks:
             n_rows, n_own, n_prefix = len(self.sees), len(self.own), self.n_prefix
             # A row that sees nothing must not become NaN; its outcome is thrown away.
@@ -164,7 +164,7 @@ class Attend:
         return both
 
     def _keys(self, block: Block, device: torch.device) -> _Keys:
-        """Work out which keys the blocks of one shape attend to, and which of them each row sees."""
+        """Determine which keys the blocks of one shape attend to, and which of them each row sees."""
         name = block.positions, block.low, block.edit, device, id(self.layer_mask)
         if name in self.known:
             return self.known[name]
@@ -203,7 +203,7 @@ def as_index(rows: list[int], device: torch.device) -> slice | Tensor:
 
 
 def allowed(mask: Tensor) -> Bool[Tensor, "n n"]:
-    """Say which keys a layer's own mask, in any of the library's forms, lets each position see."""
+    """Return which keys a layer's own mask, in any of the library's forms, lets each position see."""
     mask = mask[0, 0]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 

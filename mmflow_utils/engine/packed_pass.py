@@ -28,8 +28,8 @@ class PackedPass:
     """One clean pass with the rows of all branches beside it.
 
     Attributes:
-        base: what is kept of the clean logits at the positions read, [n_read, k].
-        resid_post: the clean residual stream there: the embedding, then what leaves each layer (float32).
+        base: What is kept of the clean logits at the positions read, [n_read, k].
+        resid_post: The clean residual stream there: the embedding, then what leaves each layer (float32).
     """
 
     def __init__(self, model: VLM, branches: list[Branch], read: list[int], keep: Keep | None):
@@ -41,7 +41,7 @@ class PackedPass:
         self.known: dict = {}  # what Attend worked out about keys and masks
 
     def run(self, encoded: Encoded) -> dict[int, Shaped[Tensor, "n_read k"]]:
-        """Give what is kept of each variant's logits, by the variant's index in the plan."""
+        """Return what is kept of each variant's logits, by the variant's index in the plan."""
         with self._hooked():
             out = self.model.hf(**encoded.inputs, use_cache=False)
         self.base = self._kept(out.logits[0])
@@ -143,7 +143,7 @@ class PackedPass:
         self.resid_post.append(state.to("cpu", torch.float32, copy=True))
 
     def _slices(self, i: int) -> Iterator[list[Branch]]:
-        """Part the families into slices of no more rows than the clean pass has, so a layer needs no more.
+        """Divide the families into slices of no more rows than the clean pass has, so a layer needs no more.
 
         Within a slice come the branches with keys of their own, then those that begin in this layer.
         """
@@ -214,7 +214,7 @@ class PackedPass:
         return Attend(blocks, self.clean, own, mask=self.kwargs.get("attention_mask"), known=self.known)
 
     def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
-        """Give a new branch its parent's rows, save those at the positions to keep."""
+        """Copy its parent's rows into a new branch, except those at the positions to keep."""
         parent, n_rows = branch.parent, len(branch.rows)
         own = self.rows[branch.first : branch.first + n_rows]
         kept = [p - branch.rows[0] for p in keep]

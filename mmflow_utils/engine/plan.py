@@ -15,12 +15,12 @@ class Branch:
     """Rows of one run, or of several still alike, that differ from their parent's from layer `born` on.
 
     Attributes:
-        target, source, intervention: the edit, as in a `Variant`.
-        born, until: the layers [born, until) in which the edit holds.
-        rows: its positions from min(target) to the last that is read; what comes later nobody reads.
-        first: where its rows begin among those of all branches.
-        variants: the variants that end as this branch does, by index.
-        parent: the branch that it leaves; None for the clean run.
+        target, source, intervention: The edit, as in a `Variant`.
+        born, until: The layers [born, until) in which the edit holds.
+        rows: Its positions from min(target) to the last that is read; what comes later nobody reads.
+        first: Where its rows begin among those of all branches.
+        variants: The variants that end as this branch does, by index.
+        parent: The branch that it leaves; None for the clean run.
     """
 
     target: tuple[int, ...]
@@ -92,7 +92,7 @@ def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers:
 
 
 def _what_matters(variant: Variant, last_read: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give the targets and sources that can matter up to a position: by causality, no edge runs backwards."""
+    """Return the targets and sources that can matter up to a position: by causality, no edge runs backwards."""
     target = tuple(t for t in variant.target if t <= last_read)
     if variant.intervention not in EDGE_INTERVENTIONS or not target:
         return target, ()

@@ -36,11 +36,11 @@ class Pruning:
     """Which image tokens are gone, and from where on.
 
     Attributes:
-        from_layer: the first layer (0-based) without them; as many as there are layers removes nothing.
-        n_kept: how many image tokens stay all the same.
-        choice: which these are: `random`, or those that the last position gave most `attention` to in the
+        from_layer: The first layer (0-based) without them; as many as there are layers removes nothing.
+        n_kept: How many image tokens stay all the same.
+        choice: Which these are: `random`, or those that the last position gave most `attention` to in the
             layer before, averaged over heads, as FastV does (Chen et al. 2024).
-        seed: of the random choice.
+        seed: Of the random choice.
     """
 
     from_layer: int
@@ -95,7 +95,7 @@ class Removal:
         return left
 
     def _choose(self) -> list[int]:
-        """Give the positions that remain: all of the text, and the image tokens that are chosen."""
+        """Return the positions that remain: all of the text, and the image tokens that are chosen."""
         if self.pruning.choice == "attention":
             assert self.received is not None  # `watch` ran in the layer before
             best = self.received[self.image].topk(self.pruning.n_kept).indices.tolist()
@@ -124,15 +124,15 @@ def image_tokens_removed(model: VLM, encoded: Encoded, pruning: Pruning | None) 
     layer.
 
     Args:
-        model: the model.
-        encoded: the one prompt that it will be run on, by `greedy_decode` or by the library's `generate`.
-        pruning: what to remove; None removes nothing.
+        model: The model.
+        encoded: The one prompt that it will be run on, by `greedy_decode` or by the library's `generate`.
+        pruning: What to remove; None removes nothing.
 
     Yields:
         The removal; its `kept` tells which positions of the prompt remained.
 
     Raises:
-        ValueError: a prompt without picture; a layer, or a number of tokens, that isn't there; a choice by
+        ValueError: A prompt without picture; a layer, or a number of tokens, that isn't there; a choice by
             attention with no layer before; a decoder with sliding windows.
     """
     if pruning is None:
@@ -173,10 +173,10 @@ def check_pruning(model: VLM, encoded: Encoded, pruning: Pruning) -> None:
 
 
 def prompt_embeds(model: VLM, encoded: Encoded) -> Float[Tensor, "1 n d"]:
-    """Encode a prompt's picture and give what enters the decoder's first layer.
+    """Encode a prompt's picture and return what enters the decoder's first layer.
 
     Raises:
-        ValueError: the prompt shows no picture.
+        ValueError: The prompt shows no picture.
     """
     image_positions(encoded)
     return text_inputs(model, encoded.inputs)[0]["inputs_embeds"]
@@ -184,7 +184,7 @@ def prompt_embeds(model: VLM, encoded: Encoded) -> Float[Tensor, "1 n d"]:
 
 @torch.inference_mode()
 def read_prompt(model: VLM, embeds: Float[Tensor, "1 n d"]) -> tuple[Float[Tensor, " vocab"], Cache]:
-    """Run the decoder over a prompt whose picture is already encoded; give its last logits and a cache."""
+    """Run the decoder over a prompt whose picture is already encoded; return its last logits and a cache."""
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     out = model.text(inputs_embeds=embeds, position_ids=positions, use_cache=True)
     return model.unembed(out.last_hidden_state[:, -1:])[0, -1], out.past_key_values
@@ -213,17 +213,17 @@ def greedy_decode(
     embeds: Float[Tensor, "1 n d"] | None = None,
     max_new_tokens: int = 8,
 ) -> list[int]:
-    """Answer greedily, with or without image tokens, and give the new tokens.
+    """Answer greedily, with or without image tokens, and return the new tokens.
 
     Args:
-        model: the model.
-        encoded: the prompt.
-        pruning: what to remove; None for the intact model.
-        embeds: the prompt with its picture encoded (`prompt_embeds`), where it is decoded more than once.
-        max_new_tokens: stop after so many, if the model doesn't.
+        model: The model.
+        encoded: The prompt.
+        pruning: What to remove; None for the intact model.
+        embeds: The prompt with its picture encoded (`prompt_embeds`), where it is decoded more than once.
+        max_new_tokens: Stop after so many, if the model doesn't.
 
     Raises:
-        ValueError: see `image_tokens_removed`.
+        ValueError: See `image_tokens_removed`.
 
     Example:
         >>> ids = greedy_decode(model, mm.encode(model, sample), Pruning(from_layer=8))
@@ -240,7 +240,7 @@ def greedy_decode(
 
 
 def stop_tokens(model: VLM) -> list[int]:
-    """Give the tokens that end an answer, as the library's `generate` knows them."""
+    """Return the tokens that end an answer, as the library's `generate` knows them."""
     ends: Any = model.hf.generation_config.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or ())
 
@@ -249,23 +249,23 @@ def stop_tokens(model: VLM) -> list[int]:
 def compare_to_knockout(
     model: VLM, encoded: Encoded, pruning: Pruning, *, knockout_from: int | None = None, tolerance: float = inf
 ) -> float:
-    """Hold a removal against the plain way: the same tokens blocked from all that remain, in the same layers.
+    """Compare a removal with the plain way: the same tokens blocked from all that remain, in the same layers.
 
     A removed token is one that nobody may attend to any more: what becomes of its own row doesn't matter.
 
     Args:
-        model: the model.
-        encoded: the prompt.
-        pruning: what is removed.
-        knockout_from: the layer where the knockout begins, for a control that must differ; by default where
+        model: The model.
+        encoded: The prompt.
+        pruning: What is removed.
+        knockout_from: The layer where the knockout begins, for a control that must differ; by default where
             the removal does.
-        tolerance: the largest difference that is no error.
+        tolerance: The largest difference that is no error.
 
     Returns:
         The largest difference in probability at the last position.
 
     Raises:
-        ValueError: a difference above the tolerance.
+        ValueError: A difference above the tolerance.
     """
     embeds = prompt_embeds(model, encoded)
     with image_tokens_removed(model, encoded, pruning) as removal:

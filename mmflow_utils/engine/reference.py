@@ -30,9 +30,9 @@ class Run:
     else was kept of the logits (`keep`), it stands in their place.
 
     Attributes:
-        base: the clean run's logits.
-        variants: one row of logits for each variant, in their order.
-        resid_post: the clean residual stream there: the embedding, then the output of each layer, before
+        base: The clean run's logits.
+        variants: One row of logits for each variant, in their order.
+        resid_post: The clean residual stream there: the embedding, then the output of each layer, before
             the final norm.
     """
 
@@ -83,16 +83,16 @@ def run_reference(
     - `attention_output`, `mlp_output`: the module's output is 0 at the target positions (App. D).
 
     Args:
-        model: the model.
-        encoded: the prompt. The picture's features are computed once.
-        variants: what to change, one run each.
-        read: position whose logits are wanted, the last by default; or several, in ascending order, and
+        model: The model.
+        encoded: The prompt. The picture's features are computed once.
+        variants: What to change, one run each.
+        read: Position whose logits are wanted, the last by default; or several, in ascending order, and
             everything in the result has an axis for them.
-        keep: what to keep of logits, row by row, where all of them are too much: [rows, vocab] -> [rows, k].
-        progress: called after each variant.
+        keep: What to keep of logits, row by row, where all of them are too much: [rows, vocab] -> [rows, k].
+        progress: Called after each variant.
 
     Raises:
-        ValueError: a variant names a layer or position that isn't there; `read` isn't in the prompt, or out
+        ValueError: A variant names a layer or position that isn't there; `read` isn't in the prompt, or out
             of order; NaN among the logits.
     """
     read, one = check_request(model, encoded, variants, read)
@@ -190,7 +190,7 @@ def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tens
 
 
 def _replace_values(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
-    """Run the layer's attention again with other values, and give the targets what comes out of that."""
+    """Run the layer's attention again with other values, and return the targets what comes out of that."""
     attention, value_proj = model.attention(layer), model.value_proj(layer)
     # Targets that see the same sources share a run.
     sources, group = blocked.unique(dim=0, return_inverse=True)
@@ -238,7 +238,7 @@ def _remove(hooks: Sequence[Any]) -> None:
 def check_request(
     model: VLM, encoded: Encoded, variants: Sequence[Variant], read: int | Sequence[int] | None
 ) -> tuple[list[int], bool]:
-    """Give the positions to read, and whether just one was asked for; refuse what isn't in the prompt."""
+    """Return the positions to read, and whether just one was asked for; refuse what isn't in the prompt."""
     n_layers, n_tokens = model.n_layers, encoded.positions.n_tokens
     read = encoded.positions.last if read is None else read
     one = isinstance(read, int)

@@ -46,18 +46,18 @@ def run_sweep(
     to attend to gets nothing from attention.
 
     Args:
-        model: the model; its attention runs fused (`sdpa`) here, whatever it is set to.
-        encoded: the prompt.
-        variants: what to change, one run each.
-        read: position whose logits are wanted, the last by default; or several, in ascending order, and
+        model: The model; its attention runs fused (`sdpa`) here, whatever it is set to.
+        encoded: The prompt.
+        variants: What to change, one run each.
+        read: Position whose logits are wanted, the last by default; or several, in ascending order, and
             everything in the result has an axis for them.
-        keep: what to keep of logits, row by row, where all of them (float32) are too much: [rows, vocab] ->
+        keep: What to keep of logits, row by row, where all of them (float32) are too much: [rows, vocab] ->
             [rows, k].
-        chunk: variants that share one clean pass: all by default. When memory runs out fewer are taken, and
+        chunk: Variants that share one clean pass: all by default. When memory runs out fewer are taken, and
             what is done by then is kept.
 
     Raises:
-        ValueError: a variant that names a layer or a position that isn't there; such a `read`, or one out of
+        ValueError: A variant that names a layer or a position that isn't there; such a `read`, or one out of
             order; a chunk below 1; NaN among the logits.
 
     Example:
@@ -99,7 +99,7 @@ def run_sweep(
 
 
 def engine(method: str) -> Callable[..., Run]:
-    """Give the engine of a `method`: `sweep`, or `reference`, the plain way.
+    """Return the engine of a `method`: `sweep`, or `reference`, the plain way.
 
     >>> engine("sweep") is run_sweep
     True

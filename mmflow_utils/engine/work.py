@@ -22,10 +22,10 @@ class Work:
     """What a prompt and the tokens decoded after it cost the decoder.
 
     Attributes:
-        first_token_flops: floating-point operations (a multiplication and an addition are two) to the first
+        first_token_flops: Floating-point operations (a multiplication and an addition are two) to the first
             token's logits.
-        next_token_flops: those of each further token.
-        cache_bytes: keys and values of the prompt.
+        next_token_flops: Those of each further token.
+        cache_bytes: Keys and values of the prompt.
     """
 
     first_token_flops: int
@@ -41,13 +41,13 @@ def count_work(config: Any, n_tokens: Sequence[int], *, n_new: int = 1, itemsize
     rotary embeddings and softmax are not, nor the image encoder, nor FastV's one row of scores.
 
     Args:
-        config: the decoder's configuration, of a Llama-like architecture.
-        n_tokens: positions in each layer.
-        n_new: tokens to be decoded, the first included.
-        itemsize: bytes of a number in the cache.
+        config: The decoder's configuration, of a Llama-like architecture.
+        n_tokens: Positions in each layer.
+        n_new: Tokens to be decoded, the first included.
+        itemsize: Bytes of a number in the cache.
 
     Raises:
-        ValueError: not one length for each layer; an `n_new` below 1.
+        ValueError: Not one length for each layer; an `n_new` below 1.
 
     Example:
         >>> from types import SimpleNamespace
@@ -77,7 +77,7 @@ def count_work(config: Any, n_tokens: Sequence[int], *, n_new: int = 1, itemsize
 
 
 def prompt_lengths(n_layers: int, n_tokens: int, n_image: int, pruning: Pruning | None = None) -> list[int]:
-    """Give the number of positions in each layer.
+    """Return the number of positions in each layer.
 
     >>> prompt_lengths(4, 10, 6, Pruning(from_layer=3, n_kept=1))
     [10, 10, 10, 5]
@@ -100,11 +100,11 @@ def equal_work(
     """Keep as many image tokens from a layer on as costs no more than another pruning, to the first token.
 
     Args:
-        model, encoded: the model and the prompt.
-        pruning: whose work counts.
-        choice: which tokens stay, see `Pruning`.
-        from_layer: where the others go; FastV's layer by default.
-        seed: of a random choice.
+        model, encoded: The model and the prompt.
+        pruning: Whose work counts.
+        choice: Which tokens stay, see `Pruning`.
+        from_layer: Where the others go; FastV's layer by default.
+        seed: Of a random choice.
 
     Returns:
         The pruning of the most work that is no more than that; None where even keeping none is more.

@@ -36,17 +36,17 @@ def plot_flow(
     """Draw what blocking each flow does to the answer's probability, by layer (paper, Figs 3 to 5).
 
     Args:
-        summary: from `summarize`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
-        title: in place of the usual one.
-        window: layers blocked at once, for the subtitle.
-        model: the model's name, for the subtitle.
-        y_label: what the mean is, for another measure than the paper's.
+        summary: From `summarize`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
+        title: In place of the usual one.
+        window: Layers blocked at once, for the subtitle.
+        model: The model's name, for the subtitle.
+        y_label: What the mean is, for another measure than the paper's.
 
     Returns:
         A figure with one panel per task, in the paper's order; tasks without rows have no panel.
 
     Raises:
-        ValueError: a column is missing or nothing is left to draw.
+        ValueError: A column is missing or nothing is left to draw.
     """
     window_text = f"window of {window} layer{'s' * (window != 1)}" if window else None
     subtitle = " · ".join(part for part in (model, window_text, _band_text(summary)) if part)
@@ -72,21 +72,20 @@ def plot_curves(
     """Draw a summary: a panel per value of `panel`, in it a curve with its interval per value of `line`.
 
     Args:
-        summary: from `summarize`: mean, ci_low, ci_high, and n if known.
-        line: the column that tells curves apart. Numbers, such as window sizes, get an ordered scale.
-        panel: the column that tells panels apart; a summary that lacks it makes one panel.
-        across: a second column that tells panels apart: its values stand side by side, those of `panel` one
+        summary: From `summarize`: mean, ci_low, ci_high, and n if known.
+        line: The column that tells curves apart. Numbers, such as window sizes, get an ordered scale.
+        panel: The column that tells panels apart; a summary that lacks it makes one panel.
+        across: A second column that tells panels apart: its values stand side by side, those of `panel` one
             below the other.
-        x: the column of the horizontal axis, whole numbers from 0.
-        x_label: its label.
-        y_label: label of the mean, with its unit.
-        title: bold first line.
-        subtitle: second line: model, window, kind of interval.
-        colors: colors by value of `line`, in place of the flows' own; their order is the legend's.
-        zero_line: mark 0.
+        x: The column of the horizontal axis, whole numbers from 0.
+        x_label: Its label.
+        y_label: Label of the mean, with its unit.
+        title, subtitle: Above the figure.
+        colors: Colors by value of `line`, in place of the flows' own; their order is the legend's.
+        zero_line: Mark 0.
 
     Raises:
-        ValueError: a column is missing or nothing is left to draw.
+        ValueError: A column is missing or nothing is left to draw.
     """
     data = _drawable(summary, [panel, *([across] if across else [])], line, x)
     panels = ordered(data[panel], (*TASK_ORDER, *FLOW_COLORS))
@@ -120,14 +119,13 @@ def plot_learning_curves(
     """Draw a training run: one panel per metric, one line per task, stages one after the other.
 
     Args:
-        frame: columns stage, step, metric, task, value. A missing task (None) is the whole set. Steps may go
+        frame: Columns stage, step, metric, task, value. A missing task (None) is the whole set. Steps may go
             on from stage to stage or begin anew.
-        title: bold first line.
-        subtitle: second line.
-        colors: colors by task, in place of our own.
+        title, subtitle: Above the figure.
+        colors: Colors by task, in place of our own.
 
     Raises:
-        ValueError: a column is missing or there are no rows.
+        ValueError: A column is missing or there are no rows.
     """
     need(frame, ["stage", "step", "metric", "task", "value"])
     data, spans = _steps_end_to_end(frame.dropna(subset="value"))
@@ -177,7 +175,7 @@ def _draw_curve(axis: plt.Axes, curve: pd.DataFrame, x: str, label: str, color: 
 
 
 def _limits(data: pd.DataFrame) -> tuple[float, float]:
-    """One vertical range for all panels, with 0; a band far wider than the curves is cut, not followed."""
+    """Return one vertical range for all panels, with 0; a band far wider than the curves is cut, not followed."""
     ends = data[["ci_low", "ci_high", "mean"]].replace([np.inf, -np.inf], np.nan)
     low, high = min(0.0, data["mean"].min()), max(0.0, data["mean"].max())
     reach = (high - low) or float(ends.abs().max(axis=None)) or 1.0
@@ -205,7 +203,7 @@ def _metric_name(metric: str) -> str:
 
 
 def _steps_end_to_end(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[object, tuple[float, float]]]:
-    """Add `at`, the step counted over all stages, and give each stage's first and last."""
+    """Add `at`, the step counted over all stages, and return each stage's first and last."""
     offset, end, parts = 0.0, 0.0, []
     spans: dict[object, tuple[float, float]] = {}
     for stage, part in frame.groupby("stage", sort=False, dropna=False):

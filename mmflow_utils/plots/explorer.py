@@ -26,16 +26,15 @@ def plot_choice(
     """Draw one sample with one flow and one layer chosen.
 
     Args:
-        image: the picture, a PIL picture or an array (height, width, 3).
-        patches: the image patches that the flow cuts off, from `locate_image_patches`; may have no rows.
-        frame: the sample's knockouts, from `knockout_sweep`: flow, layer, rel_change_pct.
-        words: what the lens reads after the chosen layer: token and probability, the most probable first.
-        flow, layer: the choice; it must be in `frame`.
-        title: bold first line.
-        subtitle: second line.
+        image: The picture, a PIL picture or an array (height, width, 3).
+        patches: The image patches that the flow cuts off, from `locate_image_patches`; may have no rows.
+        frame: The sample's knockouts, from `knockout_sweep`: flow, layer, rel_change_pct.
+        words: What the lens reads after the chosen layer: token and probability, the most probable first.
+        flow, layer: The choice; it must be in `frame`.
+        title, subtitle: Above the figure.
 
     Raises:
-        ValueError: a column is missing, there are no rows, or the choice isn't in `frame`.
+        ValueError: A column is missing, there are no rows, or the choice isn't in `frame`.
     """
     need(frame, ["flow", "layer", "rel_change_pct"])
     need(words, ["token", "probability"])
@@ -54,7 +53,7 @@ def plot_choice(
 
 
 def _draw_curves(axis: plt.Axes, frame: pd.DataFrame, flow: str, layer: int) -> None:
-    """The chosen flow in its color with its layer marked, the others pale."""
+    """Draw the chosen flow in its color with its layer marked, the others pale."""
     for name in sorted(ordered(frame["flow"], ()), key=lambda name: name == flow):  # the chosen one on top
         curve = frame[frame["flow"] == name].sort_values("layer")
         chosen = name == flow

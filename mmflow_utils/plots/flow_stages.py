@@ -45,14 +45,13 @@ def plot_stages(
     reads there. Where the patches were parted into related and other ones, these stand for the image.
 
     Args:
-        layers: from `stage_layers` by model and line: mean and in_stage of every layer.
-        stages: from `find_stages` by model and line.
-        title: bold first line.
-        subtitle: second line.
-        columns: models side by side.
+        layers: From `stage_layers` by model and line: mean and in_stage of every layer.
+        stages: From `find_stages` by model and line.
+        title, subtitle: Above the figure.
+        columns: Models side by side.
 
     Raises:
-        ValueError: a column is missing, there are no rows, or a model's line stands there twice.
+        ValueError: A column is missing, there are no rows, or a model's line stands there twice.
     """
     need(layers, ["model", "line", "layer", "mean", "in_stage"])
     need(stages, ["model", "line", "n_layers", "effect", "strongest", "strongest_low", "strongest_high"])

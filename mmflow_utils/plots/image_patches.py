@@ -33,18 +33,17 @@ def plot_image_patches(
     """Draw which piece of the picture each image token stands for, colored by position set.
 
     Args:
-        image: the stored picture, a PIL picture or an array (height, width, 3).
-        patches: from `locate_image_patches`: x, y, w, h (pixels), view and set; or several by the title of
+        image: The stored picture, a PIL picture or an array (height, width, 3).
+        patches: From `locate_image_patches`: x, y, w, h (pixels), view and set; or several by the title of
             their panel. Tiles have a panel of their own beside the whole picture's. A patch in no set is only
             outlined, one in the padding isn't seen.
-        objects: things with a box (`Sample.objects`), outlined in every panel; a box of None is passed over.
-        title: bold first line.
-        subtitle: second line.
-        width: of a panel, in inches.
-        columns: panels side by side.
+        objects: Things with a box (`Sample.objects`), outlined in every panel; a box of None is passed over.
+        title, subtitle: Above the figure.
+        width: Of a panel, in inches.
+        columns: Panels side by side.
 
     Raises:
-        ValueError: a column is missing or there are no rows.
+        ValueError: A column is missing or there are no rows.
     """
     panels, objects = _panels(patches), list(objects)
     rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
@@ -75,7 +74,7 @@ def plot_image_patches(
 
 
 def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """One table per panel: each view of each table."""
+    """Return one table per panel: each view of each table."""
     found = {}
     for name, table in (patches if isinstance(patches, Mapping) else {"": patches}).items():
         need(table, ["x", "y", "w", "h", "view", "set"])
@@ -102,13 +101,12 @@ def plot_norms(
     The axis of counts is logarithmic, since what the threshold parts off is rare.
 
     Args:
-        norms: one number per image patch.
-        threshold: the norm above which patches count as high-norm.
-        title: bold first line.
-        subtitle: second line.
+        norms: One number per image patch.
+        threshold: The norm above which patches count as high-norm.
+        title, subtitle: Above the figure.
 
     Raises:
-        ValueError: there are no norms.
+        ValueError: There are no norms.
     """
     values = np.asarray(norms, dtype=float)
     if not len(values):

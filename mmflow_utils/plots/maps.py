@@ -22,13 +22,12 @@ def plot_map(frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str =
     """Draw the change in the answer's probability for each flow (row) and layer (column).
 
     Args:
-        frame: columns flow, layer and `value`; several samples are averaged.
-        value: the column to draw, in %.
-        title: bold first line, such as the question and its answer.
-        subtitle: second line.
+        frame: Columns flow, layer and `value`; several samples are averaged.
+        value: The column to draw, in %.
+        title, subtitle: Above the figure.
 
     Raises:
-        ValueError: a column is missing or there are no rows.
+        ValueError: A column is missing or there are no rows.
     """
     need(frame, ["flow", "layer", value])
     cells = frame.pivot_table(index="flow", columns="layer", values=value, aggfunc="mean")

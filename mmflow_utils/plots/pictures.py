@@ -22,13 +22,12 @@ def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of ques
     """Draw accuracy as the table of structural x semantic groups (Table 2 of the paper), with n in each cell.
 
     Args:
-        frame: one row per group: structural and semantic (GQA's names), accuracy_pct (%) or accuracy (0 to
+        frame: One row per group: structural and semantic (GQA's names), accuracy_pct (%) or accuracy (0 to
             1), and n; ci_low and ci_high (%), if there, are printed too.
-        title: bold first line.
-        subtitle: second line: the model, the data.
+        title, subtitle: Above the figure.
 
     Raises:
-        ValueError: a column is missing, a group stands twice, or there are no rows.
+        ValueError: A column is missing, a group stands twice, or there are no rows.
     """
     if "accuracy" in frame and "accuracy_pct" not in frame:
         frame = frame.assign(accuracy_pct=100 * frame["accuracy"])
@@ -69,12 +68,11 @@ def plot_sample(
     """Draw a picture with its labeled boxes.
 
     Args:
-        image: a PIL picture or an array (height, width, 3).
-        boxes: a mapping or pairs of label and box, or objects with name and box (`Sample.objects`). A box has
+        image: A PIL picture or an array (height, width, 3).
+        boxes: A mapping or pairs of label and box, or objects with name and box (`Sample.objects`). A box has
             x, y, w, h or is that tuple, in pixels; None, for what the picture doesn't have, is named below.
-        title: bold first line, such as the question.
-        subtitle: second line, such as the answer.
-        width: of the figure, in inches.
+        title, subtitle: Above the figure.
+        width: Of the figure, in inches.
     """
     figure, axis = plt.subplots()
     pixels = draw_picture(axis, image)
@@ -123,7 +121,7 @@ def plot_contact_sheet(
     """Draw pictures in a grid, each with its caption below.
 
     Raises:
-        ValueError: no pictures, or captions whose number differs from the pictures'.
+        ValueError: No pictures, or captions whose number differs from the pictures'.
     """
     if not len(images) or len(captions) not in (0, len(images)):
         raise ValueError(f"expected pictures and as many captions (or none), got {len(images)} and {len(captions)}")

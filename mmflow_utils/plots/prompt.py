@@ -22,14 +22,14 @@ def plot_prompt(tokens: Sequence[str], spans: Any) -> HTML:
     mere remainders (question_without_...) or unions (options) aren't drawn. A run of image tokens is a chip.
 
     Args:
-        tokens: the prompt's tokens as text, one per position.
-        spans: the prompt's `PositionSets`, or a mapping from name to positions.
+        tokens: The prompt's tokens as text, one per position.
+        spans: The prompt's `PositionSets`, or a mapping from name to positions.
 
     Returns:
         HTML without scripts, all text escaped, legible on light and dark pages: text keeps the page's color.
 
     Raises:
-        ValueError: a set holds a position that the tokens don't have.
+        ValueError: A set holds a position that the tokens don't have.
     """
     sets = {name: tuple(at) for name, at in getattr(spans, "sets", spans).items()}
     drawn = [n for n in sets if sets[n] and "_without_" not in n and (n != "options" or "option_true" not in sets)]

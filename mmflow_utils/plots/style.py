@@ -46,7 +46,7 @@ _WHOLE = ("image", "image_related", "image_other", "image_random", "captions", "
 
 
 def set_color(name: str) -> str:
-    """Give the color of a position set; an unknown one gets a spare by its name, the same everywhere."""
+    """Return the color of a position set; an unknown one gets a spare by its name, the same everywhere."""
     return SET_COLORS.get(name, _SPARE[crc32(name.encode()) % len(_SPARE)])
 
 
@@ -107,12 +107,12 @@ STYLE: dict[str, Any] = {
 
 
 def set_style() -> None:
-    """Give the figures you draw by hand the look of ours, for the rest of the session."""
+    """Return the figures you draw by hand the look of ours, for the rest of the session."""
     plt.style.use(STYLE)
 
 
 def flow_color(flow: object) -> str:
-    """Give the color of a flow, the same in every figure; an unknown flow gets one by its name.
+    """Return the color of a flow, the same in every figure; an unknown flow gets one by its name.
 
     Example:
         >>> flow_color("Question -> Last")
@@ -140,7 +140,7 @@ def shown(value: object) -> str:
 
 
 def ordered(values: pd.Series, first: Sequence[object]) -> list:
-    """Distinct values: those in `first` in its order, then the others as they come."""
+    """Return the distinct values: those in `first` in its order, then the others as they come."""
     found = list(dict.fromkeys(values))
     return [v for v in first if v in found] + [v for v in found if v not in first]
 

@@ -31,10 +31,10 @@ class Encoded:
     """One prompt, ready to run.
 
     Attributes:
-        inputs: the model's keyword arguments, a batch of one on its device.
-        positions: the named positions, counted with image tokens expanded.
-        prompt: the text, with one placeholder for the picture.
-        tokens: the text of each position, for display.
+        inputs: The model's keyword arguments, a batch of one on its device.
+        positions: The named positions, counted with image tokens expanded.
+        prompt: The text, with one placeholder for the picture.
+        tokens: The text of each position, for display.
     """
 
     sample: Sample
@@ -50,13 +50,13 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     A part of the question that can't be found is missing from the spans, with the reason.
 
     Args:
-        model: its `prompt` may hold `<image>`, `{question}` and `{caption}` (App. G: captions in place of
+        model: Its `prompt` may hold `<image>`, `{question}` and `{caption}` (App. G: captions in place of
             the picture; their positions are named `captions`).
-        answer_prefix: what the model has answered so far (App. C): `last` moves to its end. Token ids are
+        answer_prefix: What the model has answered so far (App. C): `last` moves to its end. Token ids are
             appended as they are, which is exact; a string is appended to the prompt and cut with it.
 
     Raises:
-        ValueError: a picture that can't be read; a prompt without question; a text that holds the picture's
+        ValueError: A picture that can't be read; a prompt without question; a text that holds the picture's
             placeholder, or is longer than the model's context; a tokenizer without character offsets, or that
             cuts the prompt unlike the processor.
 
@@ -92,7 +92,7 @@ def image_positions(encoded: Encoded) -> list[int]:
     """Return all positions of the picture in ascending order, newline tokens included.
 
     Raises:
-        ValueError: the prompt shows no picture.
+        ValueError: The prompt shows no picture.
     """
     if "image" not in encoded.positions:
         raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
@@ -100,14 +100,14 @@ def image_positions(encoded: Encoded) -> list[int]:
 
 
 def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tuple[int, ...]:
-    """Give the image tokens whose piece of the picture lies under a box, if only with a corner (§6, Fig. 5).
+    """Return the image tokens whose piece of the picture lies under a box, if only with a corner (§6, Fig. 5).
 
     The boxes are drawn as a picture of the same size and sent through the model's own picture processor, so
     resizing, cropping, padding and tiles come out as they do for the picture itself. The tokens of the whole
     picture and those of its tiles are found alike; newline tokens belong to no box.
 
     Raises:
-        ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
+        ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
     positions = image_positions(encoded)
     flags = _flag_tokens(model, load_image(encoded.sample).size, encoded.inputs, boxes)
@@ -134,7 +134,7 @@ def processed_drawing(model: VLM, drawing: Image.Image) -> Float[Tensor, "tiles 
 
 
 def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Fill the prompt's template; give the text and the characters that each placeholder became."""
+    """Fill the prompt's template; return the text and the characters that each placeholder became."""
     if "{question}" not in model.prompt:
         raise ValueError(f"Expected a prompt that holds {{question}}, got {model.prompt!r}.")
     filling = {"<image>": model.image_token, "{question}": sample.question, "{caption}": sample.caption}
@@ -156,7 +156,7 @@ def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
 
 
 def _process(model: VLM, text: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], str]:
-    """Give the model's inputs, and what the processor writes into the text for the picture."""
+    """Return the model's inputs, and what the processor writes into the text for the picture."""
     special = _wants_special(model, text)
     if picture is None:
         return dict(model.tokenizer(text, return_tensors="pt", add_special_tokens=special)), ""
@@ -197,11 +197,11 @@ def _wants_special(model: VLM, text: str) -> bool:
 def _offsets(
     model: VLM, text: str, placeholder: tuple[int, int] | None, written: str, ids: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Give each position its characters in the prompt.
+    """Return each position its characters in the prompt.
 
     Args:
-        placeholder: the characters that stand for the picture.
-        written: what the processor writes in their place before it cuts the text: image tokens, and in some
+        placeholder: The characters that stand for the picture.
+        written: What the processor writes in their place before it cuts the text: image tokens, and in some
             families tokens about them. These have no characters of the prompt.
     """
     if not model.tokenizer.is_fast:
@@ -274,7 +274,7 @@ def _find_text(
 def _name_patches(
     model: VLM, spans: PositionSets, sample: Sample, size: tuple[int, int], inputs: Mapping[str, Tensor]
 ) -> PositionSets:
-    """Part the image tokens into newlines, patches under a box of the question's objects, and the others."""
+    """Divide the image tokens into newlines, patches under a box of the question's objects, and the others."""
     boxes = [thing.box for thing in sample.objects if thing.box]
     flags = _flag_tokens(model, size, inputs, boxes)
     tokens = spans["image"]
@@ -300,10 +300,10 @@ def _name_patches(
 def _flag_tokens(
     model: VLM, size: tuple[int, int], inputs: Mapping[str, Tensor], boxes: Iterable[Box]
 ) -> Float[Tensor, " image_tokens"]:
-    """Say for each image token whether a box reaches into it: above 0 yes, 0 no, NaN for a newline.
+    """Return for each image token whether a box reaches into it: above 0 yes, 0 no, NaN for a newline.
 
     Args:
-        size: width and height of the stored picture.
+        size: Width and height of the stored picture.
     """
     drawn = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     for box in boxes:

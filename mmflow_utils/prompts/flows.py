@@ -124,7 +124,7 @@ class Variant:
 
 
 def window_layers(layer: int, *, window: int, n_layers: int, placement: Placement = "centered") -> range:
-    """Give the layers of the window that belongs to a layer.
+    """Return the layers of the window that belongs to a layer.
 
     Args:
         layer: Layer (0-based).
@@ -152,7 +152,7 @@ def window_layers(layer: int, *, window: int, n_layers: int, placement: Placemen
 
 
 def window_sizes(n_layers: int) -> list[int]:
-    """Give the widths of windows to compare in a model of that depth (App. B, Figs 7-8).
+    """Return the widths of windows to compare in a model of that depth (App. B, Figs 7-8).
 
     The paper's models have 32 or 40 layers: from 32 on these are the paper's 1, 3, 5, 7, 9, 11, 15. In a
     shallower model each width is scaled by n_layers / 32 and rounded, at least 1, each width once.
@@ -170,7 +170,7 @@ def window_sizes(n_layers: int) -> list[int]:
 
 
 def flow_problem(spans: PositionSets, flow: Flow, *, intervention: Intervention = "mask") -> str | None:
-    """Say why a flow can't be blocked in a prompt, or None when it can.
+    """Return why a flow can't be blocked in a prompt, or None when it can.
 
     >>> spans = PositionSets(n_tokens=4, sets={"question": (1, 2), "last": (3,)}, missing={"image": "text only"})
     >>> flow_problem(spans, Flow(source="last", target="question"))

@@ -40,15 +40,15 @@ _DRAW = re.compile(r"image_random_\d+")
 def locate_image_patches(
     model: VLM, encoded: Encoded, sets: Sequence[str] = ("image_related", "image_other")
 ) -> pd.DataFrame:
-    """Say which piece of the stored picture each image token stands for.
+    """Return which piece of the stored picture each image token stands for.
 
     A drawing whose colors are its own coordinates goes through the model's picture processor; where a color
     comes out, there that pixel went. So it holds for any resizing, cropping, padding and tiling.
 
     Args:
-        model: the model.
-        encoded: a prompt with a picture.
-        sets: position sets to name; where a position is in several, the first one counts.
+        model: The model.
+        encoded: A prompt with a picture.
+        sets: Position sets to name; where a position is in several, the first one counts.
 
     Returns:
         One row per image token, newlines left out: position; view (0 is the whole picture, 1 the tiles that
@@ -56,7 +56,7 @@ def locate_image_patches(
         none of `sets`.
 
     Raises:
-        ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
+        ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
     positions = np.array(image_positions(encoded))
     edges = _patch_edges(model, load_image(encoded.sample).size)
@@ -99,10 +99,10 @@ def random_boxes(
     share `close`; if none of `n_tries` does, the nearest one to within `loosest`.
 
     Args:
-        boxes: in pixels of the stored picture; each keeps its width and height and moves on its own.
-        patches: from `locate_image_patches`.
-        size: width and height of the stored picture.
-        rng: draws the places.
+        boxes: In pixels of the stored picture; each keeps its width and height and moves on its own.
+        patches: From `locate_image_patches`.
+        size: Width and height of the stored picture.
+        rng: Draws the places.
 
     Returns:
         The moved boxes in the same order; None where the picture has no room for them.
@@ -156,7 +156,7 @@ def encode_random_patches(
 
 
 def control_flows(n_draws: int) -> tuple[Flow, ...]:
-    """Give the flows of Fig. 5 and, beside them, those of the random image patches.
+    """Return the flows of Fig. 5 and, beside them, those of the random image patches.
 
     >>> [str(flow) for flow in control_flows(1)][1:]
     ['Other image patches -> Question', 'Image random 1 -> Question']
@@ -201,7 +201,7 @@ def _move(box: Box, size: tuple[int, int], rng: np.random.Generator) -> Box:
 
 
 def _touched(edges: Float[np.ndarray, "patches 4"], boxes: Iterable[Box]) -> Bool[np.ndarray, " patches"]:
-    """Say which patches a box reaches into; boxes cover whole pixels, as in `find_image_patches`."""
+    """Return which patches a box reaches into; boxes cover whole pixels, as in `find_image_patches`."""
     x, y, w, h = edges.T
     hit = np.zeros(len(edges), dtype=bool)
     slack = 0.01 * np.minimum(w, h)  # edges are measured, not known: touching is not reaching in

@@ -41,12 +41,12 @@ class NormThreshold:
 
 
 def patch_norms(model: VLM, encoded: Encoded) -> Float[np.ndarray, " image_patches"]:
-    """Give the norm of each image patch's features, as the projector receives them (App. E).
+    """Return the norm of each image patch's features, as the projector receives them (App. E).
 
     In the order of `encoded.positions["image"]`; newline tokens have no features.
 
     Raises:
-        ValueError: the prompt shows no picture, or the model's image tokens are not its patches in order.
+        ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
     image_positions(encoded)
     norms = picture_features(model, encoded.inputs).float().norm(dim=-1, keepdim=True).cpu()
@@ -80,11 +80,11 @@ def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, give
     share of the patches (3.3 of 576) lies above it, midway between two of them.
 
     Args:
-        norms: of all patches.
-        given: a threshold to use as it is; 0 to find one.
+        norms: Of all patches.
+        given: A threshold to use as it is; 0 to find one.
 
     Raises:
-        ValueError: no norms, norms that aren't positive numbers, or a negative threshold.
+        ValueError: No norms, norms that aren't positive numbers, or a negative threshold.
 
     Example:
         >>> find_norm_threshold([9.0, 10.0, 10.0, 11.0] * 99 + [80.0]).rule

@@ -75,7 +75,7 @@ class PositionSets:
         return name in self.sets
 
     def get(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Give the positions of a set, or the default where the prompt has none."""
+        """Return the positions of a set, or the default where the prompt has none."""
         return tuple(self.sets.get(name, default))
 
     @property
@@ -84,23 +84,23 @@ class PositionSets:
         return self["last"][-1]
 
     def why_missing(self, name: str) -> str:
-        """Say why the prompt has no set of that name."""
+        """Return why the prompt has no set of that name."""
         reason = self.missing.get(name)
         return f"{name}: {reason}" if reason else f"no position set {name!r}; this prompt has {', '.join(self.sets)}"
 
     def with_(self, **sets: Iterable[int]) -> "PositionSets":
-        """Give a copy with some sets added or replaced."""
+        """Return a copy with some sets added or replaced."""
         missing = {name: reason for name, reason in self.missing.items() if name not in sets}
         return replace(self, sets={**self.sets, **sets}, missing=missing)
 
     def with_missing(self, **reasons: str) -> "PositionSets":
-        """Give a copy in which some sets are absent, each for a recorded reason."""
+        """Return a copy in which some sets are absent, each for a recorded reason."""
         sets = {name: positions for name, positions in self.sets.items() if name not in reasons}
         return replace(self, sets=sets, missing={**self.missing, **reasons})
 
 
 def tokens_in(offsets: Iterable[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
-    """Give the tokens that overlap the characters `start … end - 1`.
+    """Return the tokens that overlap the characters `start … end - 1`.
 
     A token that begins with the space before its word overlaps that word alone; a special token, of no
     characters, overlaps nothing.
@@ -209,7 +209,7 @@ def question_sets(
     options: tuple[str, str] | None = None,
     objects: Sequence[Named] = (),
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Give the position sets of a question and its parts.
+    """Return the position sets of a question and its parts.
 
     Args:
         prompt: The text that was tokenized.
@@ -281,7 +281,7 @@ def _same_noun(a: str, b: str) -> bool:
 
 
 def _plurals(noun: str) -> set[str]:
-    """Give the plurals that a noun may have; one too many does no harm: only words of the question count."""
+    """Return the plurals that a noun may have; one too many does no harm: only words of the question count."""
     plurals = {noun + "s"}
     if noun.endswith(("s", "x", "z", "ch", "sh", "o")):
         plurals.add(noun + "es")
@@ -300,7 +300,7 @@ def _plurals(noun: str) -> set[str]:
 
 
 def _pairs_around_or(text: str, true: list[Range], false: list[Range]) -> set[tuple[Range, Range]]:
-    """Give, for each "or" with an option on either side, the pair (true, false) nearest to it."""
+    """Return, for each "or" with an option on either side, the pair (true, false) nearest to it."""
     pairs = set()
     for gap in re.finditer(r"\bor\b", text, re.IGNORECASE):
         near = []

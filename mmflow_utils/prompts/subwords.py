@@ -23,7 +23,7 @@ SUBWORD_COLUMNS = ("sample_id", "image_id", "task", "answer", "n_subwords", "sub
 
 @torch.inference_mode()
 def answer_tokens(model: VLM, encoded: Encoded, *, max_new_tokens: int = 8) -> tuple[int, ...]:
-    """Let the model answer greedily, and give the answer's tokens.
+    """Let the model answer greedily, and return the answer's tokens.
 
     What ends the answer isn't part of it: the first special token and all after it, and blanks before it.
     """
@@ -63,10 +63,10 @@ def at_last_subword(said: pd.DataFrame) -> Callable[[VLM, Sample], Encoded]:
     answer of one sub-word is encoded as ever.
 
     Args:
-        said: from `answer_subwords`.
+        said: From `answer_subwords`.
 
     Raises:
-        ValueError: from the encoder: a sample that `said` doesn't hold, or that was answered with nothing.
+        ValueError: From the encoder: a sample that `said` doesn't hold, or that was answered with nothing.
     """
     return partial(_encode_to_last_subword, tokens=dict(zip(said.sample_id, map(list, said.token_ids), strict=True)))
 
