@@ -6,7 +6,6 @@ result = measure_in_parts(knockout_sweep, model, samples, path, params, flows=FL
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -102,11 +101,11 @@ def measure_in_parts(
         return finished
     run = partial(measure, model, **arguments, progress=False)
     parts = list(_cut(path, samples, part_size, n_check, whole))
-    found, unfit = _find(parts)
-    mine = [part.number for part in parts if part.number % n_shares == share - 1]
-    todo = [number for number in mine if number not in found]
+    found = {part.number: result for part in parts if (result := part.load())}
+    mine = [part for part in parts if part.number % n_shares == share - 1]
+    todo = [part for part in mine if part.number not in found]
     _tell_place(path, whole, fresh)
-    _tell_parts(path, [number for number in mine if number in found], [unfit[n] for n in todo if n in unfit])
+    _tell_parts(path, len(mine) - len(todo), sum(part.file.is_file() for part in todo))
     with tqdm(
         total=len(mine),
         initial=len(mine) - len(todo),
@@ -114,10 +113,8 @@ def measure_in_parts(
         bar_format=BAR,
         disable=not (progress and todo),
     ) as bar:
-        for number in todo:
-            # Another process may have come by here since.
-            loaded, _ = parts[number].load()
-            found[number] = parts[number].compute(run) if loaded is None else loaded
+        for part in todo:
+            found[part.number] = part.load() or part.compute(run)  # another process may have come by here since
             bar.update()
     result = Result.join([found[number] for number in sorted(found)] or [run([], **parts[0].options)])
     result = result.with_manifest(whole)
@@ -137,16 +134,13 @@ class _Part:
     file: Path
     manifest: dict[str, Any]
 
-    def load(self) -> tuple[Result | None, str]:
-        """Return the stored result, or None with the reason, "" where there is no file."""
+    def load(self) -> Result | None:
+        """Return the stored result; None where there is none, or it is damaged or of other samples."""
         try:
-            frame, found = unpack(self.file.read_bytes())
-        except FileNotFoundError:
-            return None, ""
-        except ValueError:
-            return None, "damaged"
-        differ = differences(found, self.manifest)
-        return (None, f"of another run ({differ[0]})") if differ else (Result.of(frame, found), "")
+            result = Result.of(*unpack(self.file.read_bytes()))
+        except (FileNotFoundError, ValueError):
+            return None
+        return None if differences(result.manifest, self.manifest) else result
 
     def compute(self, measure: Measure) -> Result:
         """Measure, store, and return what a later run would load."""
@@ -210,21 +204,9 @@ def _tell_place(path: Path, whole: Mapping[str, Any], fresh: bool | None) -> Non
                 print(f"{latest.name} is of another run ({'; '.join(differ)}) and {kept}.")
 
 
-def _find(parts: list[_Part]) -> tuple[dict[int, Result], dict[int, str]]:
-    """Load what is there; also say why a file is unfit, by the part's number."""
-    found, unfit = {}, {}
-    for part in parts:
-        result, problem = part.load()
-        if result:
-            found[part.number] = result
-        elif problem:
-            unfit[part.number] = problem
-    return found, unfit
-
-
-def _tell_parts(path: Path, found: list[int], unfit: list[str]) -> None:
+def _tell_parts(path: Path, n_found: int, n_unfit: int) -> None:
     """Say in one line what is taken from an earlier run and what isn't."""
-    said = [f"{len(found)} were measured before"] if found else []
-    said += [f"{n} {why}: measured again" for why, n in Counter(unfit).items()]
+    said = [f"{n_found} were measured before"] if n_found else []
+    said += [f"{n_unfit} damaged or of other samples: measured again"] if n_unfit else []
     if said:
         print(f"Parts of {path.stem}: {'; '.join(said)}.")

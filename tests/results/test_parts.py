@@ -182,7 +182,7 @@ def test_a_damaged_part_is_found_and_measured_again(stopped, capsys, harm):
     assert equal(stopped(), whole())
     assert stopped.asked == ids(*range(3, 10))
     said = capsys.readouterr().out
-    assert said == "Parts of flow: 1 were measured before; 1 damaged: measured again.\n"
+    assert said == "Parts of flow: 1 were measured before; 1 damaged or of other samples: measured again.\n"
 
 
 def test_a_part_in_the_place_of_another_is_not_taken(stopped):
