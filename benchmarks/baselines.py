@@ -14,7 +14,7 @@ from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = ["RIVALS", "has_nnsight"]
+__all__ = ["BASELINES", "has_nnsight"]
 
 Logits = Float[Tensor, " vocab"]
 BATCH = 8  # variants in one batched forward pass
@@ -123,7 +123,7 @@ def _mask(variant: Variant, n_tokens: int, holds: bool) -> Bool[Tensor, "n n"]:
     return mask
 
 
-RIVALS = {
+BASELINES = {
     "everything anew": everything,
     "full forwards": decoder,
     "batched forwards": batched,

@@ -39,7 +39,7 @@ def measure_times(
 
     Returns:
         One row per way, round and part of `PARTS`, with `seconds` (on a CPU, this process's own; elsewhere
-        those of the clock on the wall): the image encoder alone; the first token of a prompt whose picture is
+        those of wall-clock time): the image encoder alone; the first token of a prompt whose picture is
         encoded already, and with its encoding; the next n_new - 1 tokens; and the last two together. Beside
         it `counted_pct`, the decoder's counted work in percent of the intact model's, NaN where more than the
         decoder runs; from_layer and n_kept.
@@ -142,7 +142,7 @@ def _timed(model: VLM, call: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds that a call takes, and its result.
 
     On a CPU they are this process's own, on all its cores, so that other processes don't count; elsewhere
-    those of the clock on the wall, and the device is waited for before and after.
+    those of wall-clock time, and the device is waited for before and after.
     """
     on_cpu = model.device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.baselines import RIVALS, has_nnsight
+from benchmarks.baselines import BASELINES, has_nnsight
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.plan import count_rows
 from mmflow_utils.engine.sweep import run_sweep
@@ -114,7 +114,7 @@ def measure_speed(
     n_image: Sequence[int] = (576,),
     flows: Sequence[Flow] = SIX_FLOWS,
     window: int = 9,
-    rivals: Iterable[str] = tuple(RIVALS),
+    baselines: Iterable[str] = tuple(BASELINES),
     n_rounds: int = 5,
     n_some: int = 6,
     progress: Callable[[str], None] = lambda line: None,
@@ -126,7 +126,7 @@ def measure_speed(
 
     Args:
         n_layers, n_image: What to vary.
-        rivals: The other ways, of `RIVALS`; nnsight is left out where it isn't installed.
+        baselines: The other ways, of `BASELINES`; nnsight is left out where it isn't installed.
         n_rounds: How often each runs; the frame holds medians.
         shape: More of `random_llava`.
 
@@ -145,11 +145,11 @@ def measure_speed(
         inputs, _ = text_inputs(model, encoded.inputs)
         ways = {"clean pass": lambda: model.unembed(model.text(**inputs).last_hidden_state[0, -1])}  # noqa: B023
         ways["sweep"] = lambda: run_sweep(model, encoded, planned)  # noqa: B023
-        for name in rivals:
+        for name in baselines:
             if name != "nnsight" or has_nnsight():
-                ways[name] = lambda way=RIVALS[name]: list(way(model, encoded, some, inputs))  # noqa: B023
+                ways[name] = lambda way=BASELINES[name]: list(way(model, encoded, some, inputs))  # noqa: B023
         seconds = _in_turns(ways, n_rounds)
-        scale = {name: len(planned) / len(some) for name in ways if name in RIVALS}
+        scale = {name: len(planned) / len(some) for name in ways if name in BASELINES}
         counts = count_rows(planned, n_tokens=encoded.positions.n_tokens, n_layers=layers)
         shared = {
             "n_layers": layers,
@@ -207,7 +207,7 @@ def _seconds(way: Callable) -> float:
 
 def _difference(model: VLM, encoded: Encoded, some: list[Variant], inputs: dict) -> float:
     mine = run_sweep(model, encoded, some).variants.softmax(-1)
-    plain = torch.stack(list(RIVALS["full forwards"](model, encoded, some, inputs))).softmax(-1)
+    plain = torch.stack(list(BASELINES["full forwards"](model, encoded, some, inputs))).softmax(-1)
     return float((mine - plain).abs().max())
 
 

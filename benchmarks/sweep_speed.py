@@ -17,7 +17,7 @@ from pathlib import Path  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.baselines import RIVALS
+from benchmarks.baselines import BASELINES
 from benchmarks.speed import measure_speed
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     read.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     read.add_argument("--image-tokens", type=int, nargs="+", default=[576])
-    read.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
+    read.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
     read.add_argument("--rounds", type=int, default=5)
     read.add_argument("--d-model", type=int, default=512)
     read.add_argument("--heads", type=int, default=8)
@@ -44,7 +44,7 @@ def main() -> None:
     frame = measure_speed(
         n_layers=args.layers,
         n_image=args.image_tokens,
-        rivals=args.rivals,
+        baselines=args.baselines,
         n_rounds=args.rounds,
         d_model=args.d_model,
         n_heads=args.heads,

@@ -41,7 +41,7 @@ def read_authors(
             continue
         kept = sample.sample_id not in found
         found.setdefault(sample.sample_id, sample)
-        reasons = notes if kept else ["the question stands twice"]
+        reasons = notes if kept else ["the question is duplicated"]
         left_out += [{"sample_id": sample.sample_id, "reason": reason, "kept": kept} for reason in reasons]
     return list(found.values()), pd.DataFrame(left_out, columns=["sample_id", "reason", "kept"])
 

@@ -48,7 +48,7 @@ def read_gqa(
         true where the sample stays and lost only a box or its options. Boxes are clipped to the picture.
 
     Raises:
-        ValueError: A file or folder that is missing, cut short or of another layout; an id that stands twice;
+        ValueError: A file or folder that is missing, cut short or of another layout; an id that is duplicated;
             no question that can be used; an unknown task.
     """
     wanted = _known_tasks(tasks)
@@ -57,7 +57,7 @@ def read_gqa(
     skipped: list[dict[str, Any]] = []
     for sample_id, entry in read_entries(questions, "GQA question file", progress=progress):
         if sample_id in found:
-            raise ValueError(f"{questions}: question {sample_id!r} stands twice; download the file again")
+            raise ValueError(f"{questions}: question {sample_id!r} is duplicated; download the file again")
         with _recorded(sample_id, skipped) as notes:
             if sample := _gqa_sample(sample_id, entry, folder, wanted, notes):
                 found[sample_id] = sample
@@ -102,7 +102,7 @@ def _graphs_of(samples: list[Sample], scene_graphs: Path | str, progress: bool) 
     graphs: dict[str, Any] = {}
     for image_id, graph in read_entries(scene_graphs, "GQA scene graph file", progress=progress):
         if image_id in graphs:
-            raise ValueError(f"{scene_graphs}: image {image_id!r} stands twice; download the file again")
+            raise ValueError(f"{scene_graphs}: image {image_id!r} is duplicated; download the file again")
         if image_id in asked:
             graphs[image_id] = _boxes_alone(graph, asked[image_id])
     return graphs

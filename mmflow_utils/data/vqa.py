@@ -179,7 +179,7 @@ def _each(path: Path | str, entries: Any, field: str, make: Callable[[dict[str, 
                 raise ValueError(f"question_id should be a number or a name, got {key!r:.40}")
             where += f" (question_id {key!r:.40})"
             if str(key) in made:
-                raise ValueError("question_id stands twice")
+                raise ValueError("question_id is duplicated")
             made[str(key)] = make(entry)
         except ValueError as error:
             raise ValueError(f"{where}: {error}; fetch the official files of one split again") from error

@@ -161,12 +161,12 @@ def attention_pattern(
 
 
 def _check_positions(model: VLM, encoded: Encoded) -> str:
-    spans, ids = encoded.positions, encoded.inputs["input_ids"][0].tolist()
-    said = model.tokenizer.decode([ids[p] for p in spans["question"]]).strip()
+    positions, ids = encoded.positions, encoded.inputs["input_ids"][0].tolist()
+    said = model.tokenizer.decode([ids[p] for p in positions["question"]]).strip()
     if "".join(said.split()) != "".join(encoded.sample.question.split()):
         return f"the question's positions read {said!r}, not {encoded.sample.question!r}"
-    wrong = [p for p in spans.get("image") if ids[p] != model.image_token_id]
+    wrong = [p for p in positions.get("image") if ids[p] != model.image_token_id]
     if wrong:
         return f"position {wrong[0]} is called an image token, but reads {encoded.tokens[wrong[0]]!r}"
-    at_end = spans.last == spans.n_tokens - 1 == len(ids) - 1
-    return "" if at_end else f"last is {spans.last}, but the prompt has {len(ids)} tokens"
+    at_end = positions.last == positions.n_tokens - 1 == len(ids) - 1
+    return "" if at_end else f"last is {positions.last}, but the prompt has {len(ids)} tokens"

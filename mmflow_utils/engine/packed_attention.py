@@ -1,7 +1,7 @@
 """Attention of packed rows: to the clean keys that all share, and to their own branch's.
 
-A rider comes in by a keyword argument of the decoder layer, named `PACKED_ATTENTION`, which the library hands down to
-its attention function: so nothing is stored on the model.
+What attends comes in by a keyword argument of the decoder layer, named `PACKED_ATTENTION`, which the library hands
+down to its attention function: so nothing is stored on the model.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 __all__ = ["PACKED_ATTENTION", "Attend", "Block", "Capture", "allowed", "as_index", "keys_only"]
 
-PACKED_ATTENTION = "mmflow_ride"
+PACKED_ATTENTION = "mmflow_packed"
 # So many own keys stand side by side in one call: enough to keep it busy, few enough that the scores between
 # strangers, which are masked, cost little.
 _OWN_KEYS = 128
@@ -231,9 +231,9 @@ def _replaced(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scali
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    """Hand attention to whoever rides on this call; without a rider it is the library's own."""
-    rider = kwargs.pop(PACKED_ATTENTION, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return rider(module, query, key, value, attention_mask, **kwargs)
+    """Attend by what this call brings along for its packed rows; without it, as the library does."""
+    attend = kwargs.pop(PACKED_ATTENTION, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 # Without a mask function of its own, an attention function is given no mask and silently sees the future.

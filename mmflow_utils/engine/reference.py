@@ -1,6 +1,6 @@
 """The plain slow way: one full forward pass of the decoder for every variant.
 
-It is the oracle that the fast sweep is held against, and the fallback where the sweep does not fit. It shares
+It is the oracle that the fast sweep is compared with, and the fallback where the sweep does not fit. It shares
 nothing with the sweep: the library's own attention runs, with another mask, another value or a zeroed output.
 """
 

@@ -1,10 +1,10 @@
-"""The fast way: all variants of a prompt ride on one clean forward pass, exactly.
+"""The fast way: all variants of a prompt run beside one clean forward pass, exactly.
 
 A variant that edits the layers [a, b) at the positions T is the clean run below layer `a`, and by
 causality only positions from min(T) on ever change. So one clean pass runs as the library runs it; a hook
 on each layer sees its clean input, keys and values, and calls the same layer again on those rows of all
-variants that differ, packed into one sequence (`ride`). The library's own norms, projections and MLP run;
-only the attention between packed rows is ours (`attention`). What need not be computed is not (`plan`):
+variants that differ, packed into one sequence (`packed_pass`). The library's own norms, projections and MLP run;
+only the attention between packed rows is ours (`packed_attention`). What need not be computed is not (`plan`):
 
 - In the layer where a variant begins, only the rows in T differ from the clean run's.
 - Variants that begin alike (windows clipped at layer 0) are one until the first of them ends; it leaves the
@@ -16,18 +16,17 @@ only the attention between packed rows is ours (`attention`). What need not be c
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate.utils import find_executable_batch_size
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from mmflow_utils.engine.packed_pass import PackedPass
-from mmflow_utils.engine.plan import count_rows, plan_branches
+from mmflow_utils.engine.plan import plan_branches
 from mmflow_utils.engine.reference import Keep, Run, check_request, run_reference
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = ["count_rows", "engine", "run_sweep"]
+__all__ = ["engine", "run_sweep"]
 
 
 @torch.inference_mode()
@@ -76,46 +75,28 @@ def run_sweep(
     # In the order of their families: those that share their start come into one chunk.
     order = [n for b in plan_branches(variants, read=read, n_layers=n_layers) for n in b.variants]
     rows: dict[int, Tensor] = {}
-    clean: list[PackedPass] = []
-
-    def ride(size: int) -> None:
-        while not clean or len(rows) < len(order):
-            now = order[len(rows) : len(rows) + size]
-            branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
-            this = PackedPass(model, branches, read, keep)
-            rows.update((now[n], kept) for n, kept in this.run(encoded).items())
-            clean[:] = clean or [this]
-
-    size = chunk or max(1, len(order))
-    if not _fits(ride, size):
-        smaller = iter([size >> n for n in range(1, size.bit_length() + 1)])
-        fits = find_executable_batch_size(
-            ride, starting_batch_size=next(smaller), reduce_batch_size_fn=lambda: next(smaller)
-        )
-        fits()
-    base = clean[0].base
+    stream: list[Tensor] = []
+    base, size = torch.empty(0), chunk or max(1, len(order))
+    while not stream or len(rows) < len(order):
+        now = order[len(rows) : len(rows) + size]
+        branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
+        packed = PackedPass(model, branches, read, keep)
+        try:
+            rows.update((now[n], kept) for n, kept in packed.run(encoded).items())
+            base, stream = packed.base, packed.resid_post
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+            size //= 2
+            del packed
+            clear_device_cache(garbage_collection=True)
     found = [rows.get(n, base) for n in range(len(variants))]
-    return Run.from_parts(encoded, base, found, clean[0].resid_post, one=one)
+    return Run.from_parts(encoded, base, found, stream, one=one)
 
 
 def engine(method: str) -> Callable[..., Run]:
-    """Return the engine of a `method`: `sweep`, or `reference`, the plain way.
-
-    >>> engine("sweep") is run_sweep
-    True
-    """
+    """Return the engine of a `method`: `sweep`, or `reference`, the plain way."""
     engines: dict[str, Callable[..., Run]] = {"sweep": run_sweep, "reference": run_reference}
     if method not in engines:
         raise ValueError(f"method must be one of {', '.join(engines)}, got {method!r}.")
     return engines[method]
-
-
-def _fits(ride, size: int) -> bool:
-    """Try at once: accelerate's decorator collects garbage first, which takes as long as a small sweep."""
-    try:
-        ride(size)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        return False
-    return True

@@ -109,10 +109,10 @@ def equal_work(
     Returns:
         The pruning of the most work that is no more than that; None where even keeping none is more.
     """
-    rivals = [
+    prunings = [
         Pruning(from_layer=from_layer, n_kept=n, choice=choice, seed=seed)
         for n in range(len(image_positions(encoded)) + 1)
     ]
     flops = work_of(model, encoded, pruning).first_token_flops
-    n_fitting = bisect_right(rivals, flops, key=lambda rival: work_of(model, encoded, rival).first_token_flops)
-    return rivals[n_fitting - 1] if n_fitting else None
+    n_fitting = bisect_right(prunings, flops, key=lambda one: work_of(model, encoded, one).first_token_flops)
+    return prunings[n_fitting - 1] if n_fitting else None

@@ -42,7 +42,7 @@ def plot_stages(
 
     The wider an arrow, the more of the answer's probability is lost without it. A diamond stands at a stage's
     strongest layer, with the interval of that layer. Beside the last position stand the words that the lens
-    reads there. Where the patches were parted into related and other ones, these stand for the image.
+    reads there. Where the patches were divided into related and other ones, these stand for the image.
 
     Args:
         layers: From `stage_layers` by model and line: mean and in_stage of every layer.

@@ -27,14 +27,14 @@ def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of ques
         title, subtitle: Above the figure.
 
     Raises:
-        ValueError: A column is missing, a group stands twice, or there are no rows.
+        ValueError: A column is missing, a group is duplicated, or there are no rows.
     """
     if "accuracy" in frame and "accuracy_pct" not in frame:
         frame = frame.assign(accuracy_pct=100 * frame["accuracy"])
     need(frame, ["structural", "semantic", "accuracy_pct", "n"])
     frame = frame.assign(structural=frame["structural"].str.lower(), semantic=frame["semantic"].str.lower())
     if frame.duplicated(["structural", "semantic"]).any():
-        raise ValueError("a structural x semantic group stands twice: select one model before drawing")
+        raise ValueError("a structural x semantic group is duplicated: select one model before drawing")
     rows = ordered(frame["structural"], ("verify", "query", "choose", "logical", "compare"))
     columns = ordered(frame["semantic"], ("obj", "attr", "cat", "rel", "global"))
     names = {"obj": "Object", "attr": "Attribute", "cat": "Category", "rel": "Relation", "global": "Global"}

@@ -15,7 +15,7 @@ from mmflow_utils.prompts.flows import pretty_name
 _IMAGE_SETS = ("image", "image_newline", "image_related", "image_other")
 
 
-def plot_prompt(tokens: Sequence[str], spans: Any) -> HTML:
+def plot_prompt(tokens: Sequence[str], positions: Any) -> HTML:
     """Show a prompt's tokens, colored by position set, with a legend.
 
     A token has the color of the smallest set that holds it (an option within the question). Sets that are
@@ -23,7 +23,7 @@ def plot_prompt(tokens: Sequence[str], spans: Any) -> HTML:
 
     Args:
         tokens: The prompt's tokens as text, one per position.
-        spans: The prompt's `PositionSets`, or a mapping from name to positions.
+        positions: The prompt's `PositionSets`, or a mapping from name to positions.
 
     Returns:
         HTML without scripts, all text escaped, legible on light and dark pages: text keeps the page's color.
@@ -31,7 +31,7 @@ def plot_prompt(tokens: Sequence[str], spans: Any) -> HTML:
     Raises:
         ValueError: A set holds a position that the tokens don't have.
     """
-    sets = {name: tuple(at) for name, at in getattr(spans, "sets", spans).items()}
+    sets = {name: tuple(at) for name, at in getattr(positions, "sets", positions).items()}
     drawn = [n for n in sets if sets[n] and "_without_" not in n and (n != "options" or "option_true" not in sets)]
     if (furthest := max((p for name in drawn for p in sets[name]), default=-1)) >= len(tokens):
         raise ValueError(
@@ -52,7 +52,7 @@ def plot_prompt(tokens: Sequence[str], spans: Any) -> HTML:
     legend = [
         f'<span style="white-space:nowrap">{_dot(n)}{escape(pretty_name(n))} ({len(sets[n])})</span>' for n in order
     ]
-    absent = [f"{escape(pretty_name(n))}: {escape(why)}" for n, why in getattr(spans, "missing", {}).items()]
+    absent = [f"{escape(pretty_name(n))}: {escape(why)}" for n, why in getattr(positions, "missing", {}).items()]
     note = f'<div style="font-size:0.85em;opacity:0.75">Not in this prompt: {"; ".join(absent)}</div>' if absent else ""
     return HTML(
         '<div class="mmflow-prompt" style="max-width:60em;line-height:2.1">'

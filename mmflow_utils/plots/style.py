@@ -53,7 +53,7 @@ def set_color(name: str) -> str:
 def _color_of(flow: flows.Flow) -> str:
     if flow.source in ("image", "captions") and flow.target == "question":
         return "#009E73"  # it stands beside Image -> Last in one figure, so it can't have the image's color
-    # A flow into a part of the question is told apart by that part, any other by where it comes from.
+    # A flow into a part of the question is identified by that part, any other by where it comes from.
     return set_color(flow.source if flow.target in _WHOLE else flow.target)
 
 

@@ -47,7 +47,7 @@ class Encoded:
 def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "") -> Encoded:
     """Ask a sample's question in the model's own prompt and find its positions.
 
-    A part of the question that can't be found is missing from the spans, with the reason.
+    A part of the question that can't be found is missing from the positions, with the reason.
 
     Args:
         model: Its `prompt` may hold `<image>`, `{question}` and `{caption}` (App. G: captions in place of
@@ -61,8 +61,8 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
             cuts the prompt unlike the processor.
 
     Example:
-        >>> spans = encode(model, sample).positions
-        >>> spans["last"] == (spans.n_tokens - 1,)
+        >>> positions = encode(model, sample).positions
+        >>> positions["last"] == (positions.n_tokens - 1,)
         True
     """
     text, chars = _fill(model, sample)
@@ -75,17 +75,17 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     offsets += [(len(text), len(text))] * len(extra)
     ids = inputs["input_ids"][0].tolist()
     _hold_in_context(model, sample, len(ids))
-    spans = _find_text(sample, text, chars, offsets)
+    positions = _find_text(sample, text, chars, offsets)
     if picture:
-        spans = spans.with_(image=[n for n, token in enumerate(ids) if token == model.image_token_id])
-        spans = _name_patches(model, spans, sample, picture.size, inputs)
+        positions = positions.with_(image=[n for n, token in enumerate(ids) if token == model.image_token_id])
+        positions = _name_patches(model, positions, sample, picture.size, inputs)
     else:
-        spans = spans.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
+        positions = positions.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
     inputs = {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
-    return Encoded(sample, inputs, spans, text, _token_texts(model, ids, text, offsets))
+    return Encoded(sample, inputs, positions, text, _token_texts(model, ids, text, offsets))
 
 
 def image_positions(encoded: Encoded) -> list[int]:
@@ -272,18 +272,18 @@ def _find_text(
 
 
 def _name_patches(
-    model: VLM, spans: PositionSets, sample: Sample, size: tuple[int, int], inputs: Mapping[str, Tensor]
+    model: VLM, positions: PositionSets, sample: Sample, size: tuple[int, int], inputs: Mapping[str, Tensor]
 ) -> PositionSets:
     """Divide the image tokens into newlines, patches under a box of the question's objects, and the others."""
     boxes = [thing.box for thing in sample.objects if thing.box]
     flags = _flag_tokens(model, size, inputs, boxes)
-    tokens = spans["image"]
+    tokens = positions["image"]
     if len(flags) != len(tokens):
         reason = _unaligned(len(flags), len(tokens))
-        return spans.with_missing(image_newline=reason, image_related=reason, image_other=reason)
+        return positions.with_missing(image_newline=reason, image_related=reason, image_other=reason)
     newline, related = torch.isnan(flags).tolist(), (flags > 0).tolist()
     marks = list(zip(tokens, newline, related, strict=True))
-    spans = spans.with_(
+    positions = positions.with_(
         image=[p for p, is_newline, _ in marks if not is_newline],
         image_newline=[p for p, is_newline, _ in marks if is_newline],
         image_related=[p for p, _, is_related in marks if is_related],
@@ -291,10 +291,12 @@ def _name_patches(
     )
     if not boxes:
         reason = "no object of the question has a box in the picture"
-        return spans.with_missing(image_related=reason, image_other=reason)
-    if "image_related" not in spans:
-        return spans.with_missing(image_related="every box lies outside what the model sees of the picture")
-    return spans if "image_other" in spans else spans.with_missing(image_other="boxes cover the whole picture")
+        return positions.with_missing(image_related=reason, image_other=reason)
+    if "image_related" not in positions:
+        return positions.with_missing(image_related="every box lies outside what the model sees of the picture")
+    return (
+        positions if "image_other" in positions else positions.with_missing(image_other="boxes cover the whole picture")
+    )
 
 
 def _flag_tokens(

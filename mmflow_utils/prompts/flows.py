@@ -169,27 +169,27 @@ def window_sizes(n_layers: int) -> list[int]:
     return sorted({max(1, floor(width * scale + 0.5)) for width in _PAPER_WINDOWS})
 
 
-def flow_problem(spans: PositionSets, flow: Flow, *, intervention: Intervention = "mask") -> str | None:
+def flow_problem(positions: PositionSets, flow: Flow, *, intervention: Intervention = "mask") -> str | None:
     """Return why a flow can't be blocked in a prompt, or None when it can.
 
-    >>> spans = PositionSets(n_tokens=4, sets={"question": (1, 2), "last": (3,)}, missing={"image": "text only"})
-    >>> flow_problem(spans, Flow(source="last", target="question"))
+    >>> positions = PositionSets(n_tokens=4, sets={"question": (1, 2), "last": (3,)}, missing={"image": "text only"})
+    >>> flow_problem(positions, Flow(source="last", target="question"))
     'no position of Last comes before one of Question: nothing flows back in time'
-    >>> flow_problem(spans, Flow(source="question", target="last")) is None
+    >>> flow_problem(positions, Flow(source="question", target="last")) is None
     True
     """
     edges = intervention not in MODULE_INTERVENTIONS
     for name in (flow.source, flow.target) if edges else (flow.target,):
-        if name not in spans:
-            return spans.why_missing(name)
-    if edges and min(spans[flow.source]) > max(spans[flow.target]):
+        if name not in positions:
+            return positions.why_missing(name)
+    if edges and min(positions[flow.source]) > max(positions[flow.target]):
         source, target = pretty_name(flow.source), pretty_name(flow.target)
         return f"no position of {source} comes before one of {target}: nothing flows back in time"
     return None
 
 
 def variants(
-    spans: PositionSets,
+    positions: PositionSets,
     flows: Iterable[Flow],
     *,
     window: int,
@@ -201,7 +201,7 @@ def variants(
     """List the runs of an experiment on one prompt: each flow, blocked around each layer.
 
     Args:
-        spans: The prompt's position sets.
+        positions: The prompt's position sets.
         flows: Flows to block. A module intervention acts on the flow's target; its source is not used.
         window: Width in layers.
         n_layers: Number of decoder layers.
@@ -217,8 +217,8 @@ def variants(
         ValueError: No flow; a flow whose positions are missing or empty, or that runs against causality (see
             `flow_problem`); a layer outside the model or named twice; a bad window or intervention.
 
-    >>> spans = PositionSets(n_tokens=6, sets={"image": (1, 2), "question": (3, 4), "last": (5,)})
-    >>> [v.layers for v in variants(spans, IMAGE_TO_QUESTION, window=3, n_layers=3)]
+    >>> positions = PositionSets(n_tokens=6, sets={"image": (1, 2), "question": (3, 4), "last": (5,)})
+    >>> [v.layers for v in variants(positions, IMAGE_TO_QUESTION, window=3, n_layers=3)]
     [range(0, 2), range(0, 3), range(1, 3)]
     """
     _check_intervention(intervention)
@@ -233,9 +233,9 @@ def variants(
     windows = [(i, window_layers(i, window=window, n_layers=n_layers, placement=placement)) for i in layers]
     found = []
     for flow in flows:
-        if problem := flow_problem(spans, flow, intervention=intervention):
+        if problem := flow_problem(positions, flow, intervention=intervention):
             raise ValueError(f"can't block {flow}: {problem}")
-        source, target = () if modules else spans[flow.source], spans[flow.target]
+        source, target = () if modules else positions[flow.source], positions[flow.target]
         found += [
             Variant(layers=held, target=target, source=source, intervention=intervention, flow=flow, layer=i)
             for i, held in windows

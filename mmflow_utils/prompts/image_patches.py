@@ -139,20 +139,20 @@ def encode_random_patches(
     """
     encoded = encode(model, sample)
     names = [f"image_random_{draw}" for draw in range(1, n_draws + 1)]
-    spans = encoded.positions
-    if reason := spans.missing.get("image_related") or spans.missing.get("image_other"):
-        return replace(encoded, positions=spans.with_missing(**dict.fromkeys(names, reason)))
+    positions = encoded.positions
+    if reason := positions.missing.get("image_related") or positions.missing.get("image_other"):
+        return replace(encoded, positions=positions.with_missing(**dict.fromkeys(names, reason)))
     patches, size = locate_image_patches(model, encoded), load_image(sample).size
     boxes = [thing.box for thing in sample.objects if thing.box]
     rng = np.random.default_rng([seed, crc32(sample.sample_id.encode())])
-    related, found = set(spans["image_related"]), {}
+    related, found = set(positions["image_related"]), {}
     for name in names:
         moved = random_boxes(boxes, patches, size, rng=rng, n_tries=n_tries)
         found[name] = set(find_image_patches(model, encoded, moved or ())) - related
     if not all(found.values()):
         reason = "the picture has no room for boxes of that size beside the related image patches"
-        return replace(encoded, positions=spans.with_missing(**dict.fromkeys(names, reason)))
-    return replace(encoded, positions=spans.with_(**found))
+        return replace(encoded, positions=positions.with_missing(**dict.fromkeys(names, reason)))
+    return replace(encoded, positions=positions.with_(**found))
 
 
 def control_flows(n_draws: int) -> tuple[Flow, ...]:
@@ -182,15 +182,15 @@ def merge_draws(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame[~draws], merged[list(frame.columns)]], ignore_index=True)
 
 
-def count_image_patches(spans: PositionSets) -> dict[str, float]:
+def count_image_patches(positions: PositionSets) -> dict[str, float]:
     """Count the image patches of each set of a prompt; the random draws are averaged, and NaN if absent.
 
-    >>> spans = PositionSets(n_tokens=4, sets={"image": (0, 1, 2), "image_random_1": (2,)})
-    >>> count_image_patches(spans)["image_random"]
+    >>> positions = PositionSets(n_tokens=4, sets={"image": (0, 1, 2), "image_random_1": (2,)})
+    >>> count_image_patches(positions)["image_random"]
     1.0
     """
-    counts = {name: float(len(spans.get(name))) for name in ("image", "image_related", "image_other")}
-    draws = [len(spans[name]) for name in spans.sets if _DRAW.fullmatch(name)]
+    counts = {name: float(len(positions.get(name))) for name in ("image", "image_related", "image_other")}
+    draws = [len(positions[name]) for name in positions.sets if _DRAW.fullmatch(name)]
     return counts | {"image_random": float(np.mean(draws)) if draws else np.nan}
 
 

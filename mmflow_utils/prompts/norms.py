@@ -113,14 +113,14 @@ def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
     `image_other_low_norm`; where one is empty it is missing, with the reason.
     """
     encoded = encode(model, sample)
-    spans, norms = encoded.positions, patch_norms(model, encoded)
-    high = {p for p, norm in zip(spans["image"], norms, strict=True) if norm > threshold}
+    positions, norms = encoded.positions, patch_norms(model, encoded)
+    high = {p for p, norm in zip(positions["image"], norms, strict=True) if norm > threshold}
     found, missing = {}, {}
     for name in ("image_related", "image_other"):
-        found[f"{name}_low_norm"] = [p for p in spans.get(name) if p not in high]
-        missing[f"{name}_low_norm"] = spans.missing.get(name, "all its image patches have a high norm")
+        found[f"{name}_low_norm"] = [p for p in positions.get(name) if p not in high]
+        missing[f"{name}_low_norm"] = positions.missing.get(name, "all its image patches have a high norm")
     found["image_high_norm"] = sorted(high)
     missing["image_high_norm"] = f"no image patch has a norm above {threshold:.1f}"
     empty = {name: reason for name, reason in missing.items() if not found[name]}
-    spans = spans.with_(**{name: held for name, held in found.items() if held}).with_missing(**empty)
-    return replace(encoded, positions=spans)
+    positions = positions.with_(**{name: held for name, held in found.items() if held}).with_missing(**empty)
+    return replace(encoded, positions=positions)

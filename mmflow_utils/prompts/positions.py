@@ -44,10 +44,10 @@ class PositionSets:
     Raises:
         ValueError: A position outside the prompt.
 
-    >>> spans = PositionSets(n_tokens=5, sets={"image": [1, 2], "last": [4]}, missing={"objects": "none is named"})
-    >>> spans["image"], spans.last, "objects" in spans
+    >>> positions = PositionSets(n_tokens=5, sets={"image": [1, 2], "last": [4]}, missing={"objects": "none is named"})
+    >>> positions["image"], positions.last, "objects" in positions
     ((1, 2), 4, False)
-    >>> spans.with_(question=[3])["question"]
+    >>> positions.with_(question=[3])["question"]
     (3,)
     """
 
@@ -140,7 +140,7 @@ def find_phrase(text: str, phrase: str, *, within: Range | None = None) -> list[
 def find_options(question: str, option_true: str, option_false: str) -> tuple[tuple[Range, Range] | None, str]:
     """Find the two options that a question offers.
 
-    Where a word stands twice, the pair around "or" is meant: "… to the right or to the left of the chair on
+    Where a word occurs twice, the pair around "or" is meant: "… to the right or to the left of the chair on
     the left side?"
 
     Returns:
@@ -321,10 +321,10 @@ def _overlap(a: Range, b: Range) -> bool:
 
 def _characters(text: str, words: tuple[int, int] | None) -> Range | None:
     """Turn a half-open range of words into characters, or None where the text has no such words."""
-    spans = [m.span() for m in re.finditer(r"\S+", text)]
-    if words is None or not 0 <= words[0] < words[1] <= len(spans):
+    ranges = [m.span() for m in re.finditer(r"\S+", text)]
+    if words is None or not 0 <= words[0] < words[1] <= len(ranges):
         return None
-    start, end = spans[words[0]][0], spans[words[1] - 1][1]
+    start, end = ranges[words[0]][0], ranges[words[1] - 1][1]
     bare = list(_WORD.finditer(text, start, end))
     return (bare[0].start(), bare[-1].end()) if bare else None
 

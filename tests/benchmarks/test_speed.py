@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.baselines import RIVALS, has_nnsight
+from benchmarks.baselines import BASELINES, has_nnsight
 from benchmarks.plots import plot_costs
 from benchmarks.speed import SIX_FLOWS, measure_speed, random_llava, random_prompt
 from mmflow_utils.engine.reference import run_reference
@@ -25,16 +25,16 @@ def race():
     return model, encoded, planned, text_inputs(model, encoded.inputs)[0]
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_every_way_gives_the_reference_numbers(race, name):
     if name == "nnsight" and not has_nnsight():
         pytest.skip("nnsight isn't installed; it is no part of the environment")
     model, encoded, planned, inputs = race
     with torch.inference_mode():
-        found = torch.stack(list(RIVALS[name](model, encoded, planned, inputs))).softmax(-1)
+        found = torch.stack(list(BASELINES[name](model, encoded, planned, inputs))).softmax(-1)
     plain = run_reference(model, encoded, planned)
     assert (found - plain.variants.softmax(-1)).abs().max() < 1e-5
-    # A knockout that does nothing would agree with a rival that does nothing.
+    # A knockout that does nothing would agree with a baseline that does nothing.
     assert (found - plain.base.softmax(-1)).abs().amax(-1).gt(1e-4).float().mean() > 0.8
 
 
@@ -57,7 +57,7 @@ def measured():
 
 def test_a_row_for_each_model_and_way(measured):
     frame, lines = measured
-    ways = ["clean pass", "sweep", *(name for name in RIVALS if name != "nnsight" or has_nnsight())]
+    ways = ["clean pass", "sweep", *(name for name in BASELINES if name != "nnsight" or has_nnsight())]
     assert frame.groupby(["n_layers", "n_tokens"], sort=False).way.agg(list).tolist() == [ways] * 4
     assert len(lines) == len(frame) and "2 layers" in lines[0]
     assert (frame.n_variants == frame.n_layers * len(FLOW_TO_LAST)).all()

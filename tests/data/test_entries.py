@@ -137,7 +137,7 @@ def test_an_id_that_stands_twice_stops_the_reading(tmp_path, which):
     files = write_large(tmp_path, 20)
     text = files[which].read_text()
     files[which].write_text(text[:-1] + ', "1": ' + json.dumps((question, graph)[which](1)) + "}")
-    with pytest.raises(ValueError, match=f"{files[which].name}: .* '1' stands twice"):
+    with pytest.raises(ValueError, match=f"{files[which].name}: .* '1' is duplicated"):
         read_gqa(*files, tmp_path)
 
 

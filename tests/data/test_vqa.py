@@ -144,7 +144,7 @@ def test_answers_survive_a_parquet_file(okvqa, tmp_path):
         (dict(image_id=7), "no annotation of this question_id and image_id in .*annotations.json"),
         (dict(question_id=5), "no annotation of this question_id"),
         (dict(question_id=None), "question_id should be a number or a name, got None"),
-        (dict(question_id=427), "question_id stands twice"),
+        (dict(question_id=427), "question_id is duplicated"),
     ],
 )
 def test_a_malformed_question_stops_with_its_file_entry_and_field(okvqa, changes, message):

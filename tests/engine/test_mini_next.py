@@ -66,8 +66,8 @@ def test_it_is_the_librarys_own_llava_next_with_tiles_and_grouped_heads():
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_picture_takes_as_many_tokens_as_its_shape_asks_for(frame):
-    spans = one_of(frame).positions
-    assert (len(spans["image"]), len(spans["image_newline"])) == TOKENS[frame]
+    positions = one_of(frame).positions
+    assert (len(positions["image"]), len(positions["image_newline"])) == TOKENS[frame]
 
 
 def test_it_answers_nine_of_ten_questions_of_each_task_and_not_without_its_picture():

@@ -184,14 +184,14 @@ def test_the_mean_of_one_value_is_itself_and_of_many_is_not(tmp_path):
 
 def test_windows_interventions_and_targets_all_matter(tmp_path):
     model, encoded = ready(tmp_path)
-    spans = encoded.positions
+    positions = encoded.positions
     rows = [
-        Variant(layers=range(0, 2), target=spans["last"], source=spans["image"]),
-        Variant(layers=range(1, 3), target=spans["last"], source=spans["image"]),
-        Variant(layers=range(0, 2), target=spans["last"], source=spans["question"]),
-        Variant(layers=range(0, 2), target=spans["question"], source=spans["image"]),
-        Variant(layers=range(0, 2), target=spans["last"], source=spans["image"], intervention="zero_value"),
-        Variant(layers=range(0, 2), target=spans["last"], intervention="mlp_output"),
+        Variant(layers=range(0, 2), target=positions["last"], source=positions["image"]),
+        Variant(layers=range(1, 3), target=positions["last"], source=positions["image"]),
+        Variant(layers=range(0, 2), target=positions["last"], source=positions["question"]),
+        Variant(layers=range(0, 2), target=positions["question"], source=positions["image"]),
+        Variant(layers=range(0, 2), target=positions["last"], source=positions["image"], intervention="zero_value"),
+        Variant(layers=range(0, 2), target=positions["last"], intervention="mlp_output"),
     ]
     run = run_reference(model, encoded, rows)
     every = torch.cat([run.base[None], run.variants])

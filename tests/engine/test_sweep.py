@@ -168,14 +168,14 @@ def test_all_flows_and_layers_in_one_go(intervention, window):
 @pytest.mark.parametrize("intervention", get_args(Intervention))
 def test_another_window_or_one_token_less_is_told_apart(intervention):
     model, encoded = setting("llava")
-    spans = encoded.positions
+    positions = encoded.positions
     edges = not intervention.endswith("output")
 
     def variant(layers, source, target):
         source = source if edges else ()
         return Variant(layers=layers, target=target, source=source, intervention=intervention)
 
-    image, question = spans["image"], spans["question"]
+    image, question = positions["image"], positions["question"]
     right = variant(range(1, 3), image, question)
     wrong = [variant(range(1, 2), image, question), variant(range(0, 3), image, question)]
     wrong += [variant(range(1, 3), image, question[:-1]), variant(range(1, 3), image, question[1:])]
@@ -259,11 +259,11 @@ def test_memory_that_runs_out_costs_time_only(monkeypatch):
     some = variants(encoded.positions, FLOWS, window=3, n_layers=N_LAYERS)
     sizes, whole = [], PackedPass.run
 
-    def small(ride, encoded):
-        sizes.append(sum(len(branch.variants) for branch in ride.branches))
+    def small(packed, encoded):
+        sizes.append(sum(len(branch.variants) for branch in packed.branches))
         if sizes[-1] > 7:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
-        return whole(ride, encoded)
+        return whole(packed, encoded)
 
     expected = run_sweep(model, encoded, some)
     monkeypatch.setattr(PackedPass, "run", small)
@@ -348,14 +348,14 @@ def test_bad_read_and_chunk_are_refused():
 
 def test_few_rows_are_computed():
     _, encoded = setting("llava")
-    spans, n_layers = encoded.positions, 16
-    some = variants(spans, FLOWS, window=9, n_layers=n_layers)
-    counts = count_rows(some, n_tokens=spans.n_tokens, n_layers=n_layers)
-    full = len(some) * spans.n_tokens * n_layers
+    positions, n_layers = encoded.positions, 16
+    some = variants(positions, FLOWS, window=9, n_layers=n_layers)
+    counts = count_rows(some, n_tokens=positions.n_tokens, n_layers=n_layers)
+    full = len(some) * positions.n_tokens * n_layers
     assert counts["computed"] < counts["bound"] < full / 3
-    to_last = [v for v in some if v.target == (spans.last,)]
+    to_last = [v for v in some if v.target == (positions.last,)]
     starts = {(v.layers.start, v.source) for v in to_last}
     alone = sum(n_layers - start for start, _ in starts)
     # Windows clipped at layer 0 share their start, so they cost less than each on its own.
     each = sum(n_layers - window_layers(i, window=9, n_layers=n_layers).start for i in range(n_layers))
-    assert alone < count_rows(to_last, n_tokens=spans.n_tokens, n_layers=n_layers)["bound"] < 3 * each
+    assert alone < count_rows(to_last, n_tokens=positions.n_tokens, n_layers=n_layers)["bound"] < 3 * each

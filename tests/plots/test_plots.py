@@ -291,7 +291,7 @@ def test_accuracy_prints_each_group_once_with_n():
     assert cells == {(1, 0): ["71.3 %", "n = 1,200"], (0, 1): ["90.2 %", "n = 24"], (1, 2): ["–", "n = 0"]}
     fractions = frame.drop(columns="accuracy_pct").assign(accuracy=frame["accuracy_pct"] / 100)
     assert texts(plot_accuracy(fractions, title="Accuracy")) == texts(figure)
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="is duplicated"):
         plot_accuracy(pd.concat([frame, frame]))
 
 
@@ -361,7 +361,7 @@ class Page(HTMLParser):
             self.chips[-1][0] += data
 
 
-def prompt_spans(n_image: int = 16, **more) -> tuple[list[str], PositionSets]:
+def prompt_positions(n_image: int = 16, **more) -> tuple[list[str], PositionSets]:
     tokens = ["<s>", "▁USER", ":", *["<image>"] * n_image, "<0x0A>", "▁red", "Ġor", " blue", "?", "\n", ":"]
     q = 4 + n_image
     sets = {"image": range(3, 3 + n_image), "question": range(q, q + 4), "option_true": [q], "last": [q + 5]}
@@ -369,8 +369,8 @@ def prompt_spans(n_image: int = 16, **more) -> tuple[list[str], PositionSets]:
 
 
 def test_tokens_have_the_color_of_the_smallest_set_that_holds_them():
-    tokens, spans = prompt_spans(question_without_options=[21, 23], options=[20, 22], option_false=[22])
-    chips = {text: (title, style) for text, title, style in Page(plot_prompt(tokens, spans).data).chips}
+    tokens, positions = prompt_positions(question_without_options=[21, 23], options=[20, 22], option_false=[22])
+    chips = {text: (title, style) for text, title, style in Page(plot_prompt(tokens, positions).data).chips}
     assert chips["·red"][0] == "position 20: True option" and SET_COLORS["option_true"] in chips["·red"][1]
     assert chips["·or"][0] == "position 21: Question" and SET_COLORS["question"] in chips["·or"][1]
     assert chips["·blue"][0] == "position 22: False option"
@@ -378,13 +378,15 @@ def test_tokens_have_the_color_of_the_smallest_set_that_holds_them():
 
 
 def test_a_long_run_of_image_tokens_is_one_chip_with_its_count():
-    tokens, spans = prompt_spans(image_related=[5, 6, 9], image_other=[p for p in range(3, 19) if p not in (5, 6, 9)])
-    page = Page(plot_prompt(tokens, spans).data)
+    tokens, positions = prompt_positions(
+        image_related=[5, 6, 9], image_other=[p for p in range(3, 19) if p not in (5, 6, 9)]
+    )
+    page = Page(plot_prompt(tokens, positions).data)
     image = [text for text, *_ in page.chips if "image" in text]
     assert image == ["16 image tokens = 13 other image patches + 3 related image patches"]
     assert len(page.chips) == len(tokens) - 16 + 1
     assert "Related image patches (3)" in page.text and "Image (16)" in page.text
-    few = Page(plot_prompt(*prompt_spans(n_image=2)).data)
+    few = Page(plot_prompt(*prompt_positions(n_image=2)).data)
     assert [text for text, *_ in few.chips].count("<image>") == 2
 
 
@@ -397,10 +399,10 @@ def test_hostile_text_stays_text():
         "\u202e",
         "",
     ]
-    spans = PositionSets(
+    positions = PositionSets(
         n_tokens=6, sets={"question": [0, 1], '"><b onclick="x': [2]}, missing={"image": "<iframe src='//x'>"}
     )
-    page = Page(plot_prompt(hostile, spans).data)
+    page = Page(plot_prompt(hostile, positions).data)
     shown = [hostile[0], hostile[1].replace(" ", "·"), "&amp;", "\\u001b[31m", "\\u202e", "∅"]
     assert page.tags == {"div", "span", "wbr"} and page.attributes == {"class", "style", "title"}
     assert [chip[0] for chip in page.chips] == shown
@@ -408,7 +410,7 @@ def test_hostile_text_stays_text():
 
 
 def test_text_keeps_the_pages_own_color():
-    html = plot_prompt(*prompt_spans()).data
+    html = plot_prompt(*prompt_positions()).data
     assert ";color:" not in html and '"color:' not in html
 
 

@@ -100,8 +100,8 @@ def test_padding_and_cropping_move_boxes_with_the_picture(do_pad, size, tmp_path
 
 def test_a_cropped_box_is_missing_with_its_reason_and_padding_brings_it_back(tmp_path):
     sample = tiny_sample(tmp_path, size=(60, 20), objects=with_box(0, 0, 5, 20))
-    spans = encode(tiny_vlm("llava", do_pad=False), sample).positions
-    assert "image_related" not in spans and "outside" in spans.why_missing("image_related")
+    positions = encode(tiny_vlm("llava", do_pad=False), sample).positions
+    assert "image_related" not in positions and "outside" in positions.why_missing("image_related")
     assert "image_related" in encode(tiny_vlm("llava", do_pad=True), sample).positions
 
 
@@ -131,11 +131,11 @@ def test_a_thin_box_in_a_large_picture_is_not_lost(tmp_path):
 
 def test_boxes_that_say_nothing_leave_a_reason(tmp_path):
     model = tiny_vlm("llava")
-    spans = encode(model, tiny_sample(tmp_path, objects=(SceneObject(name="cup"),))).positions
-    assert "no object" in spans.why_missing("image_other") and "image" in spans
-    spans = encode(model, tiny_sample(tmp_path, size=(30, 30), objects=with_box(0, 0, 30, 30))).positions
-    assert "whole picture" in spans.why_missing("image_other")
-    assert spans["image_related"] == spans["image"]
+    positions = encode(model, tiny_sample(tmp_path, objects=(SceneObject(name="cup"),))).positions
+    assert "no object" in positions.why_missing("image_other") and "image" in positions
+    positions = encode(model, tiny_sample(tmp_path, size=(30, 30), objects=with_box(0, 0, 30, 30))).positions
+    assert "whole picture" in positions.why_missing("image_other")
+    assert positions["image_related"] == positions["image"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

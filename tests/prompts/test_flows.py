@@ -8,7 +8,7 @@ from mmflow_utils.prompts import flows
 from mmflow_utils.prompts.flows import Flow, Variant, flow_problem, variants, window_layers, window_sizes
 from mmflow_utils.prompts.positions import PositionSets
 
-SPANS = PositionSets(
+POSITIONS = PositionSets(
     n_tokens=9,
     sets={"image": range(1, 4), "question": (5, 6, 7), "last": [8], "option_true": [6], "options": [6, 7]},
     missing={"objects": "object 'phone' is not a whole word of the question"},
@@ -49,7 +49,7 @@ def test_windows_outside_the_model_are_refused(layer, window, match):
 
 
 def test_variants_visit_every_flow_and_layer_in_order():
-    made = variants(SPANS, flows.FLOW_TO_LAST, window=3, n_layers=4)
+    made = variants(POSITIONS, flows.FLOW_TO_LAST, window=3, n_layers=4)
     assert [(str(v.flow), v.layer) for v in made] == [
         (f"{source} -> Last", layer) for source in ("Question", "Image", "Last") for layer in range(4)
     ]
@@ -59,16 +59,16 @@ def test_variants_visit_every_flow_and_layer_in_order():
 
 
 def test_variants_of_chosen_layers_keep_their_order():
-    made = variants(SPANS, flows.IMAGE_TO_QUESTION, window=1, n_layers=8, layers=[5, 2])
+    made = variants(POSITIONS, flows.IMAGE_TO_QUESTION, window=1, n_layers=8, layers=[5, 2])
     assert [(v.layer, v.layers) for v in made] == [(5, range(5, 6)), (2, range(2, 3))]
 
 
 def test_module_variants_have_no_source_and_look_forward():
     flow = Flow(source="objects", target="question")  # the source isn't used, so it needn't be there
-    made = variants(SPANS, [flow], window=9, n_layers=4, intervention="mlp_output")
+    made = variants(POSITIONS, [flow], window=9, n_layers=4, intervention="mlp_output")
     assert [v.layers for v in made] == [range(i, 4) for i in range(4)]
     assert all(v.source == () and v.target == (5, 6, 7) for v in made)
-    assert variants(SPANS, [flow], window=1, n_layers=4, intervention="mlp_output", placement="centered")
+    assert variants(POSITIONS, [flow], window=1, n_layers=4, intervention="mlp_output", placement="centered")
 
 
 @pytest.mark.parametrize(
@@ -82,20 +82,20 @@ def test_module_variants_have_no_source_and_look_forward():
     ],
 )
 def test_flows_that_cannot_be_blocked_are_refused_with_the_reason(flow, reason):
-    assert reason in flow_problem(SPANS, flow)
+    assert reason in flow_problem(POSITIONS, flow)
     with pytest.raises(ValueError, match=reason):
-        variants(SPANS, [flow], window=3, n_layers=4)
+        variants(POSITIONS, [flow], window=3, n_layers=4)
 
 
 def test_a_flow_that_is_partly_causal_is_kept():
-    assert flow_problem(SPANS, Flow(source="question", target="option_true")) is None
-    assert flow_problem(SPANS, Flow(source="last", target="last")) is None
+    assert flow_problem(POSITIONS, Flow(source="question", target="option_true")) is None
+    assert flow_problem(POSITIONS, Flow(source="last", target="last")) is None
 
 
 def test_an_empty_set_is_refused():
-    spans = SPANS.with_(image_other=())
+    positions = POSITIONS.with_(image_other=())
     with pytest.raises(ValueError, match="image_other"):
-        variants(spans, flows.IMAGE_PATCHES_TO_QUESTION[1:], window=3, n_layers=4)
+        variants(positions, flows.IMAGE_PATCHES_TO_QUESTION[1:], window=3, n_layers=4)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_an_empty_set_is_refused():
 def test_variants_refuses_what_it_cannot_visit(wrong):
     asked = {"flows": flows.FLOW_TO_LAST, "window": 3, "n_layers": 4} | wrong
     with pytest.raises(ValueError):
-        variants(SPANS, asked.pop("flows"), **asked)
+        variants(POSITIONS, asked.pop("flows"), **asked)
 
 
 @pytest.mark.parametrize(

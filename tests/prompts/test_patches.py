@@ -143,8 +143,8 @@ def test_places_depend_on_the_seed_and_the_sample_alone(tmp_path):
 )
 def test_a_sample_without_a_control_is_skipped_for_a_reason(boxes, reason, tmp_path):
     sample = tiny_sample(tmp_path, size=(96, 96), objects=objects(*boxes))
-    spans = encode_random_patches(tiny_vlm(), sample, n_draws=2).positions
-    assert reason in spans.why_missing("image_random_1") and reason in spans.why_missing("image_random_2")
+    positions = encode_random_patches(tiny_vlm(), sample, n_draws=2).positions
+    assert reason in positions.why_missing("image_random_1") and reason in positions.why_missing("image_random_2")
 
 
 def test_draws_are_averaged_within_the_sample_before_they_are_compared(tmp_path):

@@ -32,10 +32,10 @@ def words(text, ranges):
 
 
 def test_spans_sort_and_deduplicate_and_know_the_last():
-    spans = PositionSets(n_tokens=6, sets={"image": [3, 1, 1], "last": [5]})
-    assert spans["image"] == (1, 3)
-    assert spans.last == 5
-    assert "image" in spans and "question" not in spans
+    positions = PositionSets(n_tokens=6, sets={"image": [3, 1, 1], "last": [5]})
+    assert positions["image"] == (1, 3)
+    assert positions.last == 5
+    assert "image" in positions and "question" not in positions
 
 
 @pytest.mark.parametrize("positions", [[-1], [0, 6]])
@@ -45,21 +45,21 @@ def test_spans_outside_the_prompt_are_refused(positions):
 
 
 def test_a_missing_set_says_why():
-    spans = PositionSets(n_tokens=6, sets={"last": [5], "image_newline": []}, missing={"objects": "none is named"})
+    positions = PositionSets(n_tokens=6, sets={"last": [5], "image_newline": []}, missing={"objects": "none is named"})
     with pytest.raises(KeyError, match="none is named"):
-        spans["objects"]
+        positions["objects"]
     with pytest.raises(KeyError, match="no such token"):
-        spans["image_newline"]
+        positions["image_newline"]
     with pytest.raises(KeyError, match="no position set .*imgae.* has last"):
-        spans["imgae"]
-    assert spans.get("objects") == ()
+        positions["imgae"]
+    assert positions.get("objects") == ()
 
 
 def test_with_replaces_a_set_or_its_reason_and_leaves_the_original():
-    spans = PositionSets(n_tokens=6, sets={"last": [4]}, missing={"objects": "none is named"})
-    moved = spans.with_(last=[5], objects=[2])
+    positions = PositionSets(n_tokens=6, sets={"last": [4]}, missing={"objects": "none is named"})
+    moved = positions.with_(last=[5], objects=[2])
     assert (moved.last, moved["objects"], dict(moved.missing)) == (5, (2,), {})
-    assert (spans.last, "objects" in spans) == (4, False)
+    assert (positions.last, "objects" in positions) == (4, False)
     assert "last" not in moved.with_missing(last="no answer")
 
 

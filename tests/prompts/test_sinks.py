@@ -94,24 +94,24 @@ def test_the_sets_part_the_image_patches_by_norm(family, tmp_path):
     plain = encode(model, sample).positions
     norms = dict(zip(plain["image"], patch_norms(model, encode(model, sample)), strict=True))
     threshold = float(np.quantile(list(norms.values()), 0.7))
-    spans = encode_by_norm(model, sample, threshold=threshold).positions
-    high = set(spans["image_high_norm"])
+    positions = encode_by_norm(model, sample, threshold=threshold).positions
+    high = set(positions["image_high_norm"])
     assert high == {p for p, norm in norms.items() if norm > threshold} and high
     for name in ("image_related", "image_other"):
-        assert set(spans[f"{name}_low_norm"]) == set(plain[name]) - high
-        assert spans[name] == plain[name]
+        assert set(positions[f"{name}_low_norm"]) == set(plain[name]) - high
+        assert positions[name] == plain[name]
 
 
 def test_an_empty_set_is_missing_for_a_reason(tmp_path):
     model = tiny_vlm()
-    spans = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e9).positions
-    assert "above" in spans.why_missing("image_high_norm")
-    assert spans["image_related_low_norm"] == spans["image_related"]
-    spans = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e-9).positions
-    assert "high norm" in spans.why_missing("image_related_low_norm")
-    assert spans["image_high_norm"] == spans["image"]
-    spans = encode_by_norm(model, tiny_sample(tmp_path, objects=()), threshold=1e9).positions
-    assert "no object" in spans.why_missing("image_other_low_norm")
+    positions = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e9).positions
+    assert "above" in positions.why_missing("image_high_norm")
+    assert positions["image_related_low_norm"] == positions["image_related"]
+    positions = encode_by_norm(model, tiny_sample(tmp_path), threshold=1e-9).positions
+    assert "high norm" in positions.why_missing("image_related_low_norm")
+    assert positions["image_high_norm"] == positions["image"]
+    positions = encode_by_norm(model, tiny_sample(tmp_path, objects=()), threshold=1e9).positions
+    assert "no object" in positions.why_missing("image_other_low_norm")
 
 
 def test_without_high_norms_the_experiment_is_experiment_04_to_the_last_digit(tmp_path):

@@ -123,7 +123,7 @@ def test_what_stands_twice_or_lost_its_box_is_told(tmp_path):
     assert [s.sample_id for s in samples] == frame.question_id.tolist()
     assert left_out.sample_id.tolist() == [frame.question_id[1], frame.question_id[0]]
     assert left_out.kept.tolist() == [True, False]
-    assert left_out.reason[1] == "the question stands twice"
+    assert left_out.reason[1] == "the question is duplicated"
 
 
 @needs_authors
