@@ -20,10 +20,10 @@ __all__ = ["holm", "paired_difference", "summarize"]
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
-# The smallest effect that counts, in the measure's own unit: a tenth of a percentage point, or what is named
+# The smallest effect that counts, in the measure's own unit: half a percentage point, or what is named
 # below. What varies by less is not told from the machine's rounding.
-SMALLEST = 0.1
-SMALLEST_OF = {"logprob_change": 1e-3, "logit_diff_change": 1e-3, "probability": 1e-3, "jaccard": 1e-3}
+SMALLEST = 0.5
+SMALLEST_OF = {"logprob_change": 5e-3, "logit_diff_change": 5e-3, "probability": 5e-3, "jaccard": 5e-3}
 # The values that a measure can take; no interval reaches beyond them.
 BOUNDS = {
     "rel_change_pct": (-100.0, np.inf),
@@ -65,7 +65,7 @@ def summarize(
         level: coverage of the interval, between 0 and 1.
         simultaneous_over: a column of `by`, such as "layer": the intervals then form a band that covers a
             whole curve at once, as a claim about its lowest point needs. By default each point has its own.
-        smallest: the smallest effect that counts (unit of `value`); by default a tenth of a percentage point,
+        smallest: the smallest effect that counts (unit of `value`); by default half a percentage point,
             or what `SMALLEST_OF` names. A band is at least that wide on either side, and points that vary by
             much less don't widen it elsewhere.
 

@@ -105,7 +105,7 @@ def test_the_table_gives_layers_with_their_intervals_and_nothing_where_there_is_
         "4 (4 to 4)",
         "5 (5 to 5)",
     ]
-    assert table.loc[("m", "a"), "effect"].startswith("50.0 (49.9 to 50.") and table.loc[("m", "a"), "n"] == 24
+    assert table.loc[("m", "a"), "effect"].startswith("50.0 (49.5 to 50.") and table.loc[("m", "a"), "n"] == 24
     assert table.loc[("m", "b"), ["layers", "begins", "ends"]].tolist() == ["", "", ""]
 
 

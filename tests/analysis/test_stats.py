@@ -105,7 +105,7 @@ def test_a_band_moves_no_more_than_its_data_do():
     for spread in np.geomspace(1e-6, 3, 120):
         scaled = frame["rel_change_pct"].where(frame["layer"] != 5, spread * frame["rel_change_pct"])
         table = stats.summarize(
-            frame.assign(rel_change_pct=scaled), by=["layer"], simultaneous_over="layer", n_boot=500
+            frame.assign(rel_change_pct=scaled), by=["layer"], simultaneous_over="layer", n_boot=500, smallest=0.1
         )
         edges.append(table["ci_high"] - table["mean"])
     steps = np.diff(np.array(edges)[:, :5], axis=0)
@@ -175,7 +175,7 @@ def test_a_single_image_gets_no_interval_and_a_constant_a_point():
     assert np.allclose(band[ends], [[-100.5, -99.5]])  # no band is narrower than what counts
     lost = same.rename(columns={"y": "rel_change_pct"})
     band = stats.summarize(lost, by=by, simultaneous_over="layer")
-    assert np.allclose(band[ends], [[-100, -99.9]])  # and none holds what can't be: less than nothing
+    assert np.allclose(band[ends], [[-100, -99.5]])  # and none holds what can't be: less than nothing
 
 
 def test_a_group_that_spans_layers_counts_samples_not_rows():
@@ -248,8 +248,8 @@ def test_pairing_drops_and_counts_rows_without_a_partner():
 
 def test_holm_is_taken_over_the_table_or_over_families():
     frame = pd.concat([two_flows(4, 0.6).assign(task=name) for name in ("t", "u")])
-    whole = stats.paired_difference(frame, "a", "b", n_flips=999)
-    by_task = stats.paired_difference(frame, "a", "b", n_flips=999, family=["task"])
+    whole = stats.paired_difference(frame, "a", "b", n_flips=999, smallest=0.1)
+    by_task = stats.paired_difference(frame, "a", "b", n_flips=999, smallest=0.1, family=["task"])
     assert np.allclose(whole["p_holm"], stats.holm(whole["p"]))
     assert (by_task["p_holm"] <= whole["p_holm"]).all() and (by_task["p_holm"] < whole["p_holm"]).any()
 
