@@ -22,7 +22,6 @@ from mmflow_utils.prompts.positions import PositionSets, question_sets, tokens_i
 
 __all__ = ["Encoded", "encode", "find_image_patches", "image_positions", "processed_drawing"]
 
-_PLACEHOLDER = re.compile(r"(<image>|\{question\}|\{caption\})")
 _PICTURE_SETS = ("image", "image_newline", "image_related", "image_other")
 
 
@@ -50,15 +49,15 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     A part of the question that can't be found is missing from the positions, with the reason.
 
     Args:
-        model: Its `prompt` may hold `<image>`, `{question}` and `{caption}` (App. G: captions in place of
-            the picture; their positions are named `captions`).
+        model: Its `prompt` may hold `<image>`, `{question}` and `{caption}` (App. G: captions in place of the
+            picture; their positions are named `captions`).
+        sample: The question, its picture, and the objects and options whose positions are wanted.
         answer_prefix: What the model has answered so far (App. C): `last` moves to its end. Token ids are
-            appended as they are, which is exact; a string is appended to the prompt and cut with it.
+            appended as they are, which is exact; a string is appended to the prompt and tokenized with it.
 
     Raises:
-        ValueError: A picture that can't be read; a prompt without question; a text that holds the picture's
-            placeholder, or is longer than the model's context; a tokenizer without character offsets, or that
-            cuts the prompt unlike the processor.
+        ValueError: A picture that can't be read; a prompt without question, with the picture's placeholder in its
+            text, or too long; a tokenizer without character offsets, or at odds with the processor.
 
     Example:
         >>> positions = encode(model, sample).positions
@@ -74,53 +73,54 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     inputs = _append(inputs, extra)
     offsets += [(len(text), len(text))] * len(extra)
     ids = inputs["input_ids"][0].tolist()
-    _hold_in_context(model, sample, len(ids))
+    most = getattr(model.text.config, "max_position_embeddings", None)
+    if most and len(ids) > most:  # the model would run, on positions that it never saw in training
+        raise ValueError(
+            f"Sample {sample.sample_id}: its prompt has {len(ids)} tokens, but {model.name} takes {most}: "
+            "shorten the question, or leave it out."
+        )
     positions = _find_text(sample, text, chars, offsets)
     if picture:
         positions = positions.with_(image=[n for n, token in enumerate(ids) if token == model.image_token_id])
         positions = _name_patches(model, positions, sample, picture.size, inputs)
     else:
         positions = positions.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
-    inputs = {
-        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-    }
-    return Encoded(sample, inputs, positions, text, _token_texts(model, ids, text, offsets))
+    inputs = {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()}
+    # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
+    names = (text[a:b] or model.tokenizer.decode([token]) for token, (a, b) in zip(ids, offsets, strict=True))
+    return Encoded(sample, inputs, positions, text, tuple(names))
 
 
-def image_positions(encoded: Encoded) -> list[int]:
+def image_positions(encoded: Encoded, n_patches: int | None = None) -> list[int]:
     """Return all positions of the picture in ascending order, newline tokens included.
 
     Raises:
-        ValueError: The prompt shows no picture.
+        ValueError: The prompt shows no picture, or has not as many image tokens as its processed picture `n_patches`.
     """
     if "image" not in encoded.positions:
         raise ValueError(f"Expected a prompt with a picture: {encoded.positions.why_missing('image')}.")
-    return sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
+    positions = sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
+    if n_patches not in (None, len(positions)):
+        raise ValueError(_unaligned(n_patches, len(positions)))
+    return positions
 
 
 def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tuple[int, ...]:
     """Return the image tokens whose piece of the picture lies under a box, if only with a corner (§6, Fig. 5).
 
-    The boxes are drawn as a picture of the same size and sent through the model's own picture processor, so
-    resizing, cropping, padding and tiles come out as they do for the picture itself. The tokens of the whole
-    picture and those of its tiles are found alike; newline tokens belong to no box.
+    The boxes are drawn as a picture and sent through the model's own picture processor, so that resizing, cropping,
+    padding and tiles come out as they do for the picture itself. Newline tokens belong to no box.
 
     Raises:
         ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    positions = image_positions(encoded)
+    image_positions(encoded)
     flags = _flag_tokens(model, load_image(encoded.sample).size, encoded.inputs, boxes)
-    if len(flags) != len(positions):
-        raise ValueError(_unaligned(len(flags), len(positions)))
-    return tuple(p for p, flag in zip(positions, flags.tolist(), strict=True) if flag > 0)
+    return tuple(p for p, flag in zip(image_positions(encoded, len(flags)), flags.tolist(), strict=True) if flag > 0)
 
 
 def processed_drawing(model: VLM, drawing: Image.Image) -> Float[Tensor, "tiles 3 height width"]:
-    """Send a drawing the way of a picture: padded, resized, cropped, cut into tiles by the processor.
-
-    Colors come out from 0 to 1, unnormalized; padding is black.
-    """
+    """Return a drawing processed as a picture is, padded, resized, cropped, cut into tiles: colors from 0 to 1."""
     # A box filter spreads nothing beyond its pixel and loses no thin box; the processor's own would do both.
     processed = model.processor(
         images=_square(model, drawing, (0, 0, 0)),
@@ -139,7 +139,7 @@ def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
         raise ValueError(f"Expected a prompt that holds {{question}}, got {model.prompt!r}.")
     filling = {"<image>": model.image_token, "{question}": sample.question, "{caption}": sample.caption}
     text, chars = "", {}
-    for piece in _PLACEHOLDER.split(model.prompt):
+    for piece in re.split(r"(<image>|\{question\}|\{caption\})", model.prompt):
         value = filling.get(piece, piece)
         if value is None:
             raise ValueError(f"The prompt asks for a caption, but sample {sample.sample_id} has none.")
@@ -197,7 +197,7 @@ def _wants_special(model: VLM, text: str) -> bool:
 def _offsets(
     model: VLM, text: str, placeholder: tuple[int, int] | None, written: str, ids: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return each position its characters in the prompt.
+    """Return each position's characters in the prompt.
 
     Args:
         placeholder: The characters that stand for the picture.
@@ -227,13 +227,6 @@ def _offsets(
     return [in_prompt(*pair) for pair in cut["offset_mapping"]]
 
 
-def _token_texts(model: VLM, ids: Sequence[int], text: str, offsets: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
-    return tuple(
-        text[start:end] or model.tokenizer.decode([token]) for token, (start, end) in zip(ids, offsets, strict=True)
-    )
-
-
 def _append(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
     """Append token ids to the prompt; what runs along with the ids (masks, types) grows with them."""
     shape, grown = inputs["input_ids"].shape, {}
@@ -242,15 +235,6 @@ def _append(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tenso
         more = torch.tensor([fill], dtype=tensor.dtype)
         grown[name] = torch.cat([tensor, more], dim=1) if tensor.shape == shape else tensor
     return grown
-
-
-def _hold_in_context(model: VLM, sample: Sample, n_tokens: int) -> None:
-    most = getattr(model.text.config, "max_position_embeddings", None)
-    if most and n_tokens > most:  # the model would run, on positions that it never saw in training
-        raise ValueError(
-            f"Sample {sample.sample_id}: its prompt has {n_tokens} tokens, but {model.name} takes {most}: "
-            "shorten the question, or leave it out."
-        )
 
 
 def _find_text(
@@ -281,22 +265,21 @@ def _name_patches(
     if len(flags) != len(tokens):
         reason = _unaligned(len(flags), len(tokens))
         return positions.with_missing(image_newline=reason, image_related=reason, image_other=reason)
-    newline, related = torch.isnan(flags).tolist(), (flags > 0).tolist()
-    marks = list(zip(tokens, newline, related, strict=True))
+    at, newline, related = torch.tensor(tokens), torch.isnan(flags), flags > 0
     positions = positions.with_(
-        image=[p for p, is_newline, _ in marks if not is_newline],
-        image_newline=[p for p, is_newline, _ in marks if is_newline],
-        image_related=[p for p, _, is_related in marks if is_related],
-        image_other=[p for p, is_newline, is_related in marks if not is_newline and not is_related],
+        image=at[~newline].tolist(),
+        image_newline=at[newline].tolist(),
+        image_related=at[related].tolist(),
+        image_other=at[~newline & ~related].tolist(),
     )
     if not boxes:
         reason = "no object of the question has a box in the picture"
         return positions.with_missing(image_related=reason, image_other=reason)
     if "image_related" not in positions:
         return positions.with_missing(image_related="every box lies outside what the model sees of the picture")
-    return (
-        positions if "image_other" in positions else positions.with_missing(image_other="boxes cover the whole picture")
-    )
+    if "image_other" not in positions:
+        return positions.with_missing(image_other="boxes cover the whole picture")
+    return positions
 
 
 def _flag_tokens(
@@ -316,5 +299,5 @@ def _flag_tokens(
     return model.in_token_order(patches[:, :, None], inputs)[:, 0]
 
 
-def _unaligned(n_patches: int, n_tokens: int) -> str:
+def _unaligned(n_patches: int | None, n_tokens: int) -> str:
     return f"this model's {n_tokens} image tokens are not the {n_patches} patches of its picture in order"

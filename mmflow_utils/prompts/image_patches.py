@@ -42,8 +42,8 @@ def locate_image_patches(
 ) -> pd.DataFrame:
     """Return which piece of the stored picture each image token stands for.
 
-    A drawing whose colors are its own coordinates goes through the model's picture processor; where a color
-    comes out, there that pixel went. So it holds for any resizing, cropping, padding and tiling.
+    A drawing whose colors are its own coordinates goes through the model's picture processor: where a color comes
+    out, there that pixel went, through any resizing, cropping, padding and tiling.
 
     Args:
         model: The model.
@@ -51,36 +51,24 @@ def locate_image_patches(
         sets: Position sets to name; where a position is in several, the first one counts.
 
     Returns:
-        One row per image token, newlines left out: position; view (0 is the whole picture, 1 the tiles that
-        it is cut into); x, y, w, h in pixels of the stored picture, w or h 0 in the padding; set, None if in
-        none of `sets`.
+        One row per image token, newlines left out: position; view (0: the whole picture, 1: its tiles); x, y, w, h in
+        pixels of the stored picture, w or h 0 in the padding; set, None if in none of `sets`.
 
     Raises:
         ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
-    positions = np.array(image_positions(encoded))
+    image_positions(encoded)
     edges = _patch_edges(model, load_image(encoded.sample).size)
     overview = range(len(edges))[model.overview_tile]
     views = torch.tensor([[[float(tile != overview)]] * edges.shape[1] for tile in range(len(edges))])
     values = model.in_token_order(torch.cat([views, edges], dim=-1), encoded.inputs).numpy()
-    if len(values) != len(positions):
-        raise ValueError(
-            f"This model's {len(positions)} image tokens are not the {len(values)} patches of its picture."
-        )
     seen = ~np.isnan(values[:, 0])
+    position = np.array(image_positions(encoded, len(values)))[seen]
     view, left, top, right, bottom = values[seen].astype(float).T
     names = {p: name for name in reversed(sets) for p in encoded.positions.get(name)}
-    return pd.DataFrame(
-        {
-            "position": positions[seen],
-            "view": view.astype(int),
-            "x": left,
-            "y": top,
-            "w": right - left,
-            "h": bottom - top,
-            "set": [names.get(p) for p in positions[seen]],
-        }
-    )
+    sides = {"x": left, "y": top, "w": right - left, "h": bottom - top}
+    named = [names.get(p) for p in position]
+    return pd.DataFrame({"position": position, "view": view.astype(int), **sides, "set": named})
 
 
 def random_boxes(
@@ -95,13 +83,12 @@ def random_boxes(
 ) -> tuple[Box, ...] | None:
     """Move boxes to random places of the same picture, beside the image patches that they lie on now.
 
-    The first try counts whose boxes reach as many *other* image patches as the boxes do now, to within the
-    share `close`; if none of `n_tries` does, the nearest one to within `loosest`.
+    The first try counts whose boxes reach as many *other* image patches as the boxes do now, to within the share
+    `close`; if none of `n_tries` does, the nearest one to within `loosest`.
 
     Args:
-        boxes: In pixels of the stored picture; each keeps its width and height and moves on its own.
+        boxes: In pixels of the stored picture of width and height `size`; each moves on its own.
         patches: From `locate_image_patches`.
-        size: Width and height of the stored picture.
         rng: Draws the places.
 
     Returns:
@@ -132,14 +119,12 @@ def encode_random_patches(
 ) -> Encoded:
     """Encode a sample and name the image patches under random boxes, for a control that the paper lacks.
 
-    The sets `image_random_1` to `image_random_<n_draws>` hold the patches under boxes of the size and shape
-    of the question's own, elsewhere in the same picture (`random_boxes`), without the related patches. The
-    places depend on `seed` and the sample alone. Where a picture has no room, all draws are missing, with
-    the reason.
+    The sets `image_random_1` to `image_random_<n_draws>` hold the patches under boxes of the size and shape of the
+    question's own, elsewhere in the same picture (`random_boxes`), without the related patches. The places depend on
+    `seed` and the sample alone. Where a picture has no room, all draws are missing, with the reason.
     """
     encoded = encode(model, sample)
-    names = [f"image_random_{draw}" for draw in range(1, n_draws + 1)]
-    positions = encoded.positions
+    names, positions = [f"image_random_{draw}" for draw in range(1, n_draws + 1)], encoded.positions
     if reason := positions.missing.get("image_related") or positions.missing.get("image_other"):
         return replace(encoded, positions=positions.with_missing(**dict.fromkeys(names, reason)))
     patches, size = locate_image_patches(model, encoded), load_image(sample).size

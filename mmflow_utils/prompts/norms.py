@@ -22,13 +22,8 @@ __all__ = ["SINK_FLOWS", "NormThreshold", "encode_by_norm", "find_norm_threshold
 
 PAPER_SHARE = 3.3 / 576  # of the patches lie above the paper's threshold of 57, in CLIP-L at 336 pixels
 
-SINK_FLOWS = (
-    *IMAGE_PATCHES_TO_QUESTION,
-    *(
-        Flow(source=name, target="question")
-        for name in ("image_related_low_norm", "image_other_low_norm", "image_high_norm")
-    ),
-)
+_BY_NORM = ("image_related_low_norm", "image_other_low_norm", "image_high_norm")
+SINK_FLOWS = (*IMAGE_PATCHES_TO_QUESTION, *(Flow(source=name, target="question") for name in _BY_NORM))
 """App. E, Fig. 16: Fig. 5 with and without the patches of high norm, and these patches alone."""
 
 
@@ -51,10 +46,8 @@ def patch_norms(model: VLM, encoded: Encoded) -> Float[np.ndarray, " image_patch
     image_positions(encoded)
     norms = picture_features(model, encoded.inputs).float().norm(dim=-1, keepdim=True).cpu()
     ordered = model.in_token_order(norms, encoded.inputs)[:, 0].numpy()
-    ordered, n_tokens = ordered[~np.isnan(ordered)], len(encoded.positions["image"])
-    if len(ordered) != n_tokens:
-        raise ValueError(f"This model's {n_tokens} image tokens are not its tower's {len(ordered)} patches.")
-    return ordered
+    image_positions(encoded, len(ordered))
+    return ordered[~np.isnan(ordered)]
 
 
 def measure_norms(model: VLM, samples: Iterable[Sample], *, progress: bool = True) -> pd.DataFrame:
@@ -74,10 +67,9 @@ def measure_norms(model: VLM, samples: Iterable[Sample], *, progress: bool = Tru
 def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, given: float = 0.0) -> NormThreshold:
     """Find the norm above which patches are outliers, or take the one `given`.
 
-    The paper reads 57 off its distribution for CLIP-L-336. Without such a reading: Tukey's outer fence of the
-    log norms, log Q3 + 3 (log Q3 - log Q1), if a patch lies beyond it. If none does, the distribution has no
-    outliers; so that the experiment can be made all the same, the threshold is then put where the paper's
-    share of the patches (3.3 of 576) lies above it, midway between two of them.
+    The paper reads 57 off its distribution for CLIP-L-336. Without such a reading: Tukey's outer fence of the log
+    norms, log Q3 + 3 (log Q3 - log Q1), if a patch lies beyond it. If none does, there are no outliers; so that the
+    experiment can be made all the same, the threshold then lies where the paper's share of patches is above it.
 
     Args:
         norms: Of all patches.
@@ -107,7 +99,7 @@ def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, give
 
 
 def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
-    """Encode a sample and part its image patches by norm (App. E).
+    """Encode a sample and divide its image patches by norm (App. E).
 
     Adds the sets `image_high_norm` (norm above `threshold`), `image_related_low_norm` and
     `image_other_low_norm`; where one is empty it is missing, with the reason.
@@ -115,12 +107,12 @@ def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
     encoded = encode(model, sample)
     positions, norms = encoded.positions, patch_norms(model, encoded)
     high = {p for p, norm in zip(positions["image"], norms, strict=True) if norm > threshold}
-    found, missing = {}, {}
+    found, missing = (
+        {"image_high_norm": sorted(high)},
+        {"image_high_norm": f"no image patch has a norm above {threshold:.1f}"},
+    )
     for name in ("image_related", "image_other"):
         found[f"{name}_low_norm"] = [p for p in positions.get(name) if p not in high]
         missing[f"{name}_low_norm"] = positions.missing.get(name, "all its image patches have a high norm")
-    found["image_high_norm"] = sorted(high)
-    missing["image_high_norm"] = f"no image patch has a norm above {threshold:.1f}"
     empty = {name: reason for name, reason in missing.items() if not found[name]}
-    positions = positions.with_(**{name: held for name, held in found.items() if held}).with_missing(**empty)
-    return replace(encoded, positions=positions)
+    return replace(encoded, positions=positions.with_(**found).with_missing(**empty))
