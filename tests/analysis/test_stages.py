@@ -326,6 +326,7 @@ def test_a_result_of_another_kind_and_a_missing_column_are_refused():
         collect_effects({"flow_to_last": stored_flows().assign(model="m").drop(columns="rel_change_pct")})
 
 
+@pytest.mark.slow
 def test_the_comparison_loads_no_torch(tmp_path):
     save_frame(stored_flows(), tmp_path / "a" / "flow_to_last.parquet", manifest(Params()))
     code = (

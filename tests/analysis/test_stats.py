@@ -69,6 +69,7 @@ def test_rows_that_do_not_share_images_need_no_clusters():
     assert 0.92 <= coverage(frame, cluster=None) <= 0.975
 
 
+@pytest.mark.slow
 def test_a_simultaneous_band_covers_whole_curves_and_a_pointwise_one_does_not():
     frame = clustered(2400, 30).rename(columns={"group": "layer"})
     frame["curve"], frame["layer"] = frame["layer"] // 8, frame["layer"] % 8
@@ -82,6 +83,7 @@ def test_a_simultaneous_band_covers_whole_curves_and_a_pointwise_one_does_not():
     assert whole_curves_inside(simultaneous_over="layer") >= 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quiet", [0.0, 1e-7, 1e-4, 0.03, 0.3])
 def test_a_band_covers_whole_curves_whatever_varies_hardly_at_all(quiet):
     """Of eight layers four vary by `quiet`: from nothing over rounding to a third of the others' spread."""

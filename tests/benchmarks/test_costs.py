@@ -58,6 +58,7 @@ def test_the_picture_has_the_tokens_of_its_family(name, n_image):
     assert pd.read_csv(costs.RECORDED).set_index("model").image_tokens[name] == n_image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "gemma-3-4b", "internvl3-8b"])
 def test_the_pictures_path_costs_what_torch_counts(name):
     shape = costs.shrunk(costs.SHAPES[name])
@@ -70,6 +71,7 @@ def test_the_pictures_path_costs_what_torch_counts(name):
     assert costs.picture_flops(model, encoded) == pytest.approx(counter.get_total_flops(), rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "vicuna-13b-v1.5", "qwen2.5-vl-7b", "smolvlm-2b"])
 def test_measuring_runs_the_sweep_on_a_prompt_of_true_length(name):
     shape = costs.shrunk(costs.SHAPES[name])

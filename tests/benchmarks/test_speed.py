@@ -25,6 +25,7 @@ def race():
     return model, encoded, planned, text_inputs(model, encoded.inputs)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_way_gives_the_reference_numbers(race, name):
     if name == "nnsight" and not has_nnsight():
@@ -55,6 +56,7 @@ def measured():
     return frame, lines
 
 
+@pytest.mark.slow
 def test_a_row_for_each_model_and_way(measured):
     frame, lines = measured
     ways = ["clean pass", "sweep", *(name for name in BASELINES if name != "nnsight" or has_nnsight())]

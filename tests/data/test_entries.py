@@ -120,6 +120,7 @@ def peak_bytes(work):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_doesn_t_grow_with_the_file(tmp_path):
     files = write_large(tmp_path, 2000)
     size = sum(file.stat().st_size for file in files)

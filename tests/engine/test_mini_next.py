@@ -22,6 +22,8 @@ from mmflow_utils.params import ROOT, Params
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, variants
 
+pytestmark = pytest.mark.slow
+
 PARAMS = Params.from_yaml(ROOT / "params" / "mini-next.yaml")
 # Patches of the whole picture (8 x 8) and of its tiles, and a newline token for each row of the tiles.
 TOKENS = {

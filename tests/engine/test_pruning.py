@@ -327,6 +327,7 @@ def swept(tmp_path_factory):
     return model, samples, prune_sweep(model, samples, removed=[1, 2, 4], progress=False)
 
 
+@pytest.mark.slow
 def test_the_sweep_has_each_way_at_each_depth_that_it_can_reach(swept):
     _, samples, result = swept
     frame = result.frame

@@ -119,6 +119,7 @@ def long_prompt(kind: str, n_tokens: int):
         return model, encode(model, tiny_sample(Path(folder)), answer_prefix=more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("llava", "llava-gqa", "sliding"))
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
@@ -254,6 +255,7 @@ def test_layers_that_live_on_disk_are_fetched(tmp_path):
     assert_same(run_sweep(spread, encoded, some), expected)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_costs_time_only(monkeypatch):
     model, encoded = setting("llava")
     some = variants(encoded.positions, FLOWS, window=3, n_layers=N_LAYERS)
@@ -302,6 +304,7 @@ def test_variants_that_do_not_fit_are_refused(change, says):
         run_sweep(model, encoded, [Variant(**fields)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())

@@ -60,6 +60,7 @@ def params(folder, **changes):
 # ---- training --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reading_goes_on_from_the_text_stage_and_leaves_it_alone(trained, tmp_path):
     losses = [(row["stage"], row["step"]) for row in trained.curves if row["metric"] == "loss"]
     assert losses == [("text", 1), ("text", 2), ("read", 1), ("read", 2)]
@@ -74,6 +75,7 @@ def test_reading_goes_on_from_the_text_stage_and_leaves_it_alone(trained, tmp_pa
     assert all(torch.equal(tower[name], untrained[name]) for name in untrained)
 
 
+@pytest.mark.slow
 def test_reading_asks_for_descriptions_and_the_text_stage_does_not(trained, monkeypatch):
     asked = []
 
@@ -102,6 +104,7 @@ def test_another_scenes_caption_is_told_of_the_same_questions():
         assert all(f"{thing.shape} {thing.category} made of {thing.material}" in said for thing in about.things)
 
 
+@pytest.mark.slow
 def test_accuracy_is_also_taken_with_another_scenes_caption(trained, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -121,6 +124,7 @@ def test_accuracy_is_also_taken_with_another_scenes_caption(trained, monkeypatch
 # ---- stored and loaded -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_stored_as_a_plain_language_model(stored, trained):
     folder, record = stored
     assert json.loads((folder / "training.json").read_text()) == json.loads(json.dumps(record))
@@ -136,6 +140,7 @@ def test_it_is_stored_as_a_plain_language_model(stored, trained):
         assert torch.equal(loaded(ids).logits, trained.model(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_the_library_finds_the_same_tokenizer_for_it(stored):
     model = load_model(params(stored[0]))
     rng = np.random.default_rng(0)
@@ -146,6 +151,7 @@ def test_the_library_finds_the_same_tokenizer_for_it(stored):
     assert model.processor is None and model.n_layers == 2
 
 
+@pytest.mark.slow
 def test_the_prompt_of_a_sample_is_the_one_it_was_trained_on(stored):
     scene, rng = sample_scene(np.random.default_rng(0)), np.random.default_rng(3)
     batch = pack(processor().tokenizer, [scene], rng, n_questions=6, n_image_tokens=None)

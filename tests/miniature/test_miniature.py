@@ -30,6 +30,8 @@ from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.params import ROOT
 
+pytestmark = pytest.mark.slow
+
 ASSETS = ROOT / "assets/miniature"
 
 

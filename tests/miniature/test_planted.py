@@ -63,6 +63,7 @@ def effects(encoded, *, window, intervention="mask", flows=tuple(ROUTES), engine
     return dict(zip(flows, change.view(len(flows), -1).tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_committed_weights_are_those_that_the_module_sets():
     model, processor = build_planted()
     stored = planted()[0].hf.state_dict()
@@ -78,6 +79,7 @@ def test_it_answers_questions_about_one_of_two_colors():
     assert len(sure) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_window_of_one_layer_finds_the_planted_layers_and_no_others(engine):
     prompts = answered()[1]

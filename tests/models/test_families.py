@@ -175,6 +175,7 @@ def test_boxes_reach_the_image_tokens_whose_cell_they_overlap(family, size, tmp_
         assert related.any() and (related == (share > 1e-9))[clear].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_patches_means_are_the_boxs_share_of_them(family, size, tmp_path):

@@ -46,6 +46,7 @@ def library_logits(hf, inputs) -> torch.Tensor:
     return hf(**inputs).logits[0, -1].float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"rank_pattern": {"layers.3.mlp.up_proj": 2}}])
 def test_an_adapter_is_merged_exactly_beside_its_model_or_over_its_base(tmp_path, config):
     alone = tmp_path / "alone"

@@ -84,7 +84,6 @@ print(before, megabytes("VmHWM"), sum(weight.nbytes for weight in model.hf.param
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_are_in_memory_once(dtype, tmp_path):

@@ -433,6 +433,7 @@ def test_drawing_leaves_matplotlib_as_it_was():
         assert not mpl.rcParams["axes.spines.top"]
 
 
+@pytest.mark.slow
 def test_plots_and_stats_never_import_torch():
     code = "import sys, mmflow_utils.plots.curves, mmflow_utils.analysis.stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

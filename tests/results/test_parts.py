@@ -354,6 +354,7 @@ def test_the_code_of_an_experiment_counts_by_its_version_alone(compute):
     assert all(isinstance(version, int) and version > 0 for version in VERSIONS.values())
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
     code = (
         "import sys; sys.path[:0] = ['tests/helpers']\n"
@@ -424,6 +425,7 @@ def test_the_first_samples_are_checked_however_the_work_is_cut(tmp_path, n_check
     assert checked == [*ids(*range(min(n_check, 10))), *ids(*range(min(n_check + 1, 10)))]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_parts_and_shards_together_equal_one_call(tmp_path_factory, data):

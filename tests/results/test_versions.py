@@ -6,6 +6,8 @@ from expected_frames import CALLS, COMMAND, find_changes, kept, measure
 
 from mmflow_utils.results.version import VERSIONS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_rows_change_only_with_the_version(name, tmp_path):
