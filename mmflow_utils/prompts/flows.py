@@ -95,8 +95,7 @@ class Variant:
         flow, layer: Labels for the results: the flow, and the layer that the window belongs to.
 
     Raises:
-        ValueError: Positions that are negative, repeated or unsorted; an unknown intervention; a source on a
-            module intervention.
+        ValueError: Positions that are negative, repeated or unsorted; an unknown intervention; a module's source.
     """
 
     layers: range
@@ -112,8 +111,9 @@ class Variant:
             raise ValueError(f"layers must be a range of consecutive layers from 0 up, not {self.layers!r}")
         if not self.target:
             raise ValueError("a variant needs at least one target position, got none")
-        for name in ("target", "source"):
-            _check_positions(name, getattr(self, name))
+        for name, held in (("target", self.target), ("source", self.source)):
+            if held and (held[0] < 0 or not all(a < b for a, b in zip(held, held[1:], strict=False))):
+                raise ValueError(f"{name} positions must be 0 or more, ascending, each once, got {held[:8]}")
         if self.source and self.intervention in MODULE_INTERVENTIONS:
             raise ValueError(f"{self.intervention!r} zeroes a module at its target positions: leave source empty")
 
@@ -124,12 +124,10 @@ class Variant:
 
 
 def window_layers(layer: int, *, window: int, n_layers: int, placement: Placement = "centered") -> range:
-    """Return the layers of the window that belongs to a layer.
+    """Return the layers of the window of `window` layers (the paper's is 9) that belongs to a layer.
 
     Args:
-        layer: Layer (0-based).
-        window: Width in layers; the paper's is 9.
-        n_layers: Number of decoder layers L.
+        layer, window, n_layers: The layer, the window's width and the number of layers, l, w and L.
         placement: `centered` gives `max(0, l - w//2) … min(L, l + ceil(w/2)) - 1` (§3.2, App. B); `forward`
             gives `l … min(l + w, L) - 1`, the module knockout's (App. D).
 
@@ -154,8 +152,7 @@ def window_layers(layer: int, *, window: int, n_layers: int, placement: Placemen
 def window_sizes(n_layers: int) -> list[int]:
     """Return the widths of windows to compare in a model of that depth (App. B, Figs 7-8).
 
-    The paper's models have 32 or 40 layers: from 32 on these are the paper's 1, 3, 5, 7, 9, 11, 15. In a
-    shallower model each width is scaled by n_layers / 32 and rounded, at least 1, each width once.
+    From 32 layers on, the paper's 1, 3, 5, 7, 9, 11, 15; in a shallower model each is scaled by n_layers / 32.
 
     Raises:
         ValueError: A model without layers.
@@ -203,19 +200,17 @@ def variants(
     Args:
         positions: The prompt's position sets.
         flows: Flows to block. A module intervention acts on the flow's target; its source is not used.
-        window: Width in layers.
-        n_layers: Number of decoder layers.
+        window, n_layers: Width of the window, and depth of the model, in layers.
         layers: Layers to visit, every layer by default.
         intervention: What is done to the edges or modules.
-        placement: How the window lies about its layer; by default as in the paper, `centered` for edges and
-            `forward` for modules.
+        placement: How the window lies about its layer; by default `centered` for edges and `forward` for modules.
 
     Returns:
         Flow by flow, within a flow in the order of `layers`.
 
     Raises:
-        ValueError: No flow; a flow whose positions are missing or empty, or that runs against causality (see
-            `flow_problem`); a layer outside the model or named twice; a bad window or intervention.
+        ValueError: No flow, or one that can't be blocked (see `flow_problem`); a layer outside the model or named
+            twice; a bad window or intervention.
 
     >>> positions = PositionSets(n_tokens=6, sets={"image": (1, 2), "question": (3, 4), "last": (5,)})
     >>> [v.layers for v in variants(positions, IMAGE_TO_QUESTION, window=3, n_layers=3)]
@@ -246,12 +241,6 @@ def variants(
 def _check_intervention(name: str) -> None:
     if name not in get_args(Intervention):
         raise ValueError(f"intervention must be one of {', '.join(get_args(Intervention))}, got {name!r}")
-
-
-def _check_positions(name: str, positions: tuple[int, ...]) -> None:
-    ascending = all(a < b for a, b in zip(positions, positions[1:], strict=False))
-    if positions and (positions[0] < 0 or not ascending):
-        raise ValueError(f"{name} positions must be 0 or more, ascending, each once, got {positions[:8]}")
 
 
 def _each(sources: str, targets: str) -> tuple[Flow, ...]:

@@ -16,16 +16,17 @@ Named = tuple[str, tuple[int, int] | None]  # an object's name and its range of 
 
 UNNAMED = "_"  # how GQA writes an object that its question asks for without naming it
 _WORD = re.compile(r"\w+(?:-\w+)*")
-_IRREGULAR = {
-    "child": "children",
-    "die": "dice",
-    "foot": "feet",
-    "goose": "geese",
-    "mouse": "mice",
-    "ox": "oxen",
-    "person": "people",
-    "tooth": "teeth",
-}
+# Ends of nouns and of their plurals; one too many does no harm: only words of the question count. Compounds are
+# covered too, "grandchild", "salesperson".
+_PLURALS = [(r"\Z", "s"), (r"(s|x|z|ch|sh|o)\Z", r"\1es"), (r"z\Z", "zzes"), (r"y\Z", "ies"), (r"fe?\Z", "ves")]
+_PLURALS += [(r"man\Z", "men"), (r"us\Z", "i"), (r"child\Z", "children"), (r"die\Z", "dice"), (r"foot\Z", "feet")]
+_PLURALS += [
+    (r"goose\Z", "geese"),
+    (r"mouse\Z", "mice"),
+    (r"ox\Z", "oxen"),
+    (r"person\Z", "people"),
+    (r"tooth\Z", "teeth"),
+]
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,10 @@ class PositionSets:
 
 
 def tokens_in(offsets: Iterable[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
-    """Return the tokens that overlap the characters `start … end - 1`.
+    """Return the tokens that overlap the characters `start … end - 1`, by each token's own range of characters.
 
-    A token that begins with the space before its word overlaps that word alone; a special token, of no
-    characters, overlaps nothing.
-
-    Args:
-        offsets: Each token's half-open character range, from a fast tokenizer.
-        start, end: Half-open character range.
+    A token that begins with the space before its word overlaps that word alone; a special token, of no characters,
+    overlaps nothing.
 
     >>> tokens_in([(0, 0), (0, 3), (3, 7), (7, 8)], 4, 7)  # "the cat?", the range of "cat"
     (2,)
@@ -116,17 +113,10 @@ def tokens_in(offsets: Iterable[tuple[int, int]], start: int, end: int) -> tuple
 
 
 def find_phrase(text: str, phrase: str, *, within: Range | None = None) -> list[Range]:
-    """Find a phrase as whole words, in any case; where it doesn't stand so, in another grammatical number.
+    """Return where a phrase stands in a text as whole words, in any case: ranges of characters, in order.
 
-    A word with hyphens is one word: "shirt" isn't found in "t-shirt".
-
-    Args:
-        text: Where to look.
-        phrase: One or more words.
-        within: Half-open range of characters that a find must lie in; by default the whole text.
-
-    Returns:
-        Half-open ranges of characters, in order; empty when there is none.
+    Where there is none, it is sought in another grammatical number. A word with hyphens is one word: "shirt" isn't
+    found in "t-shirt". With `within`, a range of characters, only there.
 
     >>> find_phrase("Are there bags or a mailbag?", "bag")
     [(10, 14)]
@@ -140,12 +130,11 @@ def find_phrase(text: str, phrase: str, *, within: Range | None = None) -> list[
 def find_options(question: str, option_true: str, option_false: str) -> tuple[tuple[Range, Range] | None, str]:
     """Find the two options that a question offers.
 
-    Where a word occurs twice, the pair around "or" is meant: "… to the right or to the left of the chair on
-    the left side?"
+    Where a word occurs twice, the pair around "or" is meant: "… to the right or to the left of the chair on the left
+    side?"
 
     Returns:
-        The ranges of the true and of the false option and an empty string, or None and the reason: nothing is
-        guessed.
+        The ranges of the true and the false option, and ""; or None and the reason, since nothing is guessed.
 
     >>> find_options("Which is white, the train car or the car?", "car", "train car")
     (((37, 40), (20, 29)), '')
@@ -174,13 +163,12 @@ def find_objects(question: str, objects: Sequence[Named]) -> tuple[tuple[Range, 
 
     Args:
         question: The question.
-        objects: Name and, where GQA annotates it, the half-open range of words (split at spaces) that stands
-            for the object: the name is sought there, and where those words don't hold it ("it", "the lady"),
-            they are the name. An object that GQA writes "_" is asked for, not named, and counts for nothing.
+        objects: Name and, where GQA annotates it, the half-open range of words (split at spaces) that stands for the
+            object: the name is sought there, and where those words don't hold it ("it", "the lady"), they are the
+            name. An object that GQA writes "_" is asked for, not named, and counts for nothing.
 
     Returns:
-        The ranges and an empty string, or None and the reason: a name that isn't there, or that stands more
-        often than there are such objects.
+        The ranges, and ""; or None and the reason: a name that isn't there, or stands more often than such objects.
 
     >>> find_objects("Is that bottle left of the water bottle?", [("bottle", None), ("water bottle", None)])
     (((8, 14), (27, 39)), '')
@@ -219,8 +207,7 @@ def question_sets(
         objects: The objects it is about, as for `find_objects`.
 
     Returns:
-        The sets `question`, `option_true`, `option_false`, `options`, `question_without_options`, `objects`
-        and `question_without_objects`, as far as they are there, and for the others the reason why not.
+        The sets of the question and its parts, and for those that it lacks the reason.
 
     Raises:
         ValueError: The prompt doesn't hold the question.
@@ -277,26 +264,8 @@ def _gaps(text: str, words: Sequence[re.Match[str]]) -> list[str]:
 
 
 def _same_noun(a: str, b: str) -> bool:
-    return a in _plurals(b) or b in _plurals(a)
-
-
-def _plurals(noun: str) -> set[str]:
-    """Return the plurals that a noun may have; one too many does no harm: only words of the question count."""
-    plurals = {noun + "s"}
-    if noun.endswith(("s", "x", "z", "ch", "sh", "o")):
-        plurals.add(noun + "es")
-    if noun.endswith("z"):
-        plurals.add(noun + "zes")
-    if noun.endswith("y"):
-        plurals.add(noun[:-1] + "ies")
-    if noun.endswith(("f", "fe")):
-        plurals.add(noun.removesuffix("e")[:-1] + "ves")
-    if noun.endswith("man"):
-        plurals.add(noun[:-2] + "en")
-    if noun.endswith("us"):
-        plurals.add(noun[:-2] + "i")
-    compounds = (noun[: -len(one)] + many for one, many in _IRREGULAR.items() if noun.endswith(one))
-    return plurals.union(compounds)  # "grandchild", "salesperson" too
+    pairs = ((one, other, *ends) for one, other in ((a, b), (b, a)) for ends in _PLURALS)
+    return any(re.search(end, one) and re.sub(end, plural, one) == other for one, other, end, plural in pairs)
 
 
 def _pairs_around_or(text: str, true: list[Range], false: list[Range]) -> set[tuple[Range, Range]]:
