@@ -17,8 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 LONGEST_FILE = 350  # lines
-LARGEST_PACKAGE = 8500
+LARGEST_PACKAGE = 9300
 MOST_NAMES = 60
+SLOW_TO_IMPORT = {"peft"}  # and few models need it: imported where it is used
 LIGHT = ("data", "params", "results", "analysis", "plots")  # figures are drawn again without torch
 
 
@@ -65,13 +66,14 @@ def test_imports_are_absolute_and_stand_at_the_top(file):
     top = tree.body[:first_other]
     assert [ast.unparse(node) for node in top if isinstance(node, ast.ImportFrom) and node.level] == []
     later = [node for node in ast.walk(tree) if isinstance(node, kinds) and node not in top]
-    # A package that the lock doesn't hold is an option, and may be imported where it is used.
+    # A package that the lock doesn't hold is an option, and may be imported where it is used, as a slow one may.
     assert [ast.unparse(node) for node in later if not is_optional(node)] == []
 
 
 def is_optional(node):
     name = (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-    return name not in sys.stdlib_module_names | {"mmflow_utils"} and canonicalize_name(name) not in LOCK
+    ours = sys.stdlib_module_names | {"mmflow_utils"}
+    return name in SLOW_TO_IMPORT or (name not in ours and canonicalize_name(name) not in LOCK)
 
 
 def test_files_and_package_stay_small():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -66,7 +67,6 @@ def merge_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def _check_complete(adapted: Any, folder: Path) -> None:
     """Hold what was loaded against the file: PEFT only warns of weights that find no place."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     stored, taken = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(adapted)
     if lost := sorted(stored.keys() ^ taken.keys()):
