@@ -118,10 +118,9 @@ class Removal:
 def image_tokens_removed(model: VLM, encoded: Encoded, pruning: Pruning | None) -> Iterator[Removal | None]:
     """Run the model without image tokens from a layer on, while the block runs (App. F).
 
-    They are neither computed nor cached there, in the prompt as in decoding; newline tokens of LLaVA-NeXT
-    are image tokens. What remains keeps its rotary position. The library's own layers run, in the attention
-    kernel that is set; a choice by attention sets the fused one (`sdpa`), and adds a row of scores in one
-    layer.
+    They are neither computed nor cached there, in the prompt as in decoding; newline tokens of LLaVA-NeXT are image
+    tokens. What remains keeps its rotary position. The library's own layers run, in the attention kernel that is
+    set; a choice by attention sets the fused one (`sdpa`), and adds a row of scores in one layer.
 
     Args:
         model: The model.
@@ -129,11 +128,11 @@ def image_tokens_removed(model: VLM, encoded: Encoded, pruning: Pruning | None) 
         pruning: What to remove; None removes nothing.
 
     Yields:
-        The removal; its `kept` tells which positions of the prompt remained.
+        The removal; its `kept` are the positions of the prompt that remained.
 
     Raises:
-        ValueError: A prompt without picture; a layer, or a number of tokens, that isn't there; a choice by
-            attention with no layer before; a decoder with sliding windows.
+        ValueError: A prompt without picture; a layer, or a number of tokens, that isn't there; a choice by attention
+            with no layer before; a decoder with sliding windows.
     """
     if pruning is None:
         yield None
@@ -173,12 +172,8 @@ def check_pruning(model: VLM, encoded: Encoded, pruning: Pruning) -> None:
 
 
 def prompt_embeds(model: VLM, encoded: Encoded) -> Float[Tensor, "1 n d"]:
-    """Encode a prompt's picture and return what enters the decoder's first layer.
-
-    Raises:
-        ValueError: The prompt shows no picture.
-    """
-    image_positions(encoded)
+    """Encode a prompt's picture and return what enters the decoder's first layer."""
+    image_positions(encoded)  # refuses a prompt without
     return text_inputs(model, encoded.inputs)[0]["inputs_embeds"]
 
 
@@ -216,33 +211,22 @@ def greedy_decode(
     """Answer greedily, with or without image tokens, and return the new tokens.
 
     Args:
-        model: The model.
-        encoded: The prompt.
+        model, encoded: The model and the prompt.
         pruning: What to remove; None for the intact model.
         embeds: The prompt with its picture encoded (`prompt_embeds`), where it is decoded more than once.
         max_new_tokens: Stop after so many, if the model doesn't.
-
-    Raises:
-        ValueError: See `image_tokens_removed`.
 
     Example:
         >>> ids = greedy_decode(model, mm.encode(model, sample), Pruning(from_layer=8))
         >>> model.tokenizer.decode(ids, skip_special_tokens=True)
         'Round'
     """
-    if embeds is None:
-        embeds = prompt_embeds(model, encoded)
+    embeds = prompt_embeds(model, encoded) if embeds is None else embeds
+    ends: Any = model.hf.generation_config.eos_token_id
+    stop = [ends] if isinstance(ends, int) else list(ends or ())
     with image_tokens_removed(model, encoded, pruning):
         logits, cache = read_prompt(model, embeds)
-        return continue_prompt(
-            model, int(logits.argmax()), cache, embeds.shape[1], max_new_tokens, stop=stop_tokens(model)
-        )
-
-
-def stop_tokens(model: VLM) -> list[int]:
-    """Return the tokens that end an answer, as the library's `generate` knows them."""
-    ends: Any = model.hf.generation_config.eos_token_id
-    return [ends] if isinstance(ends, int) else list(ends or ())
+        return continue_prompt(model, int(logits.argmax()), cache, embeds.shape[1], max_new_tokens, stop=stop)
 
 
 @torch.inference_mode()
@@ -254,11 +238,9 @@ def compare_to_knockout(
     A removed token is one that nobody may attend to any more: what becomes of its own row doesn't matter.
 
     Args:
-        model: The model.
-        encoded: The prompt.
+        model, encoded: The model and the prompt.
         pruning: What is removed.
-        knockout_from: The layer where the knockout begins, for a control that must differ; by default where
-            the removal does.
+        knockout_from: Where the knockout begins, for a control that must differ; by default where the removal does.
         tolerance: The largest difference that is no error.
 
     Returns:

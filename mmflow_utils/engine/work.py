@@ -22,8 +22,7 @@ class Work:
     """What a prompt and the tokens decoded after it cost the decoder.
 
     Attributes:
-        first_token_flops: Floating-point operations (a multiplication and an addition are two) to the first
-            token's logits.
+        first_token_flops: Floating-point operations (a multiplication and an addition are two) to the first logits.
         next_token_flops: Those of each further token.
         cache_bytes: Keys and values of the prompt.
     """
@@ -36,9 +35,10 @@ class Work:
 def count_work(config: Any, n_tokens: Sequence[int], *, n_new: int = 1, itemsize: int = 4) -> Work:
     """Count the decoder's work on a prompt that has `n_tokens[i]` positions in layer i.
 
-    Matrix products are counted, as torch's FlopCounterMode counts them: projections, gated MLP, scores and
-    mixed values (the full square: a causal kernel may do half), the unembedding of one position. Norms,
-    rotary embeddings and softmax are not, nor the image encoder, nor FastV's one row of scores.
+    Matrix products count, as for torch's FlopCounterMode: projections, gated MLP, scores and mixed values (the full
+    square: a causal kernel may do half), the unembedding of one position; not the image encoder. Torch's own counter
+    would have to run the model for each number of tokens, of which `equal_work` compares many; a test holds the two
+    together.
 
     Args:
         config: The decoder's configuration, of a Llama-like architecture.
@@ -66,12 +66,12 @@ def count_work(config: Any, n_tokens: Sequence[int], *, n_new: int = 1, itemsize
     weights = 2 * d_model * d_head * (heads + key_heads) + 3 * d_model * config.intermediate_size
     unembed = 2 * d_model * config.vocab_size
 
-    def layer(rows: int, keys: int) -> int:
+    def work(rows: int, keys: int) -> int:
         return 2 * rows * weights + 4 * rows * keys * heads * d_head
 
     return Work(
-        first_token_flops=sum(layer(n, n) for n in n_tokens) + unembed,
-        next_token_flops=tuple(sum(layer(1, n + t) for n in n_tokens) + unembed for t in range(1, n_new)),
+        first_token_flops=sum(work(n, n) for n in n_tokens) + unembed,
+        next_token_flops=tuple(sum(work(1, n + t) for n in n_tokens) + unembed for t in range(1, n_new)),
         cache_bytes=sum(2 * key_heads * d_head * n * itemsize for n in n_tokens),
     )
 
@@ -97,22 +97,18 @@ def work_of(model: VLM, encoded: Encoded, pruning: Pruning | None = None, *, n_n
 def equal_work(
     model: VLM, encoded: Encoded, pruning: Pruning, *, choice: str, from_layer: int = FASTV_LAYER, seed: int = 0
 ) -> Pruning | None:
-    """Keep as many image tokens from a layer on as costs no more than another pruning, to the first token.
+    """Return the pruning from a layer on that keeps the most image tokens for no more work than another pruning.
 
     Args:
         model, encoded: The model and the prompt.
-        pruning: Whose work counts.
-        choice: Which tokens stay, see `Pruning`.
-        from_layer: Where the others go; FastV's layer by default.
-        seed: Of a random choice.
+        pruning: Whose work to the first token is the limit.
+        choice, from_layer, seed: Of the pruning that is sought, see `Pruning`; FastV's layer by default.
 
     Returns:
-        The pruning of the most work that is no more than that; None where even keeping none is more.
+        The pruning; None where even keeping no token costs more.
     """
-    prunings = [
-        Pruning(from_layer=from_layer, n_kept=n, choice=choice, seed=seed)
-        for n in range(len(image_positions(encoded)) + 1)
-    ]
+    n_image = len(image_positions(encoded))
+    found = [Pruning(from_layer=from_layer, n_kept=n, choice=choice, seed=seed) for n in range(n_image + 1)]
     flops = work_of(model, encoded, pruning).first_token_flops
-    n_fitting = bisect_right(prunings, flops, key=lambda one: work_of(model, encoded, one).first_token_flops)
-    return prunings[n_fitting - 1] if n_fitting else None
+    n_fitting = bisect_right(found, flops, key=lambda one: work_of(model, encoded, one).first_token_flops)
+    return found[n_fitting - 1] if n_fitting else None
