@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -40,38 +41,30 @@ def batched(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: M
         some = variants[first : first + BATCH]
         inputs_of_all = {**inputs, "inputs_embeds": inputs["inputs_embeds"].expand(len(some), -1, -1)}
         inputs_of_all["attention_mask"] = None
-        handles = []
 
         def change(layer: int, args: tuple, kwargs: dict, some=some) -> tuple[tuple, dict]:
             mask = torch.stack([_mask(v, encoded.positions.n_tokens, layer in v.layers) for v in some])
             return args, kwargs | {"attention_mask": mask[:, None].to(args[0].device)}
 
-        try:
+        with ExitStack() as stack:
             for i, layer in enumerate(model.layers):
-                handles.append(
-                    layer.register_forward_pre_hook(
-                        lambda _, args, kwargs, i=i: change(i, args, kwargs), with_kwargs=True
-                    )
+                hook = layer.register_forward_pre_hook(
+                    lambda _, args, kwargs, i=i: change(i, args, kwargs), with_kwargs=True
                 )
+                stack.enter_context(hook)
             hidden = model.text(**inputs_of_all).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
         yield from model.unembed(hidden[:, -1])
 
 
 def suffix(model: VLM, encoded: Encoded, variants: Sequence[Variant], inputs: Mapping) -> Iterator[Logits]:
     """One clean pass with a cache; then, for each variant, its rows from its window's first layer on."""
     clean: list[tuple[Tensor, dict]] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs: clean.append((args[0], kwargs)), with_kwargs=True)
-        for layer in model.layers
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer in model.layers:
+            stack.enter_context(
+                layer.register_forward_pre_hook(lambda _, args, kw: clean.append((args[0], kw)), with_kwargs=True)
+            )
         cache = model.text(**{**inputs, "use_cache": True}).past_key_values
-    finally:
-        for handle in handles:
-            handle.remove()
     n_tokens = encoded.positions.n_tokens
     for variant in variants:
         low = variant.target[0]

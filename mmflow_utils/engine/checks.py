@@ -128,14 +128,12 @@ def _check_logits(model: VLM, encoded: Encoded, ours: Tensor, plain: Tensor, nam
 def _check_mask(model: VLM, encoded: Encoded) -> str:
     """Block Question -> Last in one layer and look at that layer's attention pattern itself."""
     layer, source = model.n_layers // 2, list(encoded.positions["question"])
-    variant = Variant(
-        layers=range(layer, layer + 1), target=encoded.positions["last"], source=encoded.positions["question"]
-    )
-    clean = attention_pattern(model, encoded, layer)[:, encoded.positions.last]
-    blocked = attention_pattern(model, encoded, layer, variant)[:, encoded.positions.last]
+    last = encoded.positions.last
+    variant = Variant(layers=range(layer, layer + 1), target=(last,), source=tuple(source))
+    expected = attention_pattern(model, encoded, layer)[:, last].clone()  # no inference tensor
+    blocked = attention_pattern(model, encoded, layer, variant)[:, last]
     if blocked[:, source].any():
         return f"a blocked edge keeps an attention weight of {blocked[:, source].max():.1e}"
-    expected = clean.clone()
     expected[:, source] = 0.0
     expected /= expected.sum(-1, keepdim=True)
     names = ("The other attention weights", "the clean ones, renormalized,")
@@ -154,8 +152,7 @@ def attention_pattern(
     with model.attention_kernel("eager"), ExitStack() as stack:
         if variant:
             stack.enter_context(intervene(model, variant, encoded.positions.n_tokens))
-        hook = model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1]))
-        stack.callback(hook.remove)
+        stack.enter_context(model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1])))
         model.hf.base_model(**encoded.inputs, use_cache=False)
     return seen[0][0].float().cpu()
 

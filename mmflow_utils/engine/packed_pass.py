@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -65,7 +65,6 @@ class PackedPass:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         """Hook into the decoder, and undo it whatever happens."""
-        handles = []
 
         def before(i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -79,17 +78,15 @@ class PackedPass:
             if rows := self.zeroed.get(name):
                 (output[0] if isinstance(output, tuple) else output)[:, rows] = 0
 
-        try:
+        with ExitStack() as stack:
             for i, layer in enumerate(self.model.layers):
-                handles.append(layer.register_forward_pre_hook(partial(before, i), with_kwargs=True))
-                handles.append(layer.register_forward_hook(partial(after, i)))
+                stack.enter_context(layer.register_forward_pre_hook(partial(before, i), with_kwargs=True))
+                stack.enter_context(layer.register_forward_hook(partial(after, i)))
                 modules = {"attention_output": self.model.attention(i), "mlp_output": self.model.mlp(i)}
-                handles += [m.register_forward_hook(partial(zero, name)) for name, m in modules.items()]
-            with self.model.attention_kernel(PACKED_ATTENTION):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                for name, module in modules.items():
+                    stack.enter_context(module.register_forward_hook(partial(zero, name)))
+            stack.enter_context(self.model.attention_kernel(PACKED_ATTENTION))
+            yield
 
     def _before(
         self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 n d"], kwargs: dict

@@ -5,7 +5,7 @@ with image_tokens_removed(model, encoded, Pruning(from_layer=20)):
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -140,17 +140,13 @@ def image_tokens_removed(model: VLM, encoded: Encoded, pruning: Pruning | None) 
     check_pruning(model, encoded, pruning)
     removal = Removal(model, encoded, pruning)
     watched = pruning.choice == "attention" and pruning.from_layer < model.n_layers
-    handles = [
-        layer.register_forward_pre_hook(partial(removal.before, i), with_kwargs=True)
-        for i, layer in enumerate(model.layers)
-        if i >= pruning.from_layer - watched
-    ]
-    try:
-        with model.attention_kernel(PACKED_ATTENTION) if watched else nullcontext():
-            yield removal
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for i in range(pruning.from_layer - watched, model.n_layers):
+            hook = partial(removal.before, i)
+            stack.enter_context(model.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
+        if watched:
+            stack.enter_context(model.attention_kernel(PACKED_ATTENTION))
+        yield removal
 
 
 def check_pruning(model: VLM, encoded: Encoded, pruning: Pruning) -> None:

@@ -5,7 +5,7 @@ nothing with the sweep: the library's own attention runs, with another mask, ano
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,23 +77,21 @@ def run_reference(
     - `mask`: the edge gets -inf before the softmax, and the target's attention renormalizes over the keys
       left. A target with no key left gets nothing: its mixed values, before the output projection, are 0.
     - `zero_value`: the attention pattern stays, the value that runs along the edge is 0.
-    - `mean_value`: the pattern stays; the value is the mean of the values of this target's sources in this
-      layer and head. What the sources have in common gets through, what tells them apart does not; a single
-      source is its own mean and changes nothing.
+    - `mean_value`: the pattern stays; the value is the mean over this target's sources in this layer and head. What
+      the sources have in common gets through, what distinguishes them does not.
     - `attention_output`, `mlp_output`: the module's output is 0 at the target positions (App. D).
 
     Args:
         model: The model.
         encoded: The prompt. The picture's features are computed once.
         variants: What to change, one run each.
-        read: Position whose logits are wanted, the last by default; or several, in ascending order, and
-            everything in the result has an axis for them.
+        read: Position whose logits are wanted, the last by default; or several, in ascending order, and everything in
+            the result has an axis for them.
         keep: What to keep of logits, row by row, where all of them are too much: [rows, vocab] -> [rows, k].
         progress: Called after each variant.
 
     Raises:
-        ValueError: A variant names a layer or position that isn't there; `read` isn't in the prompt, or out
-            of order; NaN among the logits.
+        ValueError: A variant or `read` that names a layer or position that isn't there; NaN among the logits.
     """
     read, one = check_request(model, encoded, variants, read)
     with _collect_stream(model, read) as stream:
@@ -120,12 +118,11 @@ def _collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
     def keep(tensor: Tensor) -> None:
         stream.append(tensor[0, read].float().cpu())
 
-    hooks = [model.layers[0].register_forward_pre_hook(lambda _, args: keep(args[0]))]
-    hooks += [layer.register_forward_hook(lambda _, __, out: keep(out)) for layer in model.layers]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(model.layers[0].register_forward_pre_hook(lambda _, args: keep(args[0])))
+        for layer in model.layers:
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, out: keep(out)))
         yield stream
-    finally:
-        _remove(hooks)
 
 
 @contextmanager
@@ -141,16 +138,13 @@ def intervene(model: VLM, variant: Variant, n_tokens: int) -> Iterator[None]:
         "attention_output": _zero_module,
         "mlp_output": _zero_module,
     }[variant.intervention]
-    hooks: list[Any] = []
-    try:
+    with ExitStack() as hooks:
         for layer in variant.layers:
             install(hooks, model, layer, variant, blocked)
         yield
-    finally:
-        _remove(hooks)
 
 
-def _mask_edges(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
+def _mask_edges(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
     """Add the blocked edges to whatever mask the layer is given: causal, sliding or the library's own."""
     starved = torch.zeros(len(blocked), dtype=torch.bool)
 
@@ -169,8 +163,8 @@ def _mask_edges(hooks: list[Any], model: VLM, layer: int, variant: Variant, bloc
     def give_nothing(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0].masked_fill(starved.to(args[0].device)[:, None], 0.0),)
 
-    hooks.append(model.layers[layer].register_forward_pre_hook(change_mask, with_kwargs=True))
-    hooks.append(model.output_proj(layer).register_forward_pre_hook(give_nothing))
+    hooks.enter_context(model.layers[layer].register_forward_pre_hook(change_mask, with_kwargs=True))
+    hooks.enter_context(model.output_proj(layer).register_forward_pre_hook(give_nothing))
 
 
 def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 heads n n"]:
@@ -189,8 +183,8 @@ def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tens
     return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
-def _replace_values(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
-    """Run the layer's attention again with other values, and return the targets what comes out of that."""
+def _replace_values(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
+    """Run the layer's attention again with other values, and take what comes out of that for the targets."""
     attention, value_proj = model.attention(layer), model.value_proj(layer)
     # Targets that see the same sources share a run.
     sources, group = blocked.unique(dim=0, return_inverse=True)
@@ -199,11 +193,8 @@ def _replace_values(hooks: list[Any], model: VLM, layer: int, variant: Variant, 
         mixed = output[0].clone()
         for n, held in enumerate(sources):
             if held.any():
-                hook = value_proj.register_forward_hook(lambda _, __, v, held=held: other_values(v, held))
-                try:
+                with value_proj.register_forward_hook(lambda _, __, v, held=held: other_values(v, held)):
                     again = attention.forward(*args, **kwargs)[0]
-                finally:
-                    hook.remove()
                 rows = (group == n).to(mixed.device)
                 mixed[:, rows] = again[:, rows]
         return (mixed, *output[1:])
@@ -215,10 +206,10 @@ def _replace_values(hooks: list[Any], model: VLM, layer: int, variant: Variant, 
         values[:, held] = mean if variant.intervention == "mean_value" else 0.0
         return values
 
-    hooks.append(attention.register_forward_hook(rerun, with_kwargs=True))
+    hooks.enter_context(attention.register_forward_hook(rerun, with_kwargs=True))
 
 
-def _zero_module(hooks: list[Any], model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
+def _zero_module(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
     """Zero what a module adds to the residual stream at the target positions."""
     module = (model.attention if variant.intervention == "attention_output" else model.mlp)(layer)
 
@@ -227,12 +218,7 @@ def _zero_module(hooks: list[Any], model: VLM, layer: int, variant: Variant, blo
         first[:, list(variant.target)] = 0.0
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
-    hooks.append(module.register_forward_hook(zero))
-
-
-def _remove(hooks: Sequence[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
+    hooks.enter_context(module.register_forward_hook(zero))
 
 
 def check_request(
