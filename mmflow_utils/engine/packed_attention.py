@@ -46,9 +46,7 @@ def keys_only(layer: nn.Module, hidden: Float[Tensor, "1 r d"], kwargs: dict) ->
     """Run a layer as far as its rotated keys and values."""
     capture = Capture(stop=True)
     with suppress(_Stop):
-        layer.forward(
-            hidden, **{k: v for k, v in kwargs.items() if k != "hidden_states"}, **{PACKED_ATTENTION: capture}
-        )
+        layer.forward(hidden, **kwargs, **{PACKED_ATTENTION: capture})
     return capture
 
 
@@ -95,15 +93,12 @@ class _Keys:
     def mask(self, n_blocks: int, dtype: torch.dtype) -> Float[Tensor, "rows all_keys"]:
         """Return what is added to the scores of blocks side by side: none attends to another's own keys."""
         if n_blocks not in self.masks:
-            n_rows, n_own, n_prefix = len(self.sees), len(self.own), self.n_prefix
             # A row that sees nothing must not become NaN; its outcome is thrown away.
-            hidden = ~self.sees & self.sees.any(1, keepdim=True)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
-            wide = mask.new_full((n_blocks, n_rows, n_prefix + n_blocks * n_own), -torch.inf)
-            wide[:, :, :n_prefix] = mask[:, :n_prefix]
-            for n in range(n_blocks):
-                wide[n, :, n_prefix + n * n_own :][:, :n_own] = mask[:, n_prefix:]
-            self.masks[n_blocks] = wide.flatten(0, 1)
+            sees = self.sees | ~self.sees.any(1, keepdim=True)
+            own = torch.block_diag(*[sees[:, self.n_prefix :]] * n_blocks)
+            seen = torch.cat([sees[:, : self.n_prefix].repeat(n_blocks, 1), own], dim=1)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self.masks[n_blocks] = mask.masked_fill_(~seen, -torch.inf)
         return self.masks[n_blocks]
 
 

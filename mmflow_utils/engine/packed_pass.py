@@ -66,32 +66,24 @@ class PackedPass:
     def _hooked(self) -> Iterator[None]:
         """Hook into the decoder, and undo it whatever happens."""
 
-        def before(i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            hidden, changed = self._before(i, layer, hidden, kwargs)
-            return (hidden, *args[1:]), {k: v for k, v in changed.items() if k != "hidden_states"}
-
-        def after(i: int, layer: nn.Module, args: tuple, output: Tensor) -> None:
-            self._after(i, layer, output)
-
         def zero(name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
             if rows := self.zeroed.get(name):
                 (output[0] if isinstance(output, tuple) else output)[:, rows] = 0
 
         with ExitStack() as stack:
             for i, layer in enumerate(self.model.layers):
-                stack.enter_context(layer.register_forward_pre_hook(partial(before, i), with_kwargs=True))
-                stack.enter_context(layer.register_forward_hook(partial(after, i)))
+                stack.enter_context(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
+                stack.enter_context(layer.register_forward_hook(partial(self._after, i)))
                 modules = {"attention_output": self.model.attention(i), "mlp_output": self.model.mlp(i)}
                 for name, module in modules.items():
                     stack.enter_context(module.register_forward_hook(partial(zero, name)))
             stack.enter_context(self.model.attention_kernel(PACKED_ATTENTION))
             yield
 
-    def _before(
-        self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 n d"], kwargs: dict
-    ) -> tuple[Float[Tensor, "1 m d"], dict]:
+    def _before(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """See what goes into a layer of the clean pass; cut the last layer down to the rows that are read."""
+        hidden, kwargs = args[0] if args else kwargs["hidden_states"], {**kwargs}
+        kwargs.pop("hidden_states", None)
         hidden = hidden.to(compute_device(layer))  # layers may be spread over devices: rows follow
         if i == 0:
             self._remember(hidden[0, self.read])
@@ -100,11 +92,12 @@ class PackedPass:
         self._check_order(kwargs.get("attention_mask"))
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
-            return hidden, {**kwargs, PACKED_ATTENTION: self.clean}
+            return (hidden, *args[1:]), {**kwargs, PACKED_ATTENTION: self.clean}
         self.clean = keys_only(layer, hidden, kwargs)
         rows = list(range(len(self.read)))
         block = Block(rows=rows, positions=tuple(self.read), low=self.read[0])
-        return hidden[:, self.read], {**layer_kwargs_at(kwargs, self.read), PACKED_ATTENTION: self._attend([block])}
+        kwargs = {**layer_kwargs_at(kwargs, self.read), PACKED_ATTENTION: self._attend([block])}
+        return (hidden[:, self.read], *args[1:]), kwargs
 
     def _check_order(self, mask: Tensor | None) -> None:
         """Refuse rows that depend on what comes after them, as the tokens of an image do in some families."""
@@ -122,7 +115,7 @@ class PackedPass:
             )
         self.known["order", id(mask)] = mask  # held, so that no other mask gets its id
 
-    def _after(self, i: int, layer: nn.Module, hidden: Float[Tensor, "1 m d"]) -> None:
+    def _after(self, i: int, layer: nn.Module, args: tuple, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
         self._remember(hidden[0, self.read] if i < self.last else hidden[0])
         for some in self._slices(i):
@@ -139,7 +132,7 @@ class PackedPass:
         # A copy: a view would hold on to the states of all positions, layer after layer.
         self.resid_post.append(state.to("cpu", torch.float32, copy=True))
 
-    def _slices(self, i: int) -> Iterator[list[Branch]]:
+    def _slices(self, i: int) -> list[list[Branch]]:
         """Divide the families into slices of no more rows than the clean pass has, so a layer needs no more.
 
         Within a slice come the branches with keys of their own, then those that begin in this layer.
@@ -152,16 +145,15 @@ class PackedPass:
         sizes = [sum(len(branch.rows) for branch in family) for family in families]
         most = len(self.clean_in)
         even = sum(sizes) / max(1, math.ceil(sum(sizes) / most))
-        some: list[Branch] = []
+        slices: list[list[Branch]] = []
         n_rows = 0
         for family, size in zip(families, sizes, strict=True):
-            if some and (n_rows >= even or n_rows + size > most):
-                yield sorted(some, key=lambda b: b.born == i)
-                some, n_rows = [], 0
-            some += family
+            if not slices or n_rows >= even or n_rows + size > most:
+                slices.append([])
+                n_rows = 0
+            slices[-1] += family
             n_rows += size
-        if some:
-            yield sorted(some, key=lambda b: b.born == i)
+        return [sorted(some, key=lambda b: b.born == i) for some in slices]
 
     def _through(
         self, i: int, layer: nn.Module, some: list[Branch]
@@ -180,12 +172,10 @@ class PackedPass:
         blocks, zeroed = self._blocks(i, here, begins)
         index = self._index(here)
         kwargs = {**self._kwargs_at(here), PACKED_ATTENTION: self._attend(blocks, own)}
-        try:
-            self.zeroed = zeroed
-            # Not layer(...): its hooks are ours, and this is their work.
-            return index, layer.forward(self.rows[index][None], **kwargs)[0]
-        finally:
-            self.zeroed = {}
+        self.zeroed = zeroed
+        out = layer.forward(self.rows[index][None], **kwargs)[0]  # not layer(...): its hooks are ours
+        self.zeroed = {}
+        return index, out
 
     def _blocks(self, i: int, here: Here, begins: Mapping[Branch, int]) -> tuple[list[Block], dict[str, list[int]]]:
         """Sort packed rows by what they attend to, and note those whose module output is zeroed."""
