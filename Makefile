@@ -42,7 +42,7 @@ report: $(READY)
 
 quick: $(READY)
 	$(LINT)
-	$(BIN)/python -m pytest -q -n 2 -m "not (slow or browser or slurm or notebook)"
+	$(BIN)/python -m pytest -q -n 2 -p no:nbval -m "not (slow or browser or slurm or notebook)"
 
 test: $(READY)
 	$(LINT)

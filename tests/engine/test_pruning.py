@@ -111,6 +111,7 @@ def test_fused_attention_stays_fused_no_layer_is_given_a_mask(tmp_path):
     assert masks == [None] * (3 * N_LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_layer", [0, 2])
 @pytest.mark.parametrize(
     ("family", "n_kv_heads", "kernel"), [("llava", 2, "eager"), *((*one, "sdpa") for one in FAMILIES)]

@@ -156,6 +156,7 @@ def test_groups_that_begin_alike_may_need_more_room_one_after_the_other(kind):
     assert_same(run_sweep(model, encoded, some), run_reference(model, encoded, some))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intervention", get_args(Intervention))
 @pytest.mark.parametrize("window", (1, 3, 9))
 def test_all_flows_and_layers_in_one_go(intervention, window):
@@ -228,6 +229,7 @@ def test_in_float64_the_two_ways_agree_far_beyond_float32():
     assert farthest(run.variants, plain.variants) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_in_half_precision_no_further_from_float32_than_the_plain_way(dtype):
     exact_model, encoded = setting("llava")

@@ -193,6 +193,7 @@ def test_a_task_can_come_first_and_the_rest_later(params, asked):
     assert len(set(asked)) == len(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [dict(n_samples=4), dict(seed=1), dict(prompt="<image>{question}"), dict(do_pad=False)]
 )

@@ -68,6 +68,7 @@ def test_sweep_and_reference_give_the_same_frame(tmp_path):
     assert np.allclose(fast[numbers], slow[numbers], atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intervention", ["zero_value", "mean_value", "attention_output", "mlp_output"])
 def test_every_intervention_passes_its_own_check(intervention, tmp_path):
     result = sweep_of(tiny_vlm("llava_next"), samples_of(tmp_path), intervention=intervention, n_check=9)

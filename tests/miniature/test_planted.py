@@ -21,6 +21,8 @@ from mmflow_utils.prompts.flows import (
     variants,
 )
 
+pytestmark = pytest.mark.slow
+
 COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 ENGINES = {"sweep": run_sweep, "reference": run_reference}
 # Where each flow is used, and nowhere else.
@@ -63,7 +65,6 @@ def effects(encoded, *, window, intervention="mask", flows=tuple(ROUTES), engine
     return dict(zip(flows, change.view(len(flows), -1).tolist(), strict=True))
 
 
-@pytest.mark.slow
 def test_the_committed_weights_are_those_that_the_module_sets():
     model, processor = build_planted()
     stored = planted()[0].hf.state_dict()
@@ -79,7 +80,6 @@ def test_it_answers_questions_about_one_of_two_colors():
     assert len(sure) >= 15
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_window_of_one_layer_finds_the_planted_layers_and_no_others(engine):
     prompts = answered()[1]

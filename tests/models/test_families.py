@@ -29,6 +29,8 @@ from mmflow_utils.prompts.flows import (
 )
 from mmflow_utils.prompts.image_patches import locate_image_patches
 
+pytestmark = pytest.mark.slow
+
 NEW = tuple(FAMILIES)
 LANDSCAPE, PORTRAIT, SQUARE, TINY, LARGE = (60, 28), (28, 60), (40, 40), (7, 5), (700, 500)
 HUGE = (3000, 2000)
@@ -175,7 +177,6 @@ def test_boxes_reach_the_image_tokens_whose_cell_they_overlap(family, size, tmp_
         assert related.any() and (related == (share > 1e-9))[clear].all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_patches_means_are_the_boxs_share_of_them(family, size, tmp_path):

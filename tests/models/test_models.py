@@ -110,6 +110,7 @@ def test_answers_are_greedy_whatever_settings_a_checkpoint_brings(tmp_path):
     assert back.eos_token_id == [2, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "llava_next", *FAMILIES])
 @pytest.mark.parametrize("ending", ["", "Fast"])
 def test_picture_processors_stored_apart_as_on_the_hub_are_read(family, ending, tmp_path):

@@ -85,6 +85,7 @@ def test_what_cannot_be_merged_exactly_is_refused_in_one_sentence(tmp_path):
         partial.merge_adapter(hf, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["a matrix too wide", "a layer too many", "a layer missing"])
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path, change):
     adapter_over_mini(tmp_path)

@@ -197,6 +197,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_that_a_reader_would_see_is_seen(change):
     figure = draw_flow()
