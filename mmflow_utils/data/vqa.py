@@ -177,6 +177,8 @@ def _each(path: Path | str, entries: Any, field: str, make: Callable[[dict[str, 
             key = entry.get("question_id")
             if isinstance(key, bool) or not isinstance(key, int | str):
                 raise ValueError(f"question_id should be a number or a name, got {key!r:.40}")
+            if isinstance(key, str):
+                text(entry, "question_id")
             where += f" (question_id {key!r:.40})"
             if str(key) in made:
                 raise ValueError("question_id is duplicated")
