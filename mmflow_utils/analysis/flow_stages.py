@@ -6,13 +6,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from mmflow_utils.analysis.sentences import format_number, layer_ranges
+from mmflow_utils.analysis.sentences import TIE, format_number, layer_ranges
 from mmflow_utils.analysis.stats import curves, resample_means, summarize
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
-
-TIE = 0.05  # in the same unit: layers that differ by less are equally strong
 
 Draws = Float[np.ndarray, "draws n_layers"]
 Measured = tuple[float, float, float]

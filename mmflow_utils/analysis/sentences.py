@@ -20,9 +20,11 @@ __all__ = [
     "strongest_layer",
 ]
 
+TIE = 0.05  # of what is printed with one decimal: means that differ by less are equally strong
+
 
 def strongest_layer(
-    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", tie: float = 0.05
+    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", tie: float = TIE
 ) -> pd.DataFrame:
     """Find the layer with the largest drop (the lowest mean) of each curve.
 
@@ -88,7 +90,7 @@ def describe_highest(
     """
     by, sentences = [column for column in by if column in summary], []
     for _, curve in curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
-        row = curve[curve["mean"] >= curve["mean"].max() - 0.05].iloc[0].to_dict()
+        row = curve[curve["mean"] >= curve["mean"].max() - TIE].iloc[0].to_dict()
         end = curve.iloc[-1]
         effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
         close = "" if row[over] == end[over] else f"; {_quantity(end['mean'], unit)} at {over} {end[over]}"
@@ -107,14 +109,14 @@ def describe_differences(
 ) -> list[str]:
     """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect.
 
-    A mean difference below 0.05, which would be printed as 0.0, is not claimed, however sure it is.
+    A mean difference below `TIE`, which would be printed as 0.0, is not claimed, however sure it is.
     """
     by, sentences = [column for column in by if column in table], []
     for _, curve in curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
         size = curve["mean"].abs()
-        row = curve[size >= size.max() - 0.05].iloc[0].to_dict()
+        row = curve[size >= size.max() - TIE].iloc[0].to_dict()
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
-        differs = curve.loc[(curve["p_holm"] < alpha) & (size >= 0.05), over]
+        differs = curve.loc[(curve["p_holm"] < alpha) & (size >= TIE), over]
         claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
         effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
         sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")
