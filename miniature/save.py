@@ -65,8 +65,7 @@ def save_llava(trainer: LlavaTrainer, folder: Path | str, *, n_scenes: int = 300
     """
     folder, recipe = Path(folder), trainer.recipe
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach() for name, weight in trainer.trained().items()}
-    adapter = {name: weight for name, weight in weights.items() if "lora_" in name}
+    adapter = {name: weight.detach() for name, weight in trainer.adapter().items()}
     inside = "model.language_model." if recipe.shown == "picture" else "model."
     if adapter:
         LoraConfig(
@@ -101,7 +100,7 @@ def _save_picture_parts(trainer: LlavaTrainer, folder: Path) -> None:
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
+        tie_word_embeddings=text.tie_word_embeddings,
     ).save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=trainer.end_id, pad_token_id=trainer.end_id).save_pretrained(folder)
     trainer.tokenizer.image_token, trainer.tokenizer.image_token_id = IMAGE_TOKEN, trainer.image_id

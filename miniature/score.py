@@ -1,18 +1,20 @@
 """How many held-out questions a miniature answers correctly, shown what they are about or something else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from miniature.packing import pack, packed_logits, picture_tokens
+from miniature.questions import Draft
 from miniature.world import SQUARE, Frame, Scene, sample_scene
 from mmflow_utils.data.tasks import task_of
 
-__all__ = ["accuracy_in_parts", "held_out", "task_accuracy"]
+__all__ = ["accuracy_in_parts", "held_out", "share_right", "task_accuracy"]
 
 N_QUESTIONS = 10  # about each scene
 PART = 50  # scenes that are scored together: more wouldn't fit in memory
@@ -56,9 +58,22 @@ def task_accuracy(
     batch = pack(processor.tokenizer, scenes, rng, **options)
     said = packed_logits(model, batch, pictures, half=half)[:, :-1].argmax(-1)
     wrong = (said != batch.ids[:, 1:]) & (batch.answer[:, 1:] == 1)
+    return share_right(batch.segment[:, 1:], wrong, batch.drafts)
+
+
+def share_right(
+    segment: Iterable[Int[Tensor, " token"]], wrong: Iterable[Bool[Tensor, " token"]], drafts: Iterable[Sequence[Draft]]
+) -> dict[str, float]:
+    """Return the share (%) of questions without a wrong token, by task; other questions are "other".
+
+    Args:
+        segment: Of each scene, for each predicted token, the number of its question, from 1.
+        wrong: Whether that token is an answer's and not the likeliest.
+        drafts: The questions of each scene.
+    """
     hits: dict[str, list[bool]] = {}
-    for segment, missed, asked in zip(batch.segment[:, 1:], wrong, batch.drafts, strict=True):
-        failed = set(segment[missed].tolist())
+    for numbers, missed, asked in zip(segment, wrong, drafts, strict=True):
+        failed = set(numbers[missed].tolist())
         for k, draft in enumerate(asked, start=1):
             hits.setdefault(task_of(draft.detailed) or "other", []).append(k not in failed)
     return {task: 100 * float(np.mean(hit)) for task, hit in sorted(hits.items())}

@@ -19,26 +19,19 @@ Example:
     save_miniature(trainer, Path("assets/mini"))
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from miniature.optimize import (
-    Weights,
-    copy_weights,
-    make_optimizers,
-    optimizer_step,
-    set_rate,
-    update_average,
-)
+from miniature.course import Course
+from miniature.optimize import make_optimizers
 from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
 from miniature.projector import boost_attribute, warm_projector
 from miniature.score import held_out, task_accuracy
@@ -47,8 +40,6 @@ from miniature.views import look_at
 from miniature.world import SQUARE, Frame, Scene, sample_scene
 
 __all__ = ["Recipe", "Trainer"]
-
-STAGES = ("tower", "text", "align", "joint", "read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +90,15 @@ class Recipe:
         object.__setattr__(self, "frames", tuple(map(tuple, self.frames)))  # JSON has lists
 
 
-class Trainer:
-    """Train a model stage by stage, keep its learning curves, and go on from where a checkpoint left off.
+class Trainer(Course):
+    """Train a miniature stage by stage."""
 
-    `curves` holds a row for each measurement: stage, step, metric (loss, accuracy_pct), task and value.
-    """
+    stages = ("tower", "text", "align", "joint", "read")
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin, recipe: Recipe, folder: Path | str):
-        self.model, self.processor, self.recipe, self.folder = model, processor, recipe, Path(folder)
+        super().__init__(model, recipe, folder)
+        self.processor = processor
         self.model.set_attn_implementation({"text_config": ATTENTION})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.curves: list[dict] = []
         self.more: list[str] = []  # types of questions that are asked once more at this step
         torch.manual_seed(recipe.seed)
         width = model.config.vision_config.hidden_size
@@ -163,79 +152,9 @@ class Trainer:
             views = look_at(self._held_out(256), self.processor.image_processor)
             boost_attribute(self.model, views, kind, share=share, seed=seed)
 
-    # ---- the loop --------------------------------------------------------------------------------------
-
-    def _fit(
-        self,
-        stage: str,
-        parts: nn.Module,
-        steps: int,
-        loss_of: Callable[[np.random.Generator], Tensor],
-        evaluate: Callable[[], dict[str, float]],
-        *,
-        lr: float | None = None,
-        rates: Sequence[tuple[int, int, int]] = (),
-        before: Callable[[int], None] = lambda step: None,
-    ) -> None:
-        """Run one stage from its last checkpoint to its end; afterwards `parts` hold the averaged weights.
-
-        The rate rises and falls once, or as `rates` say: from which step on, begun where, how long. `before`
-        is called before each step.
-        """
-        self.model.requires_grad_(False)
-        parts.requires_grad_(True)
+    def _fit(self, stage: str, parts: nn.Module, *run: Any, lr: float | None = None, **schedule: Any) -> None:
         optimizers = make_optimizers(parts, lr=lr or self.recipe.lr, lr_rest=self.recipe.lr_rest)
-        average = copy_weights(parts)
-        first = self._resume(stage, parts, average, optimizers)
-        bar = tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps)
-        for step in bar:
-            _, begun, length = max(rate for rate in (rates or [(0, 0, steps)]) if rate[0] <= step)
-            set_rate(optimizers, step - begun, length)
-            before(step)
-            # The data of a step depend on nothing before it: resuming changes nothing.
-            loss = loss_of(np.random.default_rng([self.recipe.seed, STAGES.index(stage), step]))
-            optimizer_step(loss, parts, optimizers)
-            update_average(average, parts, min(self.recipe.ema, (step + 1) / (step + 10)))
-            ended = step + 1 == steps
-            if step % 50 == 0 or ended:
-                self._note(stage, step + 1, "loss", {"all": float(loss.detach())})
-                bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
-            if (step + 1) % self.recipe.eval_every == 0 or ended:
-                raw = copy_weights(parts)
-                parts.load_state_dict(average)
-                self._note(stage, step + 1, "accuracy_pct", evaluate())
-                parts.load_state_dict(raw)
-                self._save(stage, step + 1, raw, average, optimizers)
-        parts.load_state_dict(average)
-
-    def _note(self, stage: str, step: int, metric: str, values: dict[str, float]) -> None:
-        at = dict(stage=stage, step=step, metric=metric)
-        self.curves += [at | dict(task=task, value=round(value, 4)) for task, value in values.items()]
-
-    def _resume(self, stage: str, parts: nn.Module, average: Weights, optimizers: list) -> int:
-        """Load a stage's checkpoint if there is one; return the number of steps already taken."""
-        path = self._checkpoint(stage)
-        if not path.exists():
-            return 0
-        saved = torch.load(path, weights_only=True)
-        parts.load_state_dict(saved["parts"])
-        average.update(saved["average"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.curves = [row for row in self.curves if row["stage"] != stage] + saved["curves"]
-        return saved["step"]
-
-    def _save(self, stage: str, step: int, raw: Weights, average: Weights, optimizers: list) -> None:
-        """Write a stage's checkpoint, whole or not at all."""
-        path = self._checkpoint(stage)
-        saved = dict(step=step, parts=raw, average=average)
-        saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        saved["curves"] = [row for row in self.curves if row["stage"] == stage]
-        torch.save(saved, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-
-    def _checkpoint(self, stage: str) -> Path:
-        return self.folder / f"{stage}.pt"
+        self.fit(stage, parts, *run, optimizers=optimizers, **schedule)
 
     # ---- losses and accuracies -------------------------------------------------------------------------
 
