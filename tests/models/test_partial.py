@@ -7,7 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sample
 from transformers import AutoModelForImageTextToText
@@ -66,6 +76,26 @@ def test_an_adapter_is_merged_exactly_beside_its_model_or_over_its_base(tmp_path
         merged = run_reference(model, encode(model, encoded.sample), []).base
         assert (merged.softmax(-1) - expected.softmax(-1)).abs().max() < 1e-5
         assert not any("lora" in name for name, _ in model.hf.named_modules())
+
+
+@pytest.mark.parametrize("kind", [AdaLoraConfig, BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig])
+def test_every_kind_that_is_taken_merges_exactly(tmp_path, kind):
+    base = AutoModelForImageTextToText.from_pretrained(MINI, dtype=torch.float32)
+    more = {"AdaLoraConfig": {"total_step": 10}, "IA3Config": {"feedforward_modules": r".*mlp\.down_proj"}}
+    more |= {"BOFTConfig": {"boft_block_size": 4}, "OFTConfig": {"oft_block_size": 8, "r": 0}}
+    config = kind(target_modules=MATRICES, **more.get(kind.__name__, {}))
+    adapted = get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in (weight for weight in adapted.parameters() if weight.requires_grad):
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    adapted.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "assets/mini"}))
+    model, plain = load_model(wanted(tmp_path)), load_model(wanted(MINI))
+    encoded = encode(model, tiny_sample(tmp_path))
+    expected = library_logits(adapted, encoded.inputs)
+    assert (expected - library_logits(plain.hf, encoded.inputs)).abs().max() > 0.05
+    assert (library_logits(model.hf, encoded.inputs).softmax(-1) - expected.softmax(-1)).abs().max() < 1e-5
 
 
 def test_what_cannot_be_merged_exactly_is_refused_in_one_sentence(tmp_path):
