@@ -65,7 +65,7 @@ class Run:
         self.text: list[str] = []
         self.shown: list[pd.DataFrame] = []
         self.tables: list[pd.DataFrame] = []
-        self.skipped: list[str] = []
+        self.skipped: list[str] = []  # first lines of cells that a stub couldn't serve to their end
 
 
 def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Run:
@@ -96,6 +96,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
 
     n_layers = int(pd.read_parquet(FRAMES / model / "flow_to_last.parquet", columns=["layer"]).layer.max()) + 1
     stub = SimpleNamespace(n_layers=n_layers, name=model, model=model, folder=Path(model))
+    reader = SimpleNamespace(**vars(stub) | {"model": f"{model}-text"})
     names: dict[str, Any] = {"In": []}
 
     def needs_a_model(*_, **__):
@@ -127,7 +128,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
             if number == first:
                 names |= {"boot": {"n_boot": 100, "seed": 0}, "options": {}, "is_alone": False}
                 names |= {"asked": stored(ASKED[notebook.stem])} if notebook.stem in ASKED else {}
-                names |= {"vlm": stub, "llm": stub, "seer": stub, "reader": stub, "samples": []}
+                names |= {"vlm": stub, "llm": reader, "seer": stub, "reader": reader, "samples": []}
                 names |= {"frame": stored(given)} if given else {}
             _run_cell(source, names, run if number >= first else Run())
     return run
@@ -155,9 +156,9 @@ def _run_cell(source: str, names: dict, run: Run) -> None:
         with contextlib.redirect_stdout(said):
             exec(compile(tree, "cell", "exec"), names)  # noqa: S102
             shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
-    except Exception as error:
-        run.skipped.append(f"{source.splitlines()[0][:60]}: {type(error).__name__} {error}"[:160])
-        return
+    except Exception:
+        run.skipped.append(source.splitlines()[0])
+        shown = None
     run.text.append(said.getvalue())
     if isinstance(shown, pd.DataFrame):
         run.shown.append(shown)
