@@ -10,19 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmflow_utils.plots.style import (
-    FLOW_COLORS,
-    TASK_COLORS,
-    TASK_ORDER,
-    label_outside,
-    legend_handle,
-    line_looks,
-    need,
-    ordered,
-    panel_grid,
-    shown,
-    styled,
-)
+from mmflow_utils.plots import style
 
 
 def plot_flow(
@@ -54,7 +42,7 @@ def plot_flow(
     return plot_curves(summary, title=title, subtitle=subtitle, y_label=y_label)
 
 
-@styled
+@style.styled
 def plot_curves(
     summary: pd.DataFrame,
     *,
@@ -88,17 +76,17 @@ def plot_curves(
         ValueError: A column is missing or nothing is left to draw.
     """
     data = _drawable(summary, [panel, *([across] if across else [])], line, x)
-    panels = ordered(data[panel], (*TASK_ORDER, *FLOW_COLORS))
-    aside = ordered(data[across], ()) if across else [None]
-    lines = line_looks(data[line], colors, (*(colors or {}), *FLOW_COLORS))
+    panels = style.ordered(data[panel], (*style.TASK_ORDER, *style.FLOW_COLORS))
+    aside = style.ordered(data[across], ()) if across else [None]
+    lines = style.line_looks(data[line], colors, (*(colors or {}), *style.FLOW_COLORS))
     limits = _limits(data)
-    handles = [legend_handle(*look) for look in lines.values()]
+    handles = [style.legend_handle(*look) for look in lines.values()]
     columns = len(aside) if across else None
-    figure, axes = panel_grid(len(panels) * len(aside), title, subtitle, handles, columns=columns)
+    figure, axes = style.panel_grid(len(panels) * len(aside), title, subtitle, handles, columns=columns)
     for axis, (name, other) in zip(axes, product(panels, aside), strict=True):
         part = data[data[panel] == name]
         part = part[part[across] == other] if across else part
-        axis.set_title(" · ".join(shown(label) for label in (name, other) if label is not None), loc="left")
+        axis.set_title(" · ".join(style.shown(label) for label in (name, other) if label is not None), loc="left")
         axis.set_title(_n_text(part), loc="right", fontsize=9, fontweight="normal", color="#555555")
         if zero_line:
             axis.axhline(0, color="#444444", linewidth=0.9, zorder=1.5, label="_zero")
@@ -108,11 +96,11 @@ def plot_curves(
                 _draw_curve(axis, curve, x, label, color, dashes)
         axis.set(xlim=(-0.5, data[x].max() + 0.5), ylim=limits)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    label_outside(figure, axes, x_label, y_label)
+    style.label_outside(figure, axes, x_label, y_label)
     return figure
 
 
-@styled
+@style.styled
 def plot_learning_curves(
     frame: pd.DataFrame, *, title: str = "Learning curves", subtitle: str = "", colors: Mapping | None = None
 ) -> Figure:
@@ -127,12 +115,13 @@ def plot_learning_curves(
     Raises:
         ValueError: A column is missing or there are no rows.
     """
-    need(frame, ["stage", "step", "metric", "task", "value"])
+    style.need(frame, ["stage", "step", "metric", "task", "value"])
     data, spans = _steps_end_to_end(frame.dropna(subset="value"))
     data = data.assign(task=data["task"].astype(object).where(data["task"].notna(), "all"))
-    looks = line_looks(data["task"], colors or TASK_COLORS | {"all": "#333333"}, (*TASK_ORDER, "all"))
+    looks = style.line_looks(data["task"], colors or style.TASK_COLORS | {"all": "#333333"}, (*style.TASK_ORDER, "all"))
     metrics = list(dict.fromkeys(data["metric"]))
-    figure, axes = panel_grid(len(metrics), title, subtitle, [legend_handle(*look) for look in looks.values()])
+    handles = [style.legend_handle(*look) for look in looks.values()]
+    figure, axes = style.panel_grid(len(metrics), title, subtitle, handles)
     for axis, metric in zip(axes, metrics, strict=True):
         axis.set_title(_metric_name(metric), loc="left", pad=7 if len(spans) < 2 else 20)
         for task, (label, color, dashes) in looks.items():
@@ -147,13 +136,13 @@ def plot_learning_curves(
                 axis.axvline(start, color="#999999", linewidth=0.9, linestyle=(0, (2, 2)), label="_stage")
             text: dict[str, Any] = {"fontsize": 8, "color": "#555555", "ha": "center", "va": "bottom"}
             axis.text((start + end) / 2, 1.01, str(stage), transform=axis.get_xaxis_transform(), **text)
-    label_outside(figure, axes, "Step", "", share_y=False)
+    style.label_outside(figure, axes, "Step", "", share_y=False)
     return figure
 
 
 def _drawable(summary: pd.DataFrame, panels: list[str], line: str, x: str) -> pd.DataFrame:
     panel, *across = panels
-    need(summary, [*across, line, x, "mean", "ci_low", "ci_high"])
+    style.need(summary, [*across, line, x, "mean", "ci_low", "ci_high"])
     data = summary.dropna(subset="mean")
     if data.empty:
         raise ValueError("every mean in the summary is NaN: there is nothing to draw")

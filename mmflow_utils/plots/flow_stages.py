@@ -1,6 +1,5 @@
 """The stages of the information flow from the lowest layer up, in the manner of the paper's Fig. 1."""
 
-from collections.abc import Iterable
 from math import ceil
 from typing import Any
 
@@ -11,38 +10,28 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
 from mmflow_utils.analysis.sentences import format_number
-from mmflow_utils.plots.style import (
-    WORD_COLORS,
-    add_title,
-    flow_color,
-    legend_handle,
-    need,
-    ordered,
-    set_color,
-    shown,
-    styled,
-)
+from mmflow_utils.plots import style
 
 _PARTED = ("Other image patches -> Question", "Related image patches -> Question")
 _WHOLE = "Image -> Question"
 _FLOWS = (*_PARTED, _WHOLE, "Question -> Last", "Image -> Last")
 _WORDS = ("Noncapitalized answer", "Capitalized answer")
+_LINES = (*_FLOWS, *_WORDS)
 _LANES = {"image": "Image", "question": "Question", "last": "Last"}  # from left to right, an arrow's width apart
 _MARK_AT = dict(zip(_FLOWS, (0.33, 0.62, 0.5, 1.4, 1.75), strict=True))
 _ENDS = {"Question -> Last": (1, 2), "Image -> Last": (0, 2)}  # lanes; else from the image to the question
-_NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555", "va": "top"}
 _WORD_AT = dict(zip(_WORDS, (2.3, 2.5), strict=True))
 
 
-@styled
+@style.styled
 def plot_stages(
     layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", subtitle: str = "", columns: int = 3
 ) -> Figure:
     """Draw what flows where, by layer, from bottom to top: an arrow for each layer of a stage (Fig. 1).
 
-    The wider an arrow, the more of the answer's probability is lost without it. A diamond stands at a stage's
-    strongest layer, with the interval of that layer. Beside the last position stand the words that the lens
-    reads there. Where the patches were divided into related and other ones, these stand for the image.
+    The wider an arrow, the more of the answer's probability is lost without it. A diamond marks a stage's strongest
+    layer, with the interval of that layer. Beside the last position stand the words that the lens reads there. Where
+    the patches were divided into related and other ones, these stand for the image.
 
     Args:
         layers: From `stage_layers` by model and line: mean and in_stage of every layer.
@@ -51,73 +40,62 @@ def plot_stages(
         columns: Models side by side.
 
     Raises:
-        ValueError: A column is missing, there are no rows, or a model's line stands there twice.
+        ValueError: A column is missing, there are no rows, or a model's line is duplicated.
     """
-    need(layers, ["model", "line", "layer", "mean", "in_stage"])
-    need(stages, ["model", "line", "n_layers", "effect", "strongest", "strongest_low", "strongest_high"])
+    style.need(layers, ["model", "line", "layer", "mean", "in_stage"])
+    style.need(stages, ["model", "line", "n_layers", "effect", "strongest", "strongest_low", "strongest_high"])
     if stages.duplicated(["model", "line"]).any() or layers.duplicated(["model", "line", "layer"]).any():
-        raise ValueError("a line of a model stands there twice: take the tasks together, or select one")
-    models = ordered(stages["model"], ())
+        raise ValueError("a line of a model is duplicated: take the tasks together, or select one")
+    models, depths = style.ordered(stages["model"], ()), stages.groupby("model")["n_layers"].max()
+    parted = stages.loc[stages["line"].isin(_PARTED), "model"]
+    stages = stages[stages["line"].isin(_LINES) & ~(stages["line"].eq(_WHOLE) & stages["model"].isin(parted))]
+    stages = stages.sort_values("line", key=lambda lines: lines.map(_LINES.index))
     columns = min(columns, len(models))
     rows = ceil(len(models) / columns)
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.6 * columns + 0.4, 4.4 * rows))
     for axis, model in zip(axes.flat, models, strict=False):
         mine, found = (frame[frame["model"] == model] for frame in (layers, stages))
-        _draw_model(axis, mine, found.set_index("line"))
-        axis.set_title(f"{model} · {int(found['n_layers'].max())} layers")
+        _draw_model(axis, mine, found, int(depths[model]))
+        axis.set_title(f"{model} · {int(depths[model])} layers")
     for axis in axes.flat[len(models) :]:
         axis.remove()
     for axis in axes[:, 0]:
         axis.set_ylabel("Layer")
-    wanted = {model: _lines_of(part["line"]) for model, part in stages.groupby("model")}
-    absent = [len(_absent(stages[stages["model"] == model], lines)) for model, lines in wanted.items()]
-    below = 0.5 + 0.15 * (max(absent) + bool(max(absent)))  # inches
-    drawn = {line for lines in wanted.values() for line in lines}
-    there = drawn & set(stages.loc[stages["strongest"].notna(), "line"])
-    handles = [_handle(line) for line in (*_FLOWS, *_WORDS) if line in there]
-    add_title(figure, title, subtitle, gap=0.4, left=0.6, bottom=below + 0.22 * ceil(len(handles) / 2))
+    absent = stages["strongest"].isna()
+    n_absent = int(stages[absent].groupby("model").size().max()) if absent.any() else 0
+    below = 0.5 + 0.15 * (n_absent + bool(n_absent))  # inches
+    there = stages.loc[~absent, "line"].unique()
+    handles = [
+        style.legend_handle(style.shown(line), style.WORD_COLORS.get(line) or style.flow_color(line), "-")
+        for line in there
+    ]
+    style.add_title(figure, title, subtitle, gap=0.4, left=0.6, bottom=below + 0.22 * ceil(len(handles) / 2))
     figure.subplots_adjust(wspace=0.15, hspace=(below + 0.3) / 4)
     if handles:
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 0.0), ncols=2)
     return figure
 
 
-def _handle(line: str):
-    return legend_handle(shown(line), WORD_COLORS.get(line) or flow_color(line), "-")
-
-
-def _lines_of(found: Iterable[str]) -> list[str]:
-    """Choose what stands for the image: its parts where they were measured, else the whole."""
-    found = set(found)
-    left_out = {_WHOLE} if found & set(_PARTED) else set()
-    return [line for line in (*_FLOWS, *_WORDS) if line in found - left_out]
-
-
-def _absent(stages: pd.DataFrame, lines: list[str]) -> list[str]:
-    return [shown(line) for line in lines if stages.set_index("line")["strongest"].isna()[line]]
-
-
-def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame) -> None:
-    n_layers = int(stages["n_layers"].max())
+def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame, n_layers: int) -> None:
     for at, (name, label) in enumerate(_LANES.items()):
-        axis.plot([at, at], [0, n_layers - 1], color=set_color(name), linewidth=11, alpha=0.25, label="_lane")
+        axis.plot([at, at], [0, n_layers - 1], color=style.set_color(name), linewidth=11, alpha=0.25, label="_lane")
         axis.text(at, -0.045, label, transform=axis.get_xaxis_transform(), ha="center", va="top")
-    lines = _lines_of(stages.index)
-    for line in lines:
-        mine = layers[(layers["line"] == line) & layers["in_stage"]]
-        (_draw_word if line in _WORDS else _draw_flow)(axis, line, mine, stages.loc[line])
-    absent = _absent(stages.reset_index(), lines)
+    for stage in stages.to_dict("records"):
+        mine = layers[(layers["line"] == stage["line"]) & layers["in_stage"]]
+        (_draw_word if stage["line"] in _WORDS else _draw_flow)(axis, stage["line"], mine, stage)
+    absent = [style.shown(line) for line in stages.loc[stages["strongest"].isna(), "line"]]
+    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#555555", "va": "top"}
     note = "\n".join(["no stage:", *absent]) if absent else ""
-    axis.annotate(note, (0, 0), (0, -26), xycoords="axes fraction", textcoords="offset points", **_NOTE)
+    axis.annotate(note, (0, 0), (0, -26), xycoords="axes fraction", **look)
     axis.set(xlim=(-0.3, 3.15), ylim=(-0.9, n_layers - 0.1))
     axis.set_xticks([])
     axis.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axis.grid(visible=False)
 
 
-def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series) -> None:
+def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> None:
     start, end = _ENDS.get(line, (0, 1))
-    color, aside = flow_color(line), 0.18 * (line == _PARTED[0]) - 0.18 * (line == _PARTED[1])
+    color, aside = style.flow_color(line), 0.18 * (line == _PARTED[0]) - 0.18 * (line == _PARTED[1])
     for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
         ends = (start + 0.09, layer + aside), (end - 0.09, layer + aside)
         look = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 0.6 + 0.034 * min(effect, 100)}
@@ -131,10 +109,10 @@ def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series
         axis.annotate(f"−{format_number(stage['effect'], 0)} %", above, (0, 4), textcoords="offset points", **text)
 
 
-def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: pd.Series) -> None:
+def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> None:
     if pd.isna(stage["strongest"]):
         return
-    at, color = _WORD_AT[line], WORD_COLORS[line]
+    at, color = _WORD_AT[line], style.WORD_COLORS[line]
     for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
         axis.plot(at, layer, "s", color=color, markersize=3 + 0.05 * min(effect, 100), label=f"_{line}")
     word = "Answer" if line == _WORDS[1] else "answer"

@@ -1,7 +1,8 @@
 """Pictures with boxes, contact sheets, and the table of accuracies."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from math import ceil
 from typing import Any
 
@@ -16,21 +17,21 @@ from matplotlib.patheffects import withStroke
 from mmflow_utils.analysis.sentences import format_number
 from mmflow_utils.plots.style import add_title, draw_picture, need, ordered, styled
 
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#882255", "#C98500", "#332288")
+
 
 @styled
 def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of question", subtitle: str = "") -> Figure:
     """Draw accuracy as the table of structural x semantic groups (Table 2 of the paper), with n in each cell.
 
     Args:
-        frame: One row per group: structural and semantic (GQA's names), accuracy_pct (%) or accuracy (0 to
-            1), and n; ci_low and ci_high (%), if there, are printed too.
+        frame: One row per group: structural and semantic (GQA's names), accuracy_pct (%) and n; ci_low and ci_high
+            (%), if there, are printed too.
         title, subtitle: Above the figure.
 
     Raises:
         ValueError: A column is missing, a group is duplicated, or there are no rows.
     """
-    if "accuracy" in frame and "accuracy_pct" not in frame:
-        frame = frame.assign(accuracy_pct=100 * frame["accuracy"])
     need(frame, ["structural", "semantic", "accuracy_pct", "n"])
     frame = frame.assign(structural=frame["structural"].str.lower(), semantic=frame["semantic"].str.lower())
     if frame.duplicated(["structural", "semantic"]).any():
@@ -63,43 +64,36 @@ def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of ques
 
 @styled
 def plot_sample(
-    image: object, boxes: Mapping | Iterable = (), *, title: str = "", subtitle: str = "", width: float = 5.0
+    image: object, objects: Iterable = (), *, title: str = "", subtitle: str = "", width: float = 5.0
 ) -> Figure:
     """Draw a picture with its labeled boxes.
 
     Args:
         image: A PIL picture or an array (height, width, 3).
-        boxes: A mapping or pairs of label and box, or objects with name and box (`Sample.objects`). A box has
-            x, y, w, h or is that tuple, in pixels; None, for what the picture doesn't have, is named below.
+        objects: Things with a name and a box (`Sample.objects`); those without box are named below the picture.
         title, subtitle: Above the figure.
         width: Of the figure, in inches.
     """
     figure, axis = plt.subplots()
     pixels = draw_picture(axis, image)
     height = width * pixels.shape[0] / pixels.shape[1]
-    absent: list[str] = []
+    objects = list(objects)
+    absent = [thing.name for thing in objects if not thing.box]
+    inch = pixels.shape[0] / height  # in pixels of the picture
+    line = 0.19 * inch  # the height of a label
     taken: list[tuple[float, float]] = []
-    palette = ["#D55E00", "#0072B2", "#009E73", "#882255", "#C98500", "#332288"]
-    for label, box in _labels_and_boxes(boxes):
-        if box is None:
-            absent.append(str(label))
-            continue
-        x, y, w, h = box if isinstance(box, tuple | list) else (box.x, box.y, box.w, box.h)
-        color = palette[len(taken) % len(palette)]
-        halo = [withStroke(linewidth=4.5, foreground="white")]
+    for thing, color in zip((thing for thing in objects if thing.box), cycle(_PALETTE), strict=False):
+        box, halo = thing.box, [withStroke(linewidth=4.5, foreground="white")]
         # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
-        rectangle = Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=color, linewidth=2.2)
-        rectangle.set(path_effects=halo, label=str(label), clip_on=False)
-        axis.add_patch(rectangle)
-        inch = pixels.shape[0] / height  # in pixels of the picture
-        line = 0.19 * inch  # the height of a label
-        top = max(y - 0.5 - line, 0.02 * inch)
-        while any(abs(top - other) < line and abs(x - left) < pixels.shape[1] / 4 for left, other in taken):
+        look: dict[str, Any] = {"edgecolor": color, "linewidth": 2.2, "path_effects": halo, "clip_on": False}
+        axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, fill=False, label=thing.name, **look))
+        top = max(box.y - 0.5 - line, 0.02 * inch)
+        while any(abs(top - other) < line and abs(box.x - left) < pixels.shape[1] / 4 for left, other in taken):
             top += line
-        taken.append((x, top))
+        taken.append((box.x, top))
         patch = {"boxstyle": "square,pad=0.15", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
         text: dict[str, Any] = {"color": "white", "fontsize": 8.5, "fontweight": "bold", "va": "top"}
-        axis.text(x + 0.01 * inch, top, str(label), bbox=patch, **text)
+        axis.text(box.x + 0.01 * inch, top, thing.name, bbox=patch, **text)
     figure.set_size_inches(width, height + (0.4 if absent else 0.1))
     add_title(figure, title, subtitle, bottom=0.4 if absent else 0.1)
     if absent:
@@ -107,11 +101,6 @@ def plot_sample(
         at = 0.12 / figure.get_size_inches()[1]
         figure.text(0.1 / width, at, note, fontsize=8.5, color="#555555", style="italic")
     return figure
-
-
-def _labels_and_boxes(boxes: Mapping | Iterable) -> list[tuple[Any, Any]]:
-    items: Iterable[Any] = boxes.items() if isinstance(boxes, Mapping) else boxes
-    return [(item.name, item.box) if hasattr(item, "box") else tuple(item) for item in items]
 
 
 @styled

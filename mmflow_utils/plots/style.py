@@ -16,9 +16,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.prompts import flows
 
-TASK_ORDER = ("ChooseAttr", "ChooseCat", "ChooseRel", "CompareAttr", "LogicalObj", "QueryAttr")
+TASK_ORDER = tuple(TASKS)
 _TASK_SHADES = ("#332288", "#3D9BD1", "#117733", "#B59A00", "#CC5A6E", "#7A1F5C")
 TASK_COLORS = dict(zip(TASK_ORDER, _TASK_SHADES, strict=True))
 

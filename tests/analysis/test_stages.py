@@ -386,7 +386,7 @@ def test_each_model_has_a_panel_and_its_own_depth():
 def test_a_line_that_stands_twice_can_not_be_drawn():
     stages = find_stages(as_drawn({OTHER: bump(3, 50)}), **QUICK)
     layers = stage_layers(as_drawn({OTHER: bump(3, 50)}), **QUICK)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="duplicated"):
         plot_stages(layers, pd.concat([stages, stages]))
 
 
