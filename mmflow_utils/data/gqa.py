@@ -37,19 +37,18 @@ def read_gqa(
 
     Args:
         questions: A question file, such as `val_balanced_questions.json`.
-        scene_graphs: The scene graphs of the same split, such as `val_sceneGraphs.json`; None (the test
-            splits have none) leaves every box unknown.
+        scene_graphs: Those of the same split, such as `val_sceneGraphs.json`; None leaves every box unknown.
         images: Folder of the pictures, `<image id>.jpg` (or .jpeg, .png).
         tasks: Keep only these tasks; by default every question.
         progress: Show a bar of bytes while a large file is read.
 
     Returns:
-        The samples in the file's order, and what was left out: `sample_id`, `reason` and `kept`, which is
-        true where the sample stays and lost only a box or its options. Boxes are clipped to the picture.
+        The samples in the file's order, and what was left out: `sample_id`, `reason` and `kept`, which is true where
+        the sample stays and lost only a box or its options. Boxes are clipped to the picture.
 
     Raises:
-        ValueError: A file or folder that is missing, cut short or of another layout; an id that is duplicated;
-            no question that can be used; an unknown task.
+        ValueError: A file or folder that is missing, damaged or of another layout; an id that is duplicated; no
+            question that can be used; an unknown task.
     """
     wanted = _known_tasks(tasks)
     folder = pictures_folder(images)

@@ -37,18 +37,14 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHES.split
 def vqa_accuracy(predicted: str, answers: Sequence[str]) -> float:
     """Return the soft accuracy of an answer, from 0 to 1: that of VQA's official evaluation.
 
-    min(people who said it / 3, 1), averaged over leaving out each of the people once, so that a person who is
-    held against the others is judged alike (Antol et al., 2015). Before, both sides are normalized: lower
-    case, no articles, digits for numbers up to ten, no punctuation, apostrophes in contractions. The official
-    code spares the people's answers a part of this; here both sides get the same. A-OKVQA's own evaluation
-    leaves nobody out and normalizes nothing.
+    min(people who said it / 3, 1), averaged over leaving out each of the people once (Antol et al., 2015). Before, both
+    sides are normalized: lower case, no articles, digits for numbers up to ten, no punctuation, apostrophes in
+    contractions. The official code spares the people's answers a part of this; here both sides get the same. A-OKVQA's
+    own evaluation leaves nobody out and normalizes nothing.
 
     Args:
         predicted: The model's answer.
-        answers: The people's answers; officially ten.
-
-    Raises:
-        ValueError: Fewer than two people.
+        answers: What two or more people answered; officially ten.
 
     >>> [vqa_accuracy("The cat.", ["cat"] * n + ["dog"] * (10 - n)) for n in (0, 1, 2, 3, 4)]
     [0.0, 0.3, 0.6, 0.9, 1.0]
@@ -93,13 +89,12 @@ def read_okvqa(
         image_pattern: A picture's file name, from `image_id` and the question file's `data_subtype`.
 
     Returns:
-        The samples in the file's order, and what was left out: `sample_id`, `reason` and `kept`, which is
-        false, as `read_gqa` gives them. A sample's `answer` is the one that most people gave, its `detailed`
-        type the kind of knowledge that the question asks for.
+        The samples in the file's order, and what was left out, as from `read_gqa`. A sample's `answer` is the one that
+        most people gave, its `detailed` type the kind of knowledge that the question asks for.
 
     Raises:
-        ValueError: A file or folder that is missing, cut short or of another layout, naming entry and field;
-            files of two splits; a pattern that can't be filled in; no question that can be asked.
+        ValueError: A file or folder that is missing, damaged or of another layout, naming entry and field; files of two
+            splits; a pattern that can't be filled in; no question that can be asked.
     """
     asked, judged = _load(questions, dict, "OKVQA question"), _load(annotations, dict, "OKVQA annotation")
     subtype = asked.get("data_subtype")
@@ -135,8 +130,7 @@ def read_aokvqa(
         image_pattern: A picture's file name, from `image_id`.
 
     Returns:
-        As `read_okvqa`. Questions that the authors mark as too difficult for a direct answer are left out, as
-        in their own evaluation.
+        As `read_okvqa`, without the questions that the authors mark as too difficult for a direct answer.
 
     Raises:
         ValueError: As `read_okvqa`; the test split, which holds no answers.

@@ -52,43 +52,27 @@ def keys_only(layer: nn.Module, hidden: Float[Tensor, "1 r d"], kwargs: dict) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Packed rows of one branch that attend to the same keys.
+    """Packed rows of one branch that attend to the same keys."""
 
-    Attributes:
-        rows, positions: Where they stand in the packed sequence and in the prompt.
-        low: Keys of positions below are the clean run's.
-        keys: Where the keys from `low` on begin among the own ones; None: they too are the clean run's.
-        edit: Source positions and intervention.
-    """
-
-    rows: list[int]
-    positions: tuple[int, ...]
-    low: int
-    keys: int | None = None
-    edit: tuple[tuple[int, ...], str] | None = None
+    rows: list[int]  # where they stand in the packed sequence
+    positions: tuple[int, ...]  # and in the prompt
+    low: int  # keys of positions below are the clean run's
+    keys: int | None = None  # where those from `low` on begin among the own ones; None: they too are the clean run's
+    edit: tuple[tuple[int, ...], str] | None = None  # source positions and intervention
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Keys:
-    """What blocks of one shape attend to: `n_prefix` clean keys, then own ones.
-
-    Attributes:
-        prefix: The clean positions, all below `low` where None.
-        own: Own positions, counted from `low`.
-        deaf: Rows that see nothing at all, if there are any: they get nothing.
-        touched: Edges whose value is replaced.
-        shares: How the weight of these is spread instead: evenly over the sources, or nowhere.
-        masks: What is added to the scores, by the number of blocks side by side.
-    """
+    """What blocks of one shape attend to: `n_prefix` clean keys, then own ones."""
 
     n_prefix: int
-    prefix: Int[Tensor, " p"] | None
-    own: list[int]
+    prefix: Int[Tensor, " p"] | None  # the clean positions; None: all below `low`
+    own: list[int]  # own positions, counted from `low`
     sees: Bool[Tensor, "m keys"]
-    deaf: Bool[Tensor, " m"] | None
-    touched: Bool[Tensor, "m keys"] | None
-    shares: Float[Tensor, "m keys"] | None
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    deaf: Bool[Tensor, " m"] | None  # rows that see nothing at all, if there are any: they get nothing
+    touched: Bool[Tensor, "m keys"] | None  # edges whose value is replaced
+    shares: Float[Tensor, "m keys"] | None  # how their weight is spread instead: evenly over the sources, or nowhere
+    masks: dict[int, Tensor] = field(default_factory=dict)  # by the number of blocks side by side
 
     def mask(self, n_blocks: int, dtype: torch.dtype) -> Float[Tensor, "rows all_keys"]:
         """Return what is added to the scores of blocks side by side: none attends to another's own keys."""
@@ -105,8 +89,8 @@ class _Keys:
 class Attend:
     """Attention of packed rows, in place of the library's.
 
-    Blocks of one shape go through the fused kernel together: the shared keys stand there once, the own ones
-    side by side. Query heads that share a key head (grouped-query attention) become further rows.
+    Blocks of one shape go through the fused kernel together: the shared keys once, the own ones side by side. Query
+    heads that share a key head (grouped-query attention) become further rows.
     """
 
     def __init__(self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict):

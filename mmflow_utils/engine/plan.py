@@ -12,26 +12,17 @@ __all__ = ["Branch", "count_rows", "plan_branches"]
 
 @dataclass(eq=False, kw_only=True)
 class Branch:
-    """Rows of one run, or of several still alike, that differ from their parent's from layer `born` on.
+    """Rows of one run, or of several still alike, that differ from their parent's from layer `born` on."""
 
-    Attributes:
-        target, source, intervention: The edit, as in a `Variant`.
-        born, until: The layers [born, until) in which the edit holds.
-        rows: Its positions from min(target) to the last that is read; what comes later nobody reads.
-        first: Where its rows begin among those of all branches.
-        variants: The variants that end as this branch does, by index.
-        parent: The branch that it leaves; None for the clean run.
-    """
-
-    target: tuple[int, ...]
+    target: tuple[int, ...]  # the edit, as in a `Variant`
     source: tuple[int, ...]
     intervention: str
-    born: int
+    born: int  # it holds in the layers [born, until)
     until: int
-    rows: range
-    first: int
-    variants: list[int]
-    parent: "Branch | None" = None
+    rows: range  # positions from min(target) to the last that is read; what comes later nobody reads
+    first: int  # where these begin among those of all branches
+    variants: list[int]  # those that end as this branch does, by index
+    parent: "Branch | None" = None  # the branch that it leaves; None for the clean run
 
     @cached_property
     def target_set(self) -> frozenset[int]:
@@ -52,9 +43,8 @@ class Branch:
 def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers: int) -> list[Branch]:
     """List the branches; each family (same start, same edit) stands together, its trunk first.
 
-    The trunk keeps the edit longest. Where a variant of the family ends before, a branch leaves the trunk. A
-    variant that changes nothing at the positions read (in ascending order) is in no branch: its logits are
-    the clean ones.
+    The trunk keeps the edit longest; where a variant of the family ends before, a branch leaves it. A variant that
+    changes nothing at the positions read (in ascending order) is in no branch: its logits are the clean ones.
 
     >>> early, late = (Variant(layers=range(0, stop), target=(5,), source=(1, 2)) for stop in (2, 3))
     >>> [(b.born, b.until, b.variants) for b in plan_branches([early, late], read=[5], n_layers=4)]
@@ -106,10 +96,9 @@ def count_rows(
     """Count rows x layers of a sweep that reads some positions, by default the last.
 
     Returns:
-        `clean`: those of a clean pass. `bound`: the rows from min(target) to the last that is read, of every
-        variant in every layer from its window's first, once where windows share their start. `computed`:
-        those that the sweep takes through a whole layer, beside the clean pass. `keys_only`: those that stop
-        at their keys and values, in the last layer.
+        `clean`: those of a clean pass. `bound`: the rows from min(target) to the last that is read, of every variant
+        in every layer from its window's first, once where windows share their start. `computed`: those that the
+        sweep takes through a whole layer, beside the clean pass. `keys_only`: those that stop at keys and values.
 
     >>> count_rows([Variant(layers=range(1, 3), target=(2, 3), source=(0,))], n_tokens=6, n_layers=4)
     {'clean': 24, 'bound': 12, 'computed': 7, 'keys_only': 4}

@@ -26,14 +26,13 @@ Keep = Callable[[Tensor], Tensor]  # what to keep of logits, row by row: [rows, 
 class Run:
     """What an engine returns: float32 logits at one position, clean and under each variant.
 
-    Where several positions were read there is an axis for them before the last, `n_read`; where something
-    else was kept of the logits (`keep`), it stands in their place.
+    Where several positions were read there is an axis for them before the last, `n_read`; where something else was
+    kept of the logits (`keep`), it stands in their place.
 
     Attributes:
         base: The clean run's logits.
         variants: One row of logits for each variant, in their order.
-        resid_post: The clean residual stream there: the embedding, then the output of each layer, before
-            the final norm.
+        resid_post: The clean residual stream there: the embedding, then each layer's output, before the final norm.
     """
 
     base: Shaped[Tensor, "*n_read vocab"]

@@ -41,23 +41,16 @@ def run_sweep(
 ) -> Run:
     """Run a prompt clean and under every variant, for the price of a few clean passes (§3.2).
 
-    The same numbers as `run_reference`, up to rounding, and the same definitions: a target with no key left
-    to attend to gets nothing from attention.
+    The same numbers as from `run_reference`, up to rounding, by the same definitions.
 
     Args:
-        model: The model; its attention runs fused (`sdpa`) here, whatever it is set to.
-        encoded: The prompt.
-        variants: What to change, one run each.
-        read: Position whose logits are wanted, the last by default; or several, in ascending order, and
-            everything in the result has an axis for them.
-        keep: What to keep of logits, row by row, where all of them (float32) are too much: [rows, vocab] ->
-            [rows, k].
-        chunk: Variants that share one clean pass: all by default. When memory runs out fewer are taken, and
-            what is done by then is kept.
+        model, encoded, variants, read, keep: As for `run_reference`; attention runs fused (`sdpa`) here, whatever the
+            model is set to.
+        chunk: Variants that share one clean pass: all by default. When memory runs out fewer are taken, and what is
+            done by then is kept.
 
     Raises:
-        ValueError: A variant that names a layer or a position that isn't there; such a `read`, or one out of
-            order; a chunk below 1; NaN among the logits.
+        ValueError: As from `run_reference`; a chunk below 1.
 
     Example:
         >>> encoded = mm.encode(model, sample)
