@@ -194,16 +194,14 @@ def panel_grid(
     return figure, list(axes.flat[:n])
 
 
-def label_outside(figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str, *, share_y: bool = True) -> None:
+def label_outside(figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str) -> None:
     """Label the outer panels only; a panel with none below it counts as outer, which matplotlib's own way misses."""
     grid = axes[0].get_gridspec()
     columns = grid.ncols if grid else 1
     for i, axis in enumerate(axes):
         is_lowest, is_first = i + columns >= len(axes), i % columns == 0
         axis.set(xlabel=x_label if is_lowest else "", ylabel=y_label if is_first else "")
-        axis.tick_params(labelbottom=is_lowest, labelleft=is_first or not share_y)
-    if not share_y:
-        figure.subplots_adjust(wspace=0.22)
+        axis.tick_params(labelbottom=is_lowest, labelleft=is_first)
 
 
 def add_title(

@@ -22,8 +22,9 @@ from matplotlib.testing.exceptions import ImageComparisonFailure
 from PIL import Image, ImageOps
 
 from benchmarks.plots import plot_costs
+from miniature.plots import plot_learning_curves
 from mmflow_utils.params import ROOT
-from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from mmflow_utils.plots.curves import plot_curves, plot_flow
 from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.flow_stages import plot_stages
 from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
@@ -218,7 +219,8 @@ def test_noise_as_between_machines_is_none_to_the_eye():
 
 
 def test_every_kind_of_figure_is_stored_once_and_small():
-    files = [*(ROOT / "mmflow_utils" / "plots").glob("*.py"), ROOT / "benchmarks" / "plots.py"]
+    rooms = (ROOT / "mmflow_utils" / "plots", ROOT / "benchmarks", ROOT / "miniature")
+    files = [file for room in rooms for file in room.glob("*.py")]
     kinds = {name for file in files for name in re.findall(r"^def plot_(\w+)", file.read_text("utf-8"), re.M)}
     assert set(DRAWN) == kinds - {"prompt"}  # that one is HTML
     assert {file.stem for file in STORED.glob("*.png")} == set(DRAWN)

@@ -14,7 +14,8 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from mmflow_utils.plots.curves import plot_curves, plot_flow, plot_learning_curves
+from miniature.plots import plot_learning_curves
+from mmflow_utils.plots.curves import plot_curves, plot_flow
 from mmflow_utils.plots.maps import plot_map
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.prompt import plot_prompt
