@@ -6,7 +6,9 @@ Example:
     [['White', True], ['Square', True]]
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.captions import add_captions, captions_file
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, samples_to_frame
-from mmflow_utils.engine.reference import need_numbers
+from mmflow_utils.engine.closeness import need_numbers
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.results.frames import load_frame, manifest, save_frame
+from mmflow_utils.results.resume import measure_in_parts
 
 __all__ = [
     "answer",
+    "ask_in_parts",
     "ask_questions",
     "curate",
     "stratified_sample",
@@ -102,34 +106,42 @@ def curate(
     tasks: Iterable[str],
     n_samples: int,
     seed: int,
-    progress: bool = True,
+    ask: Callable[[VLM, Sequence[Sample]], pd.DataFrame] = ask_questions,
 ) -> tuple[list[Sample], pd.DataFrame]:
     """Ask each task's questions in a seeded order until `n_samples` are answered correctly (App. A).
+
+    Args:
+        model: The model.
+        samples: Candidates of all tasks.
+        tasks: Whose questions are asked.
+        n_samples: How many correct answers each task needs.
+        seed: Of the order.
+        ask: Asks some questions; `ask_in_parts` makes one that keeps the answers.
 
     Returns:
         The correctly answered samples, task by task, and the record of all that was asked (`ask_questions`).
     """
-    samples = list(samples)
-    kept, records = [], []
+    samples, kept, rows = list(samples), [], []
     for task in tasks:
-        candidates = _shuffled([s for s in samples if s.task == task], seed)
-        with tqdm(total=n_samples, desc=task, unit="correct", disable=not progress) as bar:
-            for sample, row in _until_enough(model, candidates, n_samples):
-                records.append(row)
-                if row["correct"]:
-                    kept.append(sample)
-                    bar.update()
-    return kept, pd.DataFrame(records, columns=list(COLUMNS))
+        left, correct = _shuffled([s for s in samples if s.task == task], seed), []
+        while left and (n := n_samples - len(correct)):  # so many more have to be asked in any case
+            record = ask(model, left[:n])
+            correct += [sample for sample, is_right in zip(left[:n], record.correct, strict=True) if is_right]
+            rows += record.to_dict("records")
+            left = left[n:]
+        kept += correct
+    return kept, pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _until_enough(model: VLM, candidates: list[Sample], n: int) -> Iterator[tuple[Sample, dict]]:
-    correct = 0
-    for sample in candidates:
-        if correct == n:
-            return
-        row = _judge(model, sample)
-        correct += row["correct"]
-        yield sample, row
+def ask_in_parts(params: Params, folder: Path) -> Callable[[VLM, Sequence[Sample]], pd.DataFrame]:
+    """Return what `curate` can ask with so that a killed run goes on: the answers so far are kept in `folder`."""
+    numbers = count()
+
+    def ask(model: VLM, some: Sequence[Sample]) -> pd.DataFrame:
+        path = folder / f"{folder.name}_{next(numbers)}.parquet"
+        return measure_in_parts(ask_questions, model, some, path, params, shared=False).frame
+
+    return ask
 
 
 def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tuple[list[Sample], pd.DataFrame]:
@@ -182,8 +194,10 @@ def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sa
 
 def _curate_and_keep(model: VLM, params: Params, task: str, path: Path, made_from: dict) -> list[Sample]:
     samples, _ = read_questions(params, tasks=[task])
-    kept, record = curate(model, samples, tasks=[task], n_samples=params.n_samples, seed=params.seed)
+    ask = ask_in_parts(params, folder := path.with_name(f"{task}_asked"))
+    kept, record = curate(model, samples, tasks=[task], n_samples=params.n_samples, seed=params.seed, ask=ask)
     # The samples come last: where they are, the record is too.
     save_frame(record, path.with_name(f"{task}_asked.parquet"), made_from)
     save_frame(samples_to_frame(kept), path, made_from)
+    shutil.rmtree(folder, ignore_errors=True)
     return kept

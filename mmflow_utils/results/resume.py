@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ __all__ = ["measure_in_parts"]
 
 BAR = "{desc}: {n_fmt} of {total_fmt} parts |{bar}| {elapsed} gone, {remaining} to go"
 
-Measure = Callable[..., Result]
+Measure = Callable[..., Any]
 
 
 def measure_in_parts(
@@ -52,6 +51,7 @@ def measure_in_parts(
     n_check: int | None = None,
     version: int | None = None,
     part_size: int = 16,
+    shared: bool = True,
     fresh: bool | None = None,
     progress: bool = True,
     **arguments: Any,
@@ -65,7 +65,7 @@ def measure_in_parts(
 
     Args:
         measure: the experiment, `measure(model, samples, **arguments, progress=False)`, such as
-            `knockout_sweep`; a sample's rows may not depend on the other samples.
+            `knockout_sweep` or `ask_questions`; a sample's rows may not depend on the other samples.
         model: the model.
         samples: all samples, in the desired row order.
         path: where the whole goes, a parquet file.
@@ -75,6 +75,7 @@ def measure_in_parts(
         version: of an experiment that isn't the package's own; raise it whenever its rows would change.
         part_size: samples in a part; so many are measured again, at most, where a run was killed. All shards of
             a run must have the same.
+        shared: False where what follows needs all rows: each run then measures all parts, whatever its `shard`.
         fresh: measure what is finished anew, and replace what another run finished; by default as the
             environment's `FRESH` says.
         progress: show a bar of parts.
@@ -92,14 +93,18 @@ def measure_in_parts(
         >>> mm.load_frame(folder / "lens.parquet", result.manifest).equals(result.frame)
         True
     """
-    path, samples, shard = Path(path), list(samples), params.shard
+    path, samples, shard = Path(path), list(samples), params.shard if shared else None
     share, n_shares = _read_shard(shard)
     whole = manifest(params, model)
     asked = arguments if n_check is None else arguments | {"n_check": n_check}
     whole["depends_on"] |= describe_call(measure, samples, asked, version=version)
     if not wants_fresh(fresh) and (finished := _finished(path, whole)):
         return finished
-    run = partial(measure, model, **arguments, progress=False)
+
+    def run(some: Sequence[Sample], **options: int) -> Result:
+        found = measure(model, some, **arguments, **options, progress=False)
+        return found if isinstance(found, Result) else Result(found)
+
     parts = list(_cut(path, samples, part_size, n_check, whole))
     found = {part.number: result for part in parts if (result := part.load())}
     mine = [part for part in parts if part.number % n_shares == share - 1]

@@ -19,6 +19,8 @@ from mmflow_utils.results.frames import sha256
 __all__ = ["VERSIONS", "describe_call"]
 
 VERSIONS = {
+    "ask_questions": 1,
+    "answer_subwords": 1,
     "knockout_sweep": 1,
     "logit_lens": 1,
     "module_knockout": 1,

@@ -24,7 +24,8 @@ from mmflow_utils.experiments.curation import (
 )
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import encode
-from mmflow_utils.results.frames import manifest
+from mmflow_utils.results.frames import load_frame, manifest
+from mmflow_utils.results.resume import measure_in_parts
 
 TASKS = ["ChooseAttr", "QueryAttr"]
 
@@ -145,7 +146,7 @@ def test_without_scene_graphs_the_sets_that_need_boxes_are_missing_with_their_re
 
 def test_curation_stops_when_it_has_enough(params, asked):
     samples, _ = read_questions(params, tasks=TASKS)
-    kept, record = curate(model(), iter(samples), tasks=TASKS, n_samples=3, seed=0, progress=False)
+    kept, record = curate(model(), iter(samples), tasks=TASKS, n_samples=3, seed=0)
     assert [s.task for s in kept] == [task for task in TASKS for _ in range(3)]
     assert record.sample_id.tolist() == asked and len(set(asked)) == len(asked)
     assert record[record.correct].sample_id.tolist() == [s.sample_id for s in kept]
@@ -158,7 +159,7 @@ def test_curation_stops_when_it_has_enough(params, asked):
 
 def test_curation_gives_what_there_is_where_there_is_too_little(params, asked):
     samples, _ = read_questions(params, tasks=TASKS)
-    kept, record = curate(model(), samples, tasks=TASKS[:1], n_samples=10_000, seed=0, progress=False)
+    kept, record = curate(model(), samples, tasks=TASKS[:1], n_samples=10_000, seed=0)
     mine = [s for s in samples if s.task == TASKS[0]]
     assert len(record) == len(mine) and len(kept) == sum(int(s.sample_id) % 2 for s in mine)
 
@@ -167,7 +168,7 @@ def test_unusable_pictures_are_rows_with_a_reason(params, asked):
     samples, _ = read_questions(params, tasks=TASKS)
     broken = samples[0].image_id
     samples = [replace(s, image=Path("nowhere.png")) if s.image_id == broken else s for s in samples]
-    kept, record = curate(model(), samples, tasks=TASKS, n_samples=10_000, seed=0, progress=False)
+    kept, record = curate(model(), samples, tasks=TASKS, n_samples=10_000, seed=0)
     mine = record[record.image_id == broken]
     assert len(mine) and mine.prediction.isna().all() and mine.reason.str.contains("nowhere.png").all()
     assert broken not in {s.image_id for s in kept} and len(kept)
@@ -208,6 +209,32 @@ def test_other_parameters_curate_anew(params, asked, change):
             assert (len(small), len(large)) == (3, 4) and large[:3] == small
     n_asked = len(asked)
     assert load_samples(model(), params) == before and len(asked) == n_asked  # the first ones were kept
+
+
+@pytest.mark.parametrize("n_before", range(1, 6))
+def test_a_killed_curation_asks_on_where_it_stopped(params, asked, monkeypatch, n_before):
+    expected, whole = load_samples(model(), params), asked.copy()
+    record = load_frame(params.folder / "samples" / f"{TASKS[0]}_asked.parquet")
+    again = params.model_copy(update={"outputs": f"{params.outputs}-again"})
+    asked.clear()
+
+    def parts_of_one(*arguments, **options):
+        return measure_in_parts(*arguments, **options, part_size=1)
+
+    def killed(model, encoded, knows=curation.answer):
+        if len(asked) == n_before:
+            raise KeyboardInterrupt
+        return knows(model, encoded)
+
+    monkeypatch.setattr(curation, "measure_in_parts", parts_of_one)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(curation, "answer", killed)
+        load_samples(model(), again)
+    assert load_samples(model(), again) == expected and asked == whole  # each once, in the same order
+    assert load_frame(again.folder / "samples" / f"{TASKS[0]}_asked.parquet").equals(record)
+    assert not [path for path in (again.folder / "samples").iterdir() if path.is_dir()]
+    load_samples(model(), again.model_copy(update={"shard": "2/2", "outputs": f"{params.outputs}-shard"}))
+    assert asked == whole * 2  # a share of a sweep needs all of its samples
 
 
 def test_another_file_of_questions_curates_anew(params, asked, tmp_path):

@@ -75,7 +75,10 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
     """
     code = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
     begin, given = STORED.get(notebook.stem, (MEASURES, None))
-    first = next(i for i, source in enumerate(code) if any(name in source for name in ([begin] if given else begin)))
+    begins = [begin] if given else begin
+    first = next(
+        i for i, source in enumerate(code) if any(name in source for name in begins) and "ask_questions" not in source
+    )
     run, frames = Run(), {}
 
     def stored(name: str) -> pd.DataFrame:

@@ -4,15 +4,19 @@
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.experiments import knockout, lens, pruning, semantics
+from mmflow_utils import experiments
+from mmflow_utils.prompts import subwords
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION
 from mmflow_utils.prompts.image_patches import control_flows, encode_random_patches
 from mmflow_utils.results.frames import read_frame, save_frame
@@ -27,6 +31,8 @@ EVERY_FLOW = (*FLOW_TO_LAST, *IMAGE_TO_QUESTION)
 RANDOM_PATCHES = partial(encode_random_patches, n_draws=2, seed=0)
 EDITS = ("zero_value", "mean_value", "attention_output", "mlp_output")
 CALLS = {
+    "ask_questions": [{}],
+    "answer_subwords": [{}, {"max_new_tokens": 3}],
     "knockout_sweep": [
         {"flows": EVERY_FLOW, "window": 3},
         {"flows": control_flows(2), "window": 2, "encoder": RANDOM_PATCHES},
@@ -39,16 +45,21 @@ CALLS = {
     "picture_sweep": [{"scales": (0.5, 0.25)}],
 }
 """For each experiment the calls whose rows are kept."""
+WORDS = {"ask_questions": "correct", "answer_subwords": "answer"}
+"""Experiments that measure words and no numbers, and the column that says what is found."""
+SAID = "|2right|2right|2"  # what the random model says
+ROOMS = [import_module(f"{experiments.__name__}.{module.name}") for module in iter_modules(experiments.__path__)]
 
 
 def measure(name: str, pictures: Path) -> pd.DataFrame:
-    """Measure the rows of an experiment anew, on a random model and two questions."""
-    (experiment,) = (
-        getattr(room, name) for room in (knockout, lens, pruning, semantics) if name in getattr(room, "__all__", ())
-    )
+    """Measure the rows of an experiment anew, on a random model and a few questions."""
+    (experiment,) = (getattr(room, name) for room in (*ROOMS, subwords) if name in getattr(room, "__all__", ()))
     model = tiny_vlm("llava_next", n_kv_heads=2)
     samples = [tiny_sample(pictures, sample_id=f"q{n}", seed=n, size=(60 + 30 * n, 60)) for n in range(2)]
-    return Result.join([experiment(model, samples, **call, progress=False) for call in CALLS[name]]).frame
+    if name in WORDS:
+        samples += [replace(sample, sample_id=f"{sample.sample_id}-said", answer=SAID) for sample in samples]
+    found = [experiment(model, samples, **call, progress=False) for call in CALLS[name]]
+    return Result.join([one if isinstance(one, Result) else Result(one) for one in found]).frame
 
 
 def kept(name: str) -> tuple[pd.DataFrame, int]:
@@ -68,7 +79,9 @@ def find_changes(frame: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
             scale = max(1.0, np.nanmax(np.abs(before), initial=0.0))
             same = np.allclose(now, before, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
         else:
-            same = frame[name].tolist() == expected[name].tolist()
+            # Lists come back from a file as arrays, and what is missing equals nothing.
+            now, before = ([repr(np.asarray(value, object)) for value in one[name]] for one in (frame, expected))
+            same = now == before
         changed += [] if same else [name]
     return changed
 

@@ -388,6 +388,22 @@ def test_shards_share_the_parts_and_a_run_without_puts_them_together(compute):
     assert compute.asked == ids(6, 7, 8)
 
 
+def test_what_is_not_shared_is_measured_by_every_shard(compute):
+    assert equal(compute(changes={"shard": "2/3"}, shared=False), whole())
+    assert compute.asked == ids(*range(10)) and compute.path.is_file()
+    assert equal(compute(changes={"shard": "1/3"}), whole()) and compute.asked == []
+
+
+def test_an_experiment_that_gives_a_bare_frame_is_kept_in_parts_too(tmp_path):
+    def bare(model, some, *, progress):
+        return measure(model, some).frame
+
+    path = tmp_path / "flow.parquet"
+    for samples in (FEW, []):
+        result = measure_in_parts(bare, None, samples, path, PARAMS, version=1, part_size=3, progress=False)
+        assert equal(result, Result(whole(samples).frame))
+
+
 def test_a_shard_without_a_part_gives_a_frame_without_rows(compute):
     there = compute(changes={"shard": "9/9"})
     assert list(there.frame) == ["sample_id", "layer", "p"]

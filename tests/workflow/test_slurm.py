@@ -20,18 +20,20 @@ SLURM = Path(__file__).parents[1] / "helpers" / "slurm.sh"
 NO_SLURM = 77  # its exit code where there can't be a Slurm
 # Enough samples for two parts of sixteen, and little else.
 SMALL = {"model": "small", "tasks": "[ChooseAttr, QueryAttr]", "n_samples": "9", "n_boot": "100"}
-# notebook -> what is set otherwise in its parameters cell; 08 can't run so.
+# notebook -> what is set otherwise in its parameters cell; 15 can't run so.
 NOTEBOOKS = {
     "01_dataset_curation": ("n_per_group: int = 40", "n_per_group: int = 1"),
     "02_flow_to_last": None,
-    "08_window_size": ("windows: list = None", "windows: list = [0]"),
+    "15_sweep_speed": ("bench_rounds: int = 2", "bench_rounds: int = None"),
 }
 JOBS = {  # Slurm's comment -> how the job ends
+    "rule_shard_wildcards_01_dataset_curation_1_2": "COMPLETED",
+    "rule_shard_wildcards_01_dataset_curation_2_2": "COMPLETED",
     "rule_notebook_wildcards_01_dataset_curation": "COMPLETED",
     "rule_shard_wildcards_02_flow_to_last_1_2": "COMPLETED",
     "rule_shard_wildcards_02_flow_to_last_2_2": "COMPLETED",
     "rule_notebook_wildcards_02_flow_to_last": "COMPLETED",
-    "rule_notebook_wildcards_08_window_size": "FAILED",
+    "rule_notebook_wildcards_15_sweep_speed": "FAILED",
 }
 # No waiting where all is on one disk, no second try for what can't succeed.
 IN_HASTE = ["--slurm-init-seconds-before-status-checks=1", "--latency-wait=5", "--retries=0"]
@@ -99,18 +101,18 @@ def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names
 
     # The failure is named, with the job's log and its half-run copy.
     assert batch.returncode == 1
-    assert "4 of 6 steps (67%) done" in said
+    assert "6 of 8 steps (75%) done" in said
     here = project / "outputs" / "small"
     (log,) = re.findall(r"^    log: (\S+), .* \(check", said, re.M)
-    assert project / log == here / "logs" / "08_window_size.log"
-    assert "mmflow: 08_window_size failed for small: ValueError: Parameter windows" in (project / log).read_text()
-    assert "Half-run copies: outputs/small/08_window_size.failed.ipynb. " in said
-    assert {path.stem for path in here.glob("0*.ipynb")} == {
-        "01_dataset_curation", "02_flow_to_last", "08_window_size.failed"
+    assert project / log == here / "logs" / "15_sweep_speed.log"
+    assert "mmflow: 15_sweep_speed failed for small: ValueError: Parameter bench_rounds" in (project / log).read_text()
+    assert "Half-run copies: outputs/small/15_sweep_speed.failed.ipynb. " in said
+    assert {path.stem for path in here.glob("[01]*.ipynb")} == {
+        "01_dataset_curation", "02_flow_to_last", "15_sweep_speed.failed"
     }  # fmt: skip
     errors = [
         output.ename
-        for cell in nbformat.read(here / "08_window_size.failed.ipynb", as_version=4).cells
+        for cell in nbformat.read(here / "15_sweep_speed.failed.ipynb", as_version=4).cells
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
