@@ -6,17 +6,7 @@ from math import inf
 
 import pandas as pd
 
-from mmflow_utils.analysis.claim_measures import (
-    NOTHING,
-    Line,
-    depth,
-    in_second_half,
-    largest,
-    later,
-    on_average,
-    stronger,
-    two_drops,
-)
+from mmflow_utils.analysis import claim_measures as measures
 from mmflow_utils.analysis.collect import REMOVED, WRITTEN_BY
 from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Draws, Measured, resample, stage_layers
 from mmflow_utils.analysis.sentences import format_number
@@ -24,27 +14,15 @@ from mmflow_utils.analysis.sentences import format_number
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim of the paper as a number, and the open range in which the number must lie.
-
-    Attributes:
-        text: the claim.
-        paper: where it is made.
-        lines: the lines that it is about, in the order in which `measure` takes them.
-        result: the stored result of each line.
-        measure: from lines to the number and its 95 % interval.
-        measured: what the number is, with its unit.
-        holds: the range.
-        of_stages: it is about where stages are, so each line must have one.
-    """
+    """A claim of the paper as a number, and the open range in which the number must lie."""
 
     text: str
-    paper: str
-    lines: tuple[str, ...]
-    result: tuple[str, ...]
-    measure: Callable[..., Measured]
-    measured: str
-    holds: tuple[float, float] = (0.0, inf)
-    of_stages: bool = True
+    paper: str  # where it is made
+    lines: Mapping[str, str]  # those that it is about, in the order in which `measure` takes them, to their results
+    measure: Callable[..., Measured]  # from lines to the number and its 95 % interval
+    measured: str  # what the number is, with its unit
+    holds: tuple[float, float] = (0.0, inf)  # the range
+    of_stages: bool = True  # it is about where stages are, so each line must have one
 
 
 def check_claims(effects: pd.DataFrame, *, by_task: bool = False, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -93,16 +71,16 @@ def describe_claims(table: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _line(draws: Draws, band: pd.DataFrame, n_layers: int) -> Line:
+def _line(draws: Draws, band: pd.DataFrame, n_layers: int) -> measures.Line:
     low, high, layers = (band[name].to_numpy(float) for name in ("ci_low", "ci_high", "layer"))
     counted = (int(band[name].min()) for name in ("n", "n_clusters"))
-    return Line(draws, low, high, layers, n_layers, bool(band["in_stage"].any()), *counted)
+    return measures.Line(draws, low, high, layers, n_layers, bool(band["in_stage"].any()), *counted)
 
 
-def _judge(claim: Claim, lines: Mapping[str, Line]) -> dict[str, object]:
-    missing = [name for line, name in zip(claim.lines, claim.result, strict=True) if line not in lines]
+def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:
+    missing = [name for line, name in claim.lines.items() if line not in lines]
     found = [lines[name] for name in claim.lines if name in lines]
-    value, low, high = NOTHING
+    value, low, high = measures.NOTHING
     if missing:
         numbers = ", ".join(dict.fromkeys(WRITTEN_BY[name] for name in missing))
         verdict, why = "not measured", f"run notebook {numbers} for this model"
@@ -125,13 +103,14 @@ def _judge(claim: Claim, lines: Mapping[str, Line]) -> dict[str, object]:
     }
 
 
-def _absent(claim: Claim, lines: Sequence[Line]) -> tuple[str, str]:
+def _absent(claim: Claim, lines: Sequence[measures.Line]) -> tuple[str, str]:
     """Judge a claim about stages of which one isn't there; ("", "") where nothing is wanting."""
-    wanting = [n for n, line in enumerate(lines) if claim.of_stages and not line.has_stage]
+    named_lines = zip(claim.lines, lines, strict=True)
+    wanting = {name: line for name, line in named_lines if claim.of_stages and not line.has_stage}
     if not wanting:
         return "", ""
-    named = " and ".join(claim.lines[n] for n in wanting)
-    if any(lines[n].high.max() < NEGLIGIBLE for n in wanting):
+    named = " and ".join(wanting)
+    if any(line.high.max() < NEGLIGIBLE for line in wanting.values()):
         return "does not hold", f"{named}: no layer with an effect of {NEGLIGIBLE:g} or more"
     return "undecided", f"{named}: no stage that the interval tells from 0"
 
@@ -151,44 +130,39 @@ CLAIMS = (
     Claim(
         text="The picture enters the question in two separate stages",
         paper="§5, Fig. 4",
-        lines=("Image -> Question",),
-        result=("image_to_question",),
-        measure=two_drops,
+        lines={"Image -> Question": "image_to_question"},
+        measure=measures.two_drops,
         measured=f"fall of the effect between its two peaks (%; separate: above {NEGLIGIBLE:g})",
         holds=(NEGLIGIBLE, inf),
     ),
     Claim(
         text="Image -> Question acts before Question -> Last",
         paper="§5, Figs 3-4",
-        lines=("Image -> Question", "Question -> Last"),
-        result=("image_to_question", "flow_to_last"),
-        measure=later,
+        lines={"Image -> Question": "image_to_question", "Question -> Last": "flow_to_last"},
+        measure=measures.later,
         measured="how much later the center of Question -> Last lies (layers)",
     ),
     Claim(
         text="Question -> Last is strongest in the middle layers",
         paper="§5, Fig. 3",
-        lines=("Question -> Last",),
-        result=("flow_to_last",),
-        measure=depth,
+        lines={"Question -> Last": "flow_to_last"},
+        measure=measures.depth,
         measured="depth of its strongest layer (0 first, 1 last; middle: 0.25 to 0.75)",
         holds=(0.25, 0.75),
     ),
     Claim(
         text="The last position draws on the question, not directly on the image",
         paper="§5, Fig. 3",
-        lines=("Question -> Last", "Image -> Last"),
-        result=("flow_to_last", "flow_to_last"),
-        measure=stronger,
+        lines={"Question -> Last": "flow_to_last", "Image -> Last": "flow_to_last"},
+        measure=measures.stronger,
         measured="largest effect of Question -> Last minus that of Image -> Last (percentage points)",
         of_stages=False,
     ),
     Claim(
         text="Last -> Last is negligible",
         paper="§5, Fig. 3",
-        lines=("Last -> Last",),
-        result=("flow_to_last",),
-        measure=largest,
+        lines={"Last -> Last": "flow_to_last"},
+        measure=measures.largest,
         measured=f"its largest effect at any layer (%; negligible: below {NEGLIGIBLE:g})",
         holds=(-inf, NEGLIGIBLE),
         of_stages=False,
@@ -196,34 +170,33 @@ CLAIMS = (
     Claim(
         text="Other image patches act first, related ones second",
         paper="§6, Fig. 5",
-        lines=("Other image patches -> Question", "Related image patches -> Question"),
-        result=("image_patch_knockout", "image_patch_knockout"),
-        measure=later,
+        lines={
+            "Other image patches -> Question": "image_patch_knockout",
+            "Related image patches -> Question": "image_patch_knockout",
+        },
+        measure=measures.later,
         measured="how much later the center of the related patches lies (layers)",
     ),
     Claim(
         text="The answer comes in lower case before it is capitalized",
         paper="§7, Fig. 6",
-        lines=("Noncapitalized answer", "Capitalized answer"),
-        result=("logit_lens", "logit_lens"),
-        measure=later,
+        lines={"Noncapitalized answer": "logit_lens", "Capitalized answer": "logit_lens"},
+        measure=measures.later,
         measured="how much later the center of the capitalized answer lies (layers)",
     ),
     Claim(
         text="MLPs shape the question's meaning more than attention",
         paper="App. D, Figs 12-13",
-        lines=("MLP", "Attention"),
-        result=("module_knockout", "module_knockout"),
-        measure=on_average,
+        lines={"MLP": "module_knockout", "Attention": "module_knockout"},
+        measure=measures.on_average,
         measured="words lost without the MLP minus without attention, mean of all layers (percentage points)",
         of_stages=False,
     ),
     Claim(
         text="The second half of the layers can do without the image tokens",
         paper="App. F, Fig. 14",
-        lines=(REMOVED,),
-        result=("efficiency",),
-        measure=in_second_half,
+        lines={REMOVED: "efficiency"},
+        measure=measures.in_second_half,
         measured=f"loss of accuracy (percentage points; intact: below {NEGLIGIBLE:g})",
         holds=(-inf, NEGLIGIBLE),
         of_stages=False,
