@@ -6,8 +6,6 @@ import pandas as pd
 from mmflow_utils.analysis.sentences import format_number
 from mmflow_utils.analysis.stats import summarize
 
-__all__ = ["decision_curves", "decision_layers", "describe_decisions", "group_accuracy"]
-
 
 def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Give the accuracy of each structural x semantic group, with its interval over pictures (Table 2).
@@ -74,25 +72,21 @@ def decision_curves(decisions: pd.DataFrame, *, n_layers: int) -> pd.DataFrame:
     """
     events = {"Was on top": "first_layer", "Stays on top": "settled_layer"}
     keys = decisions.drop(columns=list(events.values()))
-    return pd.concat(
-        [
-            keys.assign(event=event, layer=layer, share_pct=100.0 * (decisions[column] <= layer))
-            for event, column in events.items()
-            for layer in range(n_layers)
-        ],
-        ignore_index=True,
-    )
+    parts = [
+        keys.assign(event=event, layer=layer, share_pct=100.0 * (decisions[column] <= layer))
+        for event, column in events.items()
+        for layer in range(n_layers)
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
-def describe_decisions(
-    decisions: pd.DataFrame, *, word: str = "Either case", n_boot: int = 1000, seed: int = 0
-) -> list[str]:
-    """Write one finding per task and protocol: the layer from which the answer stays the most probable word.
+def describe_decisions(decisions: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> list[str]:
+    """Write one finding per task and protocol: the layer from which the answer, in either case, stays the likeliest.
 
     The layer is a mean over the samples in which that happens, with its interval over images.
     """
     lines = []
-    for (task, protocol), part in decisions[decisions.word == word].groupby(["task", "protocol"]):
+    for (task, protocol), part in decisions[decisions.word == "Either case"].groupby(["task", "protocol"]):
         settled = part.dropna(subset="settled_layer")
         name, counted = f"{task}, {protocol} lens", f"{len(settled)} of {len(part)} samples"
         if settled.empty:

@@ -11,27 +11,15 @@ import pandas as pd
 
 from mmflow_utils.analysis.stats import curves, need_columns
 
-__all__ = [
-    "describe_differences",
-    "describe_highest",
-    "describe_strongest",
-    "format_number",
-    "layer_ranges",
-    "strongest_layer",
-]
-
 TIE = 0.05  # of what is printed with one decimal: means that differ by less are equally strong
 
 
-def strongest_layer(
-    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", tie: float = TIE
-) -> pd.DataFrame:
+def strongest_layer(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, tie: float = TIE) -> pd.DataFrame:
     """Find the layer with the largest drop (the lowest mean) of each curve.
 
     Args:
         summary: from `summarize`.
         by: the columns that make a curve; those that the summary lacks are passed over.
-        over: the column along the curve.
         tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
             first is taken: else differences at the level of float rounding would choose. For the same reason
             a mean this close to 0 counts as 0.
@@ -41,18 +29,16 @@ def strongest_layer(
         layers whose whole interval is below 0, and their mean by more than `tie`, or "").
     """
     by = [column for column in by if column in summary]
-    need_columns(summary, [over, "mean", "ci_low", "ci_high", "n"])
+    need_columns(summary, ["layer", "mean", "ci_low", "ci_high", "n"])
     found = []
-    for _, curve in curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
+    for _, curve in curves(summary.dropna(subset="mean").sort_values("layer", kind="stable"), by):
         tied = curve[curve["mean"] <= curve["mean"].min() + tie]
-        below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), over]
-        found.append({**tied.iloc[0], "layers": layer_ranges(tied[over]), "below_zero": layer_ranges(below)})
+        below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), "layer"]
+        found.append({**tied.iloc[0], "layers": layer_ranges(tied["layer"]), "below_zero": layer_ranges(below)})
     return pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
 
 
-def describe_strongest(
-    summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"), *, over: str = "layer", unit: str = "%"
-) -> list[str]:
+def describe_strongest(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow")) -> list[str]:
     """Write one finding per curve: where the drop is largest, how large, its interval, n.
 
     The largest of many noisy points looks larger than it is: a summary made with `simultaneous_over="layer"`
@@ -64,12 +50,12 @@ def describe_strongest(
         'T, A -> B: largest drop at layer 4, -43.2 % (95 % interval -50.0 to -36.1, 24 samples on 20 images)'
     """
     sentences = []
-    for row in strongest_layer(summary, by, over=over).to_dict("records"):
+    for row in strongest_layer(summary, by).to_dict("records"):
         name = ", ".join(str(row[column]) for column in by if column in row)
-        where = _layers(row["layers"], over)
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
+        where = _layers(row["layers"])
+        effect = f"{format_number(row['mean'])} % ({_evidence(row)})"
         if row["below_zero"] and row["ci_high"] < 0:
-            text = f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'], over)}"
+            text = f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'])}"
         elif isfinite(row["ci_high"]):
             text = f"no drop that the interval tells from 0; lowest at {where}, {effect}"
         else:
@@ -78,9 +64,7 @@ def describe_strongest(
     return sentences
 
 
-def describe_highest(
-    summary: pd.DataFrame, by: Sequence[str] = ("task",), *, over: str = "layer", unit: str = "%"
-) -> list[str]:
+def describe_highest(summary: pd.DataFrame, by: Sequence[str] = ("task",)) -> list[str]:
     """Write one finding per curve: where it is highest, how high, and how high it ends.
 
     Example:
@@ -89,25 +73,18 @@ def describe_highest(
         '2.0 % at layer 5.'
     """
     by, sentences = [column for column in by if column in summary], []
-    for _, curve in curves(summary.dropna(subset="mean").sort_values(over, kind="stable"), by):
+    for _, curve in curves(summary.dropna(subset="mean").sort_values("layer", kind="stable"), by):
         row = curve[curve["mean"] >= curve["mean"].max() - TIE].iloc[0].to_dict()
         end = curve.iloc[-1]
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
-        close = "" if row[over] == end[over] else f"; {_quantity(end['mean'], unit)} at {over} {end[over]}"
+        effect = f"{format_number(row['mean'])} % ({_evidence(row)})"
+        close = "" if row["layer"] == end["layer"] else f"; {format_number(end['mean'])} % at layer {end['layer']}"
         name = ", ".join(str(row[column]) for column in by)
-        sentences.append(f"{name}: highest at {over} {row[over]}, {effect}{close}.")
+        sentences.append(f"{name}: highest at layer {row['layer']}, {effect}{close}.")
     return sentences
 
 
-def describe_differences(
-    table: pd.DataFrame,
-    by: Sequence[str] = ("task",),
-    *,
-    over: str = "layer",
-    unit: str = "percentage points",
-    alpha: float = 0.05,
-) -> list[str]:
-    """Write one finding per curve of `paired_difference`: which layers differ, and the largest effect.
+def describe_differences(table: pd.DataFrame, by: Sequence[str] = ("task",), *, over: str = "layer") -> list[str]:
+    """Write one finding per curve of `paired_difference`: which layers (or `over`) differ, and the largest effect.
 
     A mean difference below `TIE`, which would be printed as 0.0, is not claimed, however sure it is.
     """
@@ -116,10 +93,10 @@ def describe_differences(
         size = curve["mean"].abs()
         row = curve[size >= size.max() - TIE].iloc[0].to_dict()
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
-        differs = curve.loc[(curve["p_holm"] < alpha) & (size >= TIE), over]
+        differs = curve.loc[(curve["p_holm"] < 0.05) & (size >= TIE), over]
         claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
-        effect = f"{_quantity(row['mean'], unit)} ({_evidence(row)})"
-        sentences.append(f"{name}: {claim} (Holm p < {alpha:g}); largest at {over} {row[over]}, {effect}.")
+        effect = f"{format_number(row['mean'])} percentage points ({_evidence(row)})"
+        sentences.append(f"{name}: {claim} (Holm p < 0.05); largest at {over} {row[over]}, {effect}.")
     return sentences
 
 
@@ -149,11 +126,7 @@ def layer_ranges(layers: Iterable) -> str:
     return ", ".join(str(s) if s == e else f"{s}-{e}" for s, e in zip(starts, ends, strict=True))
 
 
-def _quantity(value: float, unit: str) -> str:
-    return f"{format_number(value)} {unit}".strip()
-
-
-def _layers(ranges: str, over: str) -> str:
+def _layers(ranges: str, over: str = "layer") -> str:
     return f"{over}s {ranges}" if "-" in ranges or "," in ranges else f"{over} {ranges}"
 
 
