@@ -27,7 +27,7 @@ FILES = sorted((ROOT / "params").glob("*.yaml"))
         ({"device": "gpu"}, "device = 'gpu'.*cuda:N"),
         ({"tasks": []}, r"tasks = \[\].*at least 1"),
         ({"tasks": "ChooseAttr"}, "tasks = 'ChooseAttr'.*list"),
-        ({"tasks": ["ChooseAtr"]}, "tasks = 'ChooseAtr'.*one of ChooseAttr, "),
+        ({"tasks": ["ChooseAtr"]}, "tasks = 'ChooseAtr'.*unknown task ChooseAtr: the tasks are ChooseAttr, "),
         ({"tasks": ["ChooseRel", "ChooseRel"]}, "each task once"),
         ({"prompt": "{question}"}, "once <image> or, for a text-only model, {caption}"),
         ({"prompt": "<image> {caption} {question}"}, "once <image> or"),

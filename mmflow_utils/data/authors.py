@@ -10,8 +10,6 @@ from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures
 from mmflow_utils.data.sample import Sample, SceneObject
 from mmflow_utils.data.tasks import task_of
 
-__all__ = ["compare_with_authors", "read_authors"]
-
 
 def read_authors(
     folder: Path | str, images: Path | str, *, tasks: Iterable[str] | None = None

@@ -7,8 +7,6 @@ from pathlib import Path
 from mmflow_utils.data.fields import read_list
 from mmflow_utils.data.sample import Sample
 
-__all__ = ["add_captions", "captions_file"]
-
 
 def captions_file(scene_graphs: Path) -> Path:
     """Return where the captions belong: beside the scene graphs, under Visual Genome's own name.

@@ -18,8 +18,6 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Box
 
-__all__ = ["clipped_box", "number", "picture_file", "pictures_folder", "read_entries", "read_json", "read_list", "text"]
-
 NO_BAR_BELOW = 2**25  # bytes; a smaller file is read within seconds
 DEEPEST = 100  # lists and objects within one another; GQA's files have five
 
@@ -48,21 +46,14 @@ def read_json(path: Path | str, what: str) -> Any:
         return json.loads(Path(path).read_bytes())
 
 
-def read_entries(path: Path | str, what: str, *, progress: bool = True) -> Iterator[tuple[str, Any]]:
-    """Read a JSON object entry by entry, so that memory doesn't grow with the file.
+def read_entries(path: Path | str, what: str) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of a JSON object in the file's order, so that memory doesn't grow with the file.
 
-    Args:
-        path: The file.
-        what: Names it in errors and in the bar, as in "GQA question file".
-        progress: Show a bar of bytes for a file of 32 MB or more.
-
-    Yields:
-        Key and value, in the file's order. A key that is duplicated comes twice.
-
-    Raises:
-        ValueError: A file that is missing, damaged (names the last entry that could be read), or no object.
+    `what` names the file in errors and in the bar that is shown from 32 MB on, as in "GQA question file". A key that
+    is duplicated comes twice. A file that is missing, damaged (the last entry that could be read is named) or no object
+    is a ValueError.
     """
-    entries = _stream(path, what, ijson.kvitems, "", progress)
+    entries = _stream(path, what, ijson.kvitems, "")
     first = next(entries, None)
     if first is None:
         found = read_json(path, what)
@@ -72,17 +63,16 @@ def read_entries(path: Path | str, what: str, *, progress: bool = True) -> Itera
     yield from entries
 
 
-def read_list(path: Path | str, what: str, *, progress: bool = True) -> Iterator[Any]:
+def read_list(path: Path | str, what: str) -> Iterator[Any]:
     """Read a JSON list entry by entry, as `read_entries` does an object; anything else has no entries."""
-    return _stream(path, what, ijson.items, "item", progress)
+    return _stream(path, what, ijson.items, "item")
 
 
-def _stream(path: Path | str, what: str, read: Callable, prefix: str, progress: bool) -> Iterator[Any]:
+def _stream(path: Path | str, what: str, read: Callable, prefix: str) -> Iterator[Any]:
     n, entry = 0, None
     with _json_errors(path, what), open(path, "rb") as file:
         size = _check_readable(file)
-        quiet = not progress or size < NO_BAR_BELOW
-        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
+        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=size < NO_BAR_BELOW) as bar:
             try:
                 for entry in read(file, prefix, use_float=True):
                     yield entry
@@ -95,11 +85,7 @@ def _stream(path: Path | str, what: str, read: Callable, prefix: str, progress: 
 
 
 def _check_readable(file: BinaryIO) -> int:
-    """Refuse what ijson would take wrongly: half a character becomes "?", deep nesting takes all memory.
-
-    Returns:
-        The number of bytes.
-    """
+    """Return the size in bytes; refuse what ijson takes wrongly: half a character, nesting that takes all memory."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if half := next((found for found in _HALVES.finditer(content) if found[1]), None):
             raise ValueError(f"half a character at byte {half.start():,}")
@@ -165,11 +151,7 @@ def pictures_folder(images: Path | str) -> Path:
 
 
 def picture_file(folder: Path, image_id: str) -> Path:
-    """Name an image's file: the one that is there, or else GQA's `<image id>.jpg`.
-
-    Raises:
-        ValueError: An id that is no plain name, and so might lead out of the folder.
-    """
+    """Name an image's file: the one that is there, or else GQA's `<image id>.jpg`."""
     if not _SAFE_ID.fullmatch(image_id):
         raise ValueError(f"image id {image_id!r:.80} is no plain name and might lead out of the images folder")
     files = [folder / f"{image_id}{ending}" for ending in (".jpg", ".jpeg", ".png")]

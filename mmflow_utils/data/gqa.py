@@ -16,9 +16,7 @@ import pandas as pd
 
 from mmflow_utils.data.fields import clipped_box, number, picture_file, pictures_folder, read_entries, text
 from mmflow_utils.data.sample import Box, Sample, SceneObject
-from mmflow_utils.data.tasks import TASKS, task_of
-
-__all__ = ["read_gqa"]
+from mmflow_utils.data.tasks import check_task, task_of
 
 _SHORT = re.compile(r"^(?:to the|in) (.+) of$")
 
@@ -29,7 +27,6 @@ def read_gqa(
     images: Path | str,
     *,
     tasks: Iterable[str] | None = None,
-    progress: bool = True,
 ) -> tuple[list[Sample], pd.DataFrame]:
     """Read questions in GQA's format, with the boxes of their objects.
 
@@ -40,7 +37,6 @@ def read_gqa(
         scene_graphs: Those of the same split, such as `val_sceneGraphs.json`; None leaves every box unknown.
         images: Folder of the pictures, `<image id>.jpg` (or .jpeg, .png).
         tasks: Keep only these tasks; by default every question.
-        progress: Show a bar of bytes while a large file is read.
 
     Returns:
         The samples in the file's order, and what was left out: `sample_id`, `reason` and `kept`, which is true where
@@ -50,11 +46,11 @@ def read_gqa(
         ValueError: A file or folder that is missing, damaged or of another layout; an id that is duplicated; no
             question that can be used; an unknown task.
     """
-    wanted = _known_tasks(tasks)
+    wanted = None if tasks is None else {check_task(task) for task in tasks}
     folder = pictures_folder(images)
     found: dict[str, Sample] = {}
     skipped: list[dict[str, Any]] = []
-    for sample_id, entry in read_entries(questions, "GQA question file", progress=progress):
+    for sample_id, entry in read_entries(questions, "GQA question file"):
         if sample_id in found:
             raise ValueError(f"{questions}: question {sample_id!r} is duplicated; download the file again")
         with _recorded(sample_id, skipped) as notes:
@@ -62,7 +58,7 @@ def read_gqa(
                 found[sample_id] = sample
     samples = list(found.values())
     if scene_graphs is not None and samples:
-        samples = _with_boxes(samples, _graphs_of(samples, scene_graphs, progress), skipped)
+        samples = _with_boxes(samples, _graphs_of(samples, scene_graphs), skipped)
     lost = {row["sample_id"] for row in skipped if not row["kept"]}  # some only when the boxes were read
     skipped = [row for row in skipped if not row["kept"] or row["sample_id"] not in lost]
     if lost and not samples:
@@ -86,20 +82,13 @@ def _recorded(sample_id: str, skipped: list[dict[str, Any]]) -> Iterator[list[st
         skipped += [{"sample_id": sample_id, "reason": note, "kept": True} for note in notes]
 
 
-def _known_tasks(tasks: Iterable[str] | None) -> frozenset[str] | None:
-    wanted = None if tasks is None else frozenset(tasks)
-    if wanted and (unknown := sorted(wanted - TASKS.keys())):
-        raise ValueError(f"unknown task {', '.join(unknown)}: the tasks are {', '.join(TASKS)}")
-    return wanted
-
-
-def _graphs_of(samples: list[Sample], scene_graphs: Path | str, progress: bool) -> dict[str, Any]:
+def _graphs_of(samples: list[Sample], scene_graphs: Path | str) -> dict[str, Any]:
     """Read the scene graphs of the samples' pictures, and of these only what boxes are made of."""
     asked: dict[str, set[str]] = {}
     for sample in samples:
         asked.setdefault(sample.image_id, set()).update(o.object_id for o in sample.objects if o.object_id)
     graphs: dict[str, Any] = {}
-    for image_id, graph in read_entries(scene_graphs, "GQA scene graph file", progress=progress):
+    for image_id, graph in read_entries(scene_graphs, "GQA scene graph file"):
         if image_id in graphs:
             raise ValueError(f"{scene_graphs}: image {image_id!r} is duplicated; download the file again")
         if image_id in asked:
@@ -128,9 +117,7 @@ def _with_boxes(samples: list[Sample], graphs: dict[str, Any], skipped: list[dic
     return placed
 
 
-def _gqa_sample(
-    sample_id: str, entry: Any, folder: Path, wanted: frozenset[str] | None, notes: list[str]
-) -> Sample | None:
+def _gqa_sample(sample_id: str, entry: Any, folder: Path, wanted: set[str] | None, notes: list[str]) -> Sample | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("types"), dict):
         held = ", ".join(map(str, entry)) if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise ValueError(f"expected the fields question, imageId, answer, types and semantic, got {held[:80]}")

@@ -11,8 +11,6 @@ import pandas as pd
 from PIL import Image
 from pydantic import TypeAdapter
 
-__all__ = ["Box", "Sample", "SceneObject", "frame_to_samples", "is_correct", "load_image", "samples_to_frame"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
@@ -147,11 +145,7 @@ def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:
 
 
 def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
-    """Return the samples of a frame made by `samples_to_frame`.
-
-    Raises:
-        ValueError: A column that is missing, or a nested value that can't be read.
-    """
+    """Return the samples of a frame made by `samples_to_frame`; a frame that lacks or garbles one is a ValueError."""
     names = [field.name for field in fields(Sample)]
     if missing := [name for name in names if name not in frame]:
         raise ValueError(f"the frame lacks the columns {', '.join(missing)}: expected that of samples_to_frame")

@@ -1,7 +1,5 @@
 """The paper's six tasks: the one list that parameters, readers, figures and the drawn world go by."""
 
-__all__ = ["TASKS", "check_task", "task_of"]
-
 TASKS: dict[str, frozenset[str]] = {
     "ChooseAttr": frozenset({"chooseAttr", "materialChoose", "typeChoose", "activityChoose"}),
     "ChooseCat": frozenset({"objThisChoose", "categoryThatChoose", "categoryThisChoose"}),
@@ -23,11 +21,7 @@ def task_of(detailed: str) -> str | None:
 
 
 def check_task(name: str) -> str:
-    """Return the name of a task as it is.
-
-    Raises:
-        ValueError: There is no such task; names those there are.
-    """
+    """Return the name of a task as it is; another name is a ValueError that lists the tasks."""
     if name not in TASKS:
-        raise ValueError(f"expected one of {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name}: the tasks are {', '.join(TASKS)}")
     return name

@@ -15,8 +15,6 @@ import pandas as pd
 from mmflow_utils.data.fields import pictures_folder, read_json, text
 from mmflow_utils.data.sample import Sample
 
-__all__ = ["read_aokvqa", "read_okvqa", "vqa_accuracy"]
-
 Made = TypeVar("Made")
 
 _MARKS = '()[]{}<>"`;,?!/\\_-=+@'

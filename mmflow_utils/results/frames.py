@@ -27,8 +27,6 @@ import pyarrow.parquet as pq
 from mmflow_utils.data.captions import captions_file
 from mmflow_utils.params import ROOT, Params
 
-__all__ = ["load_frame", "manifest", "read_manifest", "save_frame"]
-
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
 # What changes neither a sample nor a probability: where results go, where and in which shares they are
 # computed, how they are summarized.
@@ -54,27 +52,22 @@ def manifest(
         `depends_on` (compared when a frame is loaded) and `made_by` (kept for the record).
     """
     names = set(type(params).model_fields) - NOT_OF_THE_RESULT if fields is None else set(fields)
-    values = params.model_dump(mode="json")
-    depends_on = {name: values[name] for name in values if name in names}
+    depends_on = params.model_dump(mode="json", include=names)
     files = sorted(params.path("checkpoint").glob("*.safetensors"))
     commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
     depends_on["weights_sha256"] = sha256(*files) if files else commit
     data = _data_files(params)
     depends_on["data_sha256"] = sha256(*data) if data and all(file.is_file() for file in data) else None
-    own = set(names) - set(Params.model_fields) if fields is None else ()
-    for name in sorted(name for name in own if isinstance(values[name], str)):
-        if params.path(name).is_file():
+    for name in sorted(names - set(Params.model_fields)) if fields is None else ():
+        if isinstance(depends_on[name], str) and params.path(name).is_file():
             depends_on[f"{name}_sha256"] = sha256(params.path(name))
-    return {
-        "depends_on": depends_on,
-        "made_by": {
-            "device": str(getattr(model, "device", params.device)),
-            "python": platform.python_version(),
-            "packages": {name: version(name) for name in PACKAGES},
-            "git_commit": _git_commit(),
-            **measured,
-        },
+    made_by = {
+        "device": str(getattr(model, "device", params.device)),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
     }
+    return {"depends_on": depends_on, "made_by": made_by | measured}
 
 
 def _data_files(params: Params) -> list[Path]:
@@ -120,11 +113,7 @@ def load_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> p
 
 
 def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the frame and the manifest of one file.
-
-    Raises:
-        ValueError: The file is no results file, or was altered or cut short.
-    """
+    """Return the frame and the manifest of one file; a ValueError where it was altered or cut short."""
     try:
         return unpack(path.read_bytes())
     except ValueError as error:
@@ -132,11 +121,7 @@ def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def find_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> Path:
-    """Return the file of a name that `load_frame` reads: the latest that was made from what is `expected`.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Return the file of a name that `load_frame` reads: the latest that was made from what is `expected`."""
     files = list_frames(path)
     if not files:
         raise ValueError(f"There are no results at {path}: run the notebook that writes them first.")
@@ -161,7 +146,8 @@ def list_frames(path: str | Path) -> list[Path]:
 
 def place_for(path: Path, manifest: Mapping[str, Any], *, fresh: bool | None = None) -> Path:
     """Choose where a frame goes: where this very run stored it before, else where nothing finished is lost."""
-    if _same_run(beside := _beside(path, manifest), manifest):
+    beside = path.with_name(f"{path.stem}.{identity_of(manifest)}.parquet")
+    if _same_run(beside, manifest):
         return beside
     free = wants_fresh(fresh) or _same_run(path, manifest, damaged=True)
     return path if free else beside
@@ -176,10 +162,6 @@ def identity_of(manifest: Mapping[str, Any]) -> str:
     """Return eight characters that stand for all that a result depends on."""
     content = json.dumps(manifest["depends_on"], default=str, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
-
-
-def _beside(path: Path, manifest: Mapping[str, Any]) -> Path:
-    return path.with_name(f"{path.stem}.{identity_of(manifest)}.parquet")
 
 
 def _same_run(file: Path, manifest: Mapping[str, Any], *, damaged: bool = False) -> bool:
@@ -215,11 +197,7 @@ def pack(frame: pd.DataFrame, manifest: Mapping[str, Any]) -> bytes:
 
 
 def unpack(content: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Turn the bytes of `pack` back into the frame and its manifest.
-
-    Raises:
-        ValueError: The bytes are not those that `pack` made; says how that is known.
-    """
+    """Turn the bytes of `pack` back into the frame and its manifest; others are a ValueError that says why."""
     before, mark, rest = content.rpartition(MARK)
     if not mark:
         raise ValueError("was not written by save_frame or is damaged (it has no checksum)")
@@ -242,8 +220,7 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write to a temporary name in the same folder, then rename: a reader never sees half a file.
 
-    Raises:
-        FileExistsError: There is such a file, and it is not to be replaced.
+    A file that is there, and is not to be replaced, is a FileExistsError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -10,8 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["Result"]
-
 
 @dataclass(frozen=True, eq=False)
 class Result:
