@@ -123,7 +123,7 @@ def picture_flops(model: VLM, encoded: Encoded) -> int:
     pixels, side = model.tiles(encoded.inputs), model.image_patch_size // model.n_merged
     per_tile = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
     tower, config = model.hf.get_encoder("image"), model.hf.config.vision_config
-    words = {id(part) for part in (*model.text.modules(), *tower.modules(), model.unembed)}
+    words = {id(part) for part in (*model.text.modules(), *tower.modules(), *model.unembed.modules())}
     between = [part for part in model.hf.modules() if isinstance(part, nn.Linear) and id(part) not in words]
     linear = [part.weight.numel() for part in tower.modules() if isinstance(part, nn.Linear)]
     attention = 4 * config.num_hidden_layers * per_tile * config.hidden_size

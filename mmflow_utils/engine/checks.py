@@ -4,66 +4,35 @@ check_model(model, encoded)
 """
 
 from contextlib import ExitStack
-from math import inf
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmflow_utils.engine.closeness import check_close, probabilities, rounding
 from mmflow_utils.engine.reference import intervene, run_reference
-from mmflow_utils.models.adapter import VLM, compute_device
+from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = ["attention_pattern", "check_close", "check_model", "probabilities", "rounding"]
+__all__ = ["attention_pattern", "check_model"]
 
 _UNSUPPORTED = "the adapter doesn't fit this model"
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """Return the largest difference in probability that rounding alone may leave between two right answers.
-
-    >>> rounding(torch.float32)
-    0.0001
-    """
-    return {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-4)
-
-
-def probabilities(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-    """Return what logits say, in float64, so that a comparison adds no rounding of its own."""
-    return logits.cpu().double().softmax(-1)
-
-
-def check_close(
-    encoded: Encoded,
-    ours: Float[Tensor, "*shape"],
-    plain: Float[Tensor, "*shape"],
-    *,
-    tolerance: float = inf,
-    names: tuple[str, str] = ("The sweep", "full forward passes"),
-    unit: str = "probability",
-    advice: str = "set method='reference' for this model",
-) -> float:
-    """Compare what a fast way found on a prompt with what the plain way finds, and return the largest difference.
-
-    Raises:
-        ValueError: The difference is above the tolerance, or no number.
-    """
-    worst = (ours - plain).abs().max().item()
-    if not worst <= tolerance:
-        raise ValueError(
-            f"{names[0]} and {names[1]} differ by {worst:.1e} in {unit} on sample {encoded.sample.sample_id}, "
-            f"more than the tolerance of {tolerance:.1e}: {advice}."
-        )
-    return worst
-
-
-def check_model(model: VLM, encoded: Encoded) -> pd.DataFrame:
+def check_model(model: VLM, encoded: Encoded, *, strict: bool = True) -> pd.DataFrame:
     """Check on one prompt that the adapter found the right parts and that a knockout bites.
 
+    Args:
+        model, encoded: The model and the prompt.
+        strict: Raise what fails: nothing that is measured after it would be a result.
+
     Returns:
-        One row per check: `check`, `passed`, `detail`. Nothing is raised, so that a notebook can show it.
+        One row per check: `check`, `passed`, `detail`.
+
+    Raises:
+        ValueError: A check that failed.
     """
     checks = {
         "every layer has its parts": _check_layers,
@@ -80,6 +49,8 @@ def check_model(model: VLM, encoded: Encoded) -> pd.DataFrame:
         except (AttributeError, ValueError, KeyError, RuntimeError) as error:
             problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         rows.append({"check": name, "passed": not problem, "detail": problem or "as expected"})
+        if strict and problem:
+            raise ValueError(f"The check that {name} fails on sample {encoded.sample.sample_id}: {problem}")
     return pd.DataFrame(rows)
 
 
@@ -104,13 +75,9 @@ def _check_sum(model: VLM, encoded: Encoded) -> str:
 
 @torch.inference_mode()
 def _check_head(model: VLM, encoded: Encoded) -> str:
-    run = run_reference(model, encoded, [])
-    top = run.resid_post[-1].to(compute_device(model.unembed), model.dtype)
     own = model.hf(**encoded.inputs, use_cache=False).logits[0, -1].float().cpu()
-    ours = model.unembed(model.final_norm(top)).float().cpu()
-    for name, logits in {"norm and head": ours, "the engine's clean run": run.base}.items():
-        _check_logits(model, encoded, logits, own, (name, "the library's own output"))
-    return ""
+    base = run_reference(model, encoded, []).base  # holds norm and unembedding against the library's output itself
+    return _check_logits(model, encoded, base, own, ("The engine's clean run", "the library's own output"))
 
 
 def _check_empty(model: VLM, encoded: Encoded) -> str:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from mmflow_utils.engine.closeness import check_head
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, allowed, as_index, keys_only
 from mmflow_utils.engine.plan import Branch
 from mmflow_utils.engine.reference import Keep
@@ -44,6 +45,7 @@ class PackedPass:
         """Return what is kept of each variant's logits, by the variant's index in the plan."""
         with self._hooked():
             out = self.model.hf(**encoded.inputs, use_cache=False)
+        check_head(self.model, encoded, self.resid_post[-1], out.logits[0])
         self.base = self._kept(out.logits[0])
         if not self.branches:
             return {}

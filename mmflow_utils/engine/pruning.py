@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmflow_utils.engine.checks import check_close, probabilities
+from mmflow_utils.engine.closeness import check_close, probabilities
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION
 from mmflow_utils.engine.packed_pass import layer_kwargs_at
 from mmflow_utils.engine.reference import run_reference

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from mmflow_utils.models.adapter import VLM, text_inputs
+from mmflow_utils.engine.closeness import check_head, need_numbers
+from mmflow_utils.models.adapter import VLM, compute_device, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = ["Keep", "Run", "check_request", "intervene", "need_numbers", "run_reference"]
+__all__ = ["Keep", "Run", "check_request", "intervene", "run_reference"]
 
 Keep = Callable[[Tensor], Tensor]  # what to keep of logits, row by row: [rows, vocab] -> [rows, k]
 
@@ -48,15 +49,6 @@ class Run:
         need_numbers(encoded, base, changed)
         states = torch.stack(list(resid_post))
         return cls(base[0], changed[:, 0], states[:, 0]) if one else cls(base, changed, states)
-
-
-def need_numbers(encoded: Encoded, *logits: Tensor) -> None:
-    """Refuse logits that hold NaN: what follows from them would look like a result."""
-    if any(values.isnan().any() for values in logits):
-        raise ValueError(
-            f"Sample {encoded.sample.sample_id}: the model's logits hold NaN, no numbers: set dtype to "
-            "float32 or bfloat16, or fetch the weights again."
-        )
 
 
 @torch.inference_mode()
@@ -90,20 +82,22 @@ def run_reference(
         progress: Called after each variant.
 
     Raises:
-        ValueError: A variant or `read` that names a layer or position that isn't there; NaN among the logits.
+        ValueError: A variant or `read` that names a layer or position that isn't there; NaN among the logits; a model
+            whose own output is not what norm and unembedding make of its stream.
     """
     read, one = check_request(model, encoded, variants, read)
     with _collect_stream(model, read) as stream:
-        kwargs, hidden = text_inputs(model, encoded.inputs)
+        kwargs, own = text_inputs(model, encoded.inputs, read)
+    check_head(model, encoded, stream[-1], own)
 
-    def kept(hidden: Float[Tensor, "1 n d"]) -> Shaped[Tensor, "n_read k"]:
-        logits = model.unembed(hidden[0, read]).float()
-        return (keep(logits) if keep else logits).cpu()
+    def kept(logits: Float[Tensor, "n_read vocab"]) -> Shaped[Tensor, "n_read k"]:
+        return (keep(logits.float()) if keep else logits.float()).cpu()
 
-    base, rows = kept(hidden), []
+    base, rows = kept(own), []
     for variant in variants:
         with intervene(model, variant, encoded.positions.n_tokens):
-            rows.append(kept(model.text(**kwargs).last_hidden_state))
+            hidden = model.text(**kwargs).last_hidden_state[0, read]
+            rows.append(kept(model.unembed(hidden.to(compute_device(model.unembed)))))
         if progress:
             progress()
     return Run.from_parts(encoded, base, rows, stream, one=one)

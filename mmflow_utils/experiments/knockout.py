@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.checks import probabilities, rounding
+from mmflow_utils.engine.closeness import probabilities, rounding
 from mmflow_utils.engine.reference import Run
 from mmflow_utils.engine.sweep import engine
 from mmflow_utils.experiments.loop import Loop

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.checks import check_close, probabilities, rounding
+from mmflow_utils.engine.closeness import check_close, probabilities, rounding
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM, compute_device

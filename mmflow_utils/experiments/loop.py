@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.checks import check_close
+from mmflow_utils.engine.closeness import check_close
 from mmflow_utils.engine.sweep import engine
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode

@@ -14,7 +14,7 @@ from zlib import crc32
 from PIL import Image
 
 from mmflow_utils.data.sample import Sample, is_correct, load_image
-from mmflow_utils.engine.checks import rounding
+from mmflow_utils.engine.closeness import rounding
 from mmflow_utils.engine.pruning import Pruning, compare_to_knockout, greedy_decode, prompt_embeds
 from mmflow_utils.engine.work import equal_work, work_of
 from mmflow_utils.experiments.loop import Loop

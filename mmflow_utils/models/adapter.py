@@ -3,10 +3,11 @@
 logits = model.unembed(model.final_norm(resid_post))
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,9 +65,9 @@ class VLM:
         return self.text.norm
 
     @property
-    def unembed(self) -> Any:
+    def unembed(self) -> "Unembedding":
         """The unembedding: final-normed residual stream to logits over the vocabulary."""
-        return self.hf.get_output_embeddings()
+        return Unembedding(self.hf)
 
     @property
     def image_token_id(self) -> int | None:
@@ -174,29 +175,67 @@ class VLM:
         return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, n_rows * side, n_columns * side)
 
 
+class Unembedding(nn.Module):
+    """Final-normed states to logits by the library's own model: its matrix, and the scale, cap or mask after it."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.matrix = hf.get_output_embeddings()
+        self._whole = [hf]  # in a list, as it is no part of this
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix.weight
+
+    def forward(self, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
+        """Run the library's model over these states in place of its decoder's."""
+        (hf,), flat = self._whole, states.reshape(1, -1, states.shape[-1])
+        before = vars(hf.base_model).get("forward")  # accelerate puts its own there
+        hf.base_model.forward = lambda *_, **__: _States(last_hidden_state=flat)
+        try:
+            logits = hf(inputs_embeds=flat, use_cache=False).logits
+        finally:
+            del hf.base_model.forward
+            if before:
+                hf.base_model.forward = before
+        return logits.reshape(*states.shape[:-1], -1)
+
+
+class _States(SimpleNamespace):
+    """What a decoder hands out: its states, and nothing else."""
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
 def compute_device(module: nn.Module) -> torch.device:
     """Tell where a module computes: accelerate fetches weights that lie on disk or in CPU memory there."""
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     places = (getattr(hook, "execution_device", None) for hook in hooks)
     place = next((place for place in places if place is not None), None)
-    return next(module.parameters()).device if place is None else torch.device(place)
+    return next(module.parameters(), torch.empty(0)).device if place is None else torch.device(place)
 
 
 @torch.inference_mode()
-def text_inputs(model: VLM, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """Run the whole model once and catch what its decoder is called with.
+def text_inputs(
+    model: VLM, inputs: Mapping[str, Tensor], read: Sequence[int] = (-1,)
+) -> tuple[dict[str, Any], Float[Tensor, "n_read vocab"]]:
+    """Run the library's whole model once and catch what its decoder is called with.
 
     Returns:
         The decoder's keyword arguments, with the picture's features already in `inputs_embeds`, so that it
-        can be run again without the vision tower; and its output, the final-normed hidden states [1, N, d].
+        can be run again without the vision tower; and the library's own logits at the positions to read.
     """
     caught: dict[str, Any] = {}
     hook = model.text.register_forward_pre_hook(lambda _, __, kwargs: caught.update(kwargs), with_kwargs=True)
     try:
-        hidden = model.hf.base_model(**inputs, use_cache=False).last_hidden_state
+        logits = model.hf(**inputs, use_cache=False, logits_to_keep=torch.tensor(read)).logits[0]
     finally:
         hook.remove()
-    return caught, hidden
+    return caught, logits
 
 
 @torch.inference_mode()

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
 
 from benchmarks.pruning_timing import PARTS, cost_curves, measure_times, plan_times, summarize_times
-from mmflow_utils.engine.checks import attention_pattern, check_close, rounding
+from mmflow_utils.engine.checks import attention_pattern
+from mmflow_utils.engine.closeness import check_close, rounding
 from mmflow_utils.engine.pruning import (
     Pruning,
     compare_to_knockout,

@@ -108,7 +108,7 @@ def test_a_lens_that_does_not_end_in_the_models_output_is_refused(tmp_path, monk
     model, sample = tiny_vlm(), tiny_sample(tmp_path)
     shifted = torch.nn.Linear(32, 32)
     monkeypatch.setattr(type(model), "final_norm", shifted)
-    with pytest.raises(ValueError, match="The lens after the last layer and the model's own output differ"):
+    with pytest.raises(ValueError, match="Norm and unembedding and the library's own output differ"):
         run(model, [sample])
 
 

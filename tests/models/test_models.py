@@ -304,8 +304,8 @@ def test_the_attention_kernel_comes_back_after_an_error():
 def test_the_decoder_can_be_run_again_from_what_it_was_called_with(tmp_path):
     model = tiny_vlm("llava_next")
     encoded = encode(model, tiny_sample(tmp_path))
-    kwargs, hidden = text_inputs(model, encoded.inputs)
-    assert torch.equal(model.text(**kwargs).last_hidden_state, hidden)
+    kwargs, logits = text_inputs(model, encoded.inputs)
+    assert torch.equal(model.unembed(model.text(**kwargs).last_hidden_state[0, -1:]), logits)
     assert not model.text._forward_pre_hooks
 
 
@@ -357,7 +357,7 @@ def test_a_layer_that_adds_something_else_is_seen(family, tmp_path):
     encoded = encode(model, tiny_sample(tmp_path))
     assert check_model(model, encoded)["passed"].all()
     hook = model.layers[2].register_forward_hook(lambda _, __, output: output + 0.01)
-    failed = check_model(model, encoded).query("not passed")
+    failed = check_model(model, encoded, strict=False).query("not passed")
     hook.remove()
     assert failed["check"].tolist() == ["attention and MLP are all that a layer adds"]
     assert "layer 2 still changes the stream by 1.0e-02" in failed["detail"].iloc[0]
