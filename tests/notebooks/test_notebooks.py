@@ -1,5 +1,6 @@
 """Every committed notebook: run from top to bottom, outputs to compare, parameters to set, no traces."""
 
+import ast
 import re
 
 import nbformat
@@ -7,6 +8,7 @@ import pytest
 from cells import NOTEBOOKS, code_cells, declared, parameters_cell, read
 
 from mmflow_utils.params import Params
+from mmflow_utils.results.version import VERSIONS
 from workflow.run_notebook import find_problems
 
 LONGEST_CELL = 25
@@ -86,3 +88,13 @@ def test_it_opens_with_one_title_and_its_cells_are_short(path):
     cells = [cell for cell in code_cells(notebook) if cell != parameters_cell(notebook)]
     long = {cell.source.splitlines()[0]: len(cell.source.splitlines()) for cell in cells}
     assert {first: n for first, n in long.items() if n > LONGEST_CELL} == {}
+
+
+@every_notebook
+def test_what_is_measured_on_many_samples_goes_part_by_part(path):
+    if path.stem.startswith("9"):
+        pytest.skip("it trains, with checkpoints of its own")
+    for cell in code_cells(read(path)):
+        for call in ast.walk(ast.parse(cell.source)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in VERSIONS:
+                assert isinstance(call.args[1], ast.List | ast.Subscript), ast.unparse(call)  # a sample or some

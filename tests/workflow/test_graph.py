@@ -55,6 +55,11 @@ def test_what_can_run_at_once_reads_nothing_of_one_another():
         assert all(set(reads(name)) <= earlier for name in some)
 
 
+def test_what_measures_sample_by_sample_can_be_shared_among_runs():
+    measured = [name[:2] for name in graph.names() if graph.in_parts(name)]
+    assert measured == [f"{number:02}" for number in range(1, 14)]  # not the tour, comparison, timings and training
+
+
 def test_each_model_is_asked_what_it_can_be():
     everything = [name[:2] for name in notebooks_of("mini")]
     assert numbers("mini-next") == everything
