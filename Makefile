@@ -4,6 +4,7 @@
 # make report SHARDS=4             share each notebook's samples among four runs at once
 # make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
 # make test                        lint, types, unit tests, and every committed notebook held against its outputs
+# make regression                  the last of these alone; with ATEN_CPU_CAPABILITY=avx2 under other arithmetic
 # make quick                       lint and the unit tests that take no training, browser, Slurm or notebook (a minute)
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
 # make data                        download GQA, Visual Genome's captions, OKVQA, A-OKVQA (29 GB); DATA=gqa for one of them
@@ -28,7 +29,7 @@ $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml;
 LINT = $(BIN)/ruff check && $(BIN)/ruff format --check
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: report test quick notebooks data bench docs lock
+.PHONY: report test regression quick notebooks data bench docs lock
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: with FRESH in the environment it is measured anew.
@@ -48,8 +49,13 @@ test: $(READY)
 	$(LINT)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -rs -n 2
+	@$(MAKE) --no-print-directory regression
+
+# NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't.
+regression: $(READY)
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && \
-	stages=$$($(BIN)/python -m workflow.graph --stages) && echo "$$stages" | while read -r notebooks; do \
+	stages=$$([ -n "$(NOTEBOOKS)" ] && echo "$(NOTEBOOKS)" || $(BIN)/python -m workflow.graph --stages) && \
+	echo "$$stages" | while read -r notebooks; do \
 	    (set -x; $(NBVAL) -n 2 --dist loadfile $$notebooks </dev/null) || exit 1; done
 
 notebooks: $(READY)

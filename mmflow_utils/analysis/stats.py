@@ -300,7 +300,7 @@ def _simultaneous(
     """Bands whose greatest standardized deviation along a curve stays inside in `level` of the resamples.
 
     The sup-t band of Montiel Olea and Plagborg-Møller (2019), which holds for any widths that the deviations
-    are divided by. Here these are the bootstrap's standard errors with `smallest` / 2 added in quadrature, as
+    are divided by. Here these are the bootstrap's standard errors with `smallest` added in quadrature, as
     Tusher, Tibshirani and Chu (2001) steady their statistic: where all images agree, or nothing but the
     machine's rounding varies, the quotient goes to 0 instead of to noise over noise, and the band is a
     continuous function of the data.
@@ -310,7 +310,7 @@ def _simultaneous(
         rows = curve.index.to_numpy()[curve["n_clusters"].to_numpy() > 1]
         if not len(rows):
             continue
-        width = np.hypot(resampled[:, rows].std(0), smallest / 2)
+        width = np.hypot(resampled[:, rows].std(0), smallest)
         deviation = np.abs(resampled[:, rows] - table["mean"].to_numpy()[rows]) / width
         tail = float(ndtr(-np.quantile(deviation.max(1), level)))
         half[rows] = np.maximum(width * [-_t_quantile(counts[row], tail) for row in rows], smallest)

@@ -15,7 +15,7 @@ from analysis_cells import FRAMES, moved, run_cells
 from mmflow_utils.params import ROOT
 
 NOISE, N_DRAWS = 1e-6, 20
-UNIT, MOVES = 0.1, 0.015  # what is printed of a percentage or a layer; the share of it that may move
+UNIT, MOVES = 0.1, 0.01  # what is printed of a percentage or a layer; the share of it that may move
 NOTEBOOKS = {
     path.stem: path
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
