@@ -56,8 +56,8 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
             appended as they are, which is exact; a string is appended to the prompt and tokenized with it.
 
     Raises:
-        ValueError: A picture that can't be read; a prompt without question, with the picture's placeholder in its
-            text, or too long; a tokenizer without character offsets, or at odds with the processor.
+        ValueError: A picture that can't be read; a prompt without question, too long, or of a sample that holds
+            special tokens in its text; a tokenizer without character offsets, or at odds with the processor.
 
     Example:
         >>> positions = encode(model, sample).positions
@@ -143,16 +143,28 @@ def _fill(model: VLM, sample: Sample) -> tuple[str, dict[str, tuple[int, int]]]:
         value = filling.get(piece, piece)
         if value is None:
             raise ValueError(f"The prompt asks for a caption, but sample {sample.sample_id} has none.")
-        if piece in ("{question}", "{caption}") and model.image_token in value:
+        if piece in ("{question}", "{caption}") and (token := _special_in(model, value)):
             raise ValueError(
-                f"Sample {sample.sample_id} holds {model.image_token!r} in its text, which stands for the "
-                f"picture: {value!r}. Reword it."
+                f"Sample {sample.sample_id} holds {token!r} in its text, which is no text to this model, as it stands "
+                f"for a picture, a beginning or an end: {value!r}. Reword it, or leave it out."
             )
         chars[piece] = (len(text), len(text) + len(value))
         text += value
     if model.processor is None and "<image>" in chars:
         raise ValueError(f"The prompt shows a picture, but {model.name} reads text only: drop <image>.")
     return text, chars
+
+
+def _special_in(model: VLM, text: str) -> str | None:
+    """Return a special token that data holds: it would begin or end a prompt, or show a picture, in its midst."""
+    as_text, as_it_is = (
+        model.tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        for split in (True, False)
+    )
+    if as_text == as_it_is and model.image_token not in text:
+        return None
+    known = (model.image_token, *(token.content for token in model.tokenizer.added_tokens_decoder.values()))
+    return next((token for token in known if token in text), text)
 
 
 def _process(model: VLM, text: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], str]:

@@ -197,7 +197,17 @@ def test_floating_inputs_take_the_models_precision(tmp_path):
 @pytest.mark.parametrize(
     ("family", "prompt", "changes", "said"),
     [
-        ("llava", PROMPT, {"question": "Is <image> left?"}, "stands for the picture"),
+        ("llava", PROMPT, {"question": "Is <image> left?"}, "holds '<image>' in its text"),
+        ("llava", PROMPT, {"question": "<s> left or right of the cup?"}, "q1 holds '<s>' in its text"),
+        ("llava", "<s>" + PROMPT, {"question": "Say, </s> left or right?"}, "holds '</s>' in its text.*Reword"),
+        ("llama", "{caption} {question}", {"caption": "A cup.<pad>"}, "holds '<pad>' in its text"),
+        ("idefics3", PROMPT, {"question": "Is it left<end_of_utterance>?"}, "holds '<end_of_utterance>' in"),
+        (
+            "qwen2_5_vl",
+            PROMPT,
+            {"question": "<|vision_start|> left?"},
+            "holds '<|vision_start|>' in".replace("|", r"\|"),
+        ),
         ("llava", "<image> ASSISTANT:", {}, "Expected a prompt that holds"),
         ("llama", PROMPT, {}, "reads text only"),
         ("llava", PROMPT, {"image": "nowhere.png"}, "no picture"),
@@ -208,6 +218,12 @@ def test_what_cannot_be_encoded_says_why(family, prompt, changes, said, tmp_path
         changes = {"image": tmp_path / changes["image"]}
     with pytest.raises(ValueError, match=said):
         encode(tiny_vlm(family, prompt=prompt), tiny_sample(tmp_path, **changes))
+
+
+def test_what_only_looks_like_a_special_token_is_text(tmp_path):
+    question = "Is <S> or < s > of 🙂 </ s> é left?"  # no token, and characters that this tokenizer doesn't know
+    encoded = encode(tiny_vlm(), tiny_sample(tmp_path, question=question, objects=()))
+    assert spelled(encoded, "question") == question and 2 not in encoded.inputs["input_ids"][0]
 
 
 def test_a_processor_that_cuts_the_text_differently_is_refused(tmp_path, monkeypatch):
