@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from html import escape
 from io import BytesIO
-from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -27,8 +26,6 @@ from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow
 from mmflow_utils.prompts.image_patches import locate_image_patches
 
-__all__ = ["Explorer"]
-
 FLOWS = (*IMAGE_TO_QUESTION, *FLOW_TO_LAST, *IMAGE_PATCHES_TO_QUESTION)
 
 
@@ -43,8 +40,8 @@ class _Examined:
     def frame(self, window: int) -> pd.DataFrame:
         """Every flow, cut around every layer: one sweep."""
         if window not in self._frames:
-            options: dict[str, Any] = {"window": window, "n_check": 0, "progress": False}
-            self._frames[window] = knockout_sweep(self.model, [self.sample], self.flows, **options).frame
+            result = knockout_sweep(self.model, [self.sample], self.flows, window=window, n_check=0, progress=False)
+            self._frames[window] = result.frame
         return self._frames[window]
 
     @cached_property
@@ -52,12 +49,9 @@ class _Examined:
         """The five words that the lens finds most probable at `last` after each layer, nothing cut."""
         resid_post = run_reference(self.model, self.encoded, []).resid_post[1:]
         found = lens_logits(self.model, resid_post).softmax(-1).topk(5)
-        rows = [
-            {"layer": layer, "token": self.model.tokenizer.decode([token]), "probability": p}
-            for layer, (tokens, values) in enumerate(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-            for token, p in zip(tokens, values, strict=True)
-        ]
-        return pd.DataFrame(rows)
+        tokens = [self.model.tokenizer.decode([token]) for token in found.indices.flatten().tolist()]
+        words = pd.DataFrame({"token": tokens, "probability": found.values.flatten().tolist()})
+        return words.assign(layer=words.index // 5)
 
     def patches(self, name: str) -> pd.DataFrame:
         """The image patches of a position set; none where it holds words."""

@@ -26,8 +26,6 @@ from pydantic import StringConstraints as Text
 
 from mmflow_utils.data.tasks import TASKS, check_task
 
-__all__ = ["OUTPUTS", "ROOT", "Params", "complete", "load_params", "project_path", "unknown_parameters"]
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -111,8 +109,7 @@ class Params(BaseModel):
     n_boot: int = Field(1000, ge=100, le=1_000_000, description="bootstrap resamples for each interval")
     seed: int = Field(0, ge=0, lt=2**32, description="of the sampling and the bootstrap")
     outputs: str = Field(
-        "outputs",
-        description="the folder that receives results; the default follows MMFLOW_OUTPUTS, if that is set",
+        "outputs", description="the folder that receives results; the default follows MMFLOW_OUTPUTS, if that is set"
     )
     shard: Annotated[str, Text(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = Field(
         None, description="2/8 measures only the second of eight shares; a run without it joins them"
@@ -145,18 +142,10 @@ class Params(BaseModel):
 def load_params(namespace: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Params:
     """Return a notebook's parameters, validated; called in the cell that follows the `parameters` cell.
 
-    Where several of these set a parameter, the last one counts:
-
-    1. `params/<model>.yaml`, or another file where `model` is the path of a `.yaml`. A model that has no file
-       needs at least `checkpoint` and `prompt` from below; the rest then has the schema's defaults.
-    2. The `parameters` cell: `model: str = "mini"`, what this notebook alone has, and any line that a reader
-       adds there, such as `n_samples = 5`.
-    3. papermill's `-f`, `-y`, `-p` and `-r`, for any parameter: it warns of those that the cell doesn't declare,
-       and sets them all the same, in a cell of its own right after it. A cell of nothing but `name = literal`
-       that is put there by hand works alike.
-
-    2 and 3 are read from the texts of the cells that ran, which IPython keeps (`In`): so no name goes unjudged,
-    and what a later cell or an older version of these assigned is no parameter.
+    Where several set a parameter, the last counts: the model's file, the `parameters` cell, papermill's options
+    (docs/parameters.md). These come in a cell of their own right after the `parameters` cell; a cell of nothing but
+    `name = literal` that is put there by hand works alike. Both are read from the texts of the cells that ran, which
+    IPython keeps (`In`): so no name goes unjudged, and what a later cell or an older version assigned is no parameter.
 
     Args:
         namespace: The notebook's `globals()`.
@@ -173,8 +162,7 @@ def load_params(namespace: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is given, over what the file of the `model` among it says.
 
-    Raises:
-        ValueError: The file is missing (and `checkpoint` and `prompt` are not given), or can't be read.
+    A ValueError where there is no file (and `checkpoint` and `prompt` are not given), or it can't be read.
     """
     values = dict(given)
     if str(values.get("model")).endswith(".yaml"):
@@ -202,9 +190,8 @@ def _read_shared(path: str | Path) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a parameter file as papermill does, without judging the values.
 
-    Raises:
-        ValueError: A file that is missing, no YAML, or not of the form name: value; a name that stands twice,
-            of which YAML would take the last, or a reference, which can stand for more than memory holds.
+    Refused are a name that stands twice, of which YAML would take the last, and a reference, which can stand for more
+    than memory holds.
     """
     path = project_path(path)
     if not path.is_file():

@@ -67,7 +67,6 @@ def plot_curves(
         x: The column of the horizontal axis, whole numbers from 0.
         x_label: Its label.
         y_label: Label of the mean, with its unit.
-        title, subtitle: Above the figure.
         colors: Colors by value of `line`, in place of the flows' own; their order is the legend's.
 
     Raises:

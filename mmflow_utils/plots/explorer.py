@@ -23,18 +23,11 @@ def plot_choice(
     title: str = "",
     subtitle: str = "",
 ) -> Figure:
-    """Draw one sample with one flow and one layer chosen.
+    """Draw one sample with one flow and one layer of its knockouts (`frame`) chosen.
 
-    Args:
-        image: The picture, a PIL picture or an array (height, width, 3).
-        patches: The image patches that the flow cuts off, from `locate_image_patches`; may have no rows.
-        frame: The sample's knockouts, from `knockout_sweep`: flow, layer, rel_change_pct.
-        words: What the lens reads after the chosen layer: token and probability, the most probable first.
-        flow, layer: The choice; it must be in `frame`.
-        title, subtitle: Above the figure.
-
-    Raises:
-        ValueError: A column is missing, there are no rows, or the choice isn't in `frame`.
+    `image` is a PIL picture or an array (height, width, 3), `patches` what the flow cuts off, from
+    `locate_image_patches`, maybe no rows, and `words` the tokens that the lens reads after the layer, the most probable
+    first, with their probability.
     """
     need(frame, ["flow", "layer", "rel_change_pct"])
     need(words, ["token", "probability"])

@@ -24,9 +24,7 @@ _WORD_AT = dict(zip(_WORDS, (2.3, 2.5), strict=True))
 
 
 @style.styled
-def plot_stages(
-    layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", subtitle: str = "", columns: int = 3
-) -> Figure:
+def plot_stages(layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", subtitle: str = "") -> Figure:
     """Draw what flows where, by layer, from bottom to top: an arrow for each layer of a stage (Fig. 1).
 
     The wider an arrow, the more of the answer's probability is lost without it. A diamond marks a stage's strongest
@@ -36,8 +34,6 @@ def plot_stages(
     Args:
         layers: From `stage_layers` by model and line: mean and in_stage of every layer.
         stages: From `find_stages` by model and line.
-        title, subtitle: Above the figure.
-        columns: Models side by side.
 
     Raises:
         ValueError: A column is missing, there are no rows, or a model's line is duplicated.
@@ -50,7 +46,7 @@ def plot_stages(
     parted = stages.loc[stages["line"].isin(_PARTED), "model"]
     stages = stages[stages["line"].isin(_LINES) & ~(stages["line"].eq(_WHOLE) & stages["model"].isin(parted))]
     stages = stages.sort_values("line", key=lambda lines: lines.map(_LINES.index))
-    columns = min(columns, len(models))
+    columns = min(3, len(models))
     rows = ceil(len(models) / columns)
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.6 * columns + 0.4, 4.4 * rows))
     for axis, model in zip(axes.flat, models, strict=False):

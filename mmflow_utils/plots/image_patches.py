@@ -38,7 +38,6 @@ def plot_image_patches(
             their panel. Tiles have a panel of their own beside the whole picture's. A patch in no set is only
             outlined, one in the padding isn't seen.
         objects: Things with a box (`Sample.objects`), outlined in every panel; a box of None is passed over.
-        title, subtitle: Above the figure.
         width: Of a panel, in inches.
         columns: Panels side by side.
 
@@ -103,7 +102,6 @@ def plot_norms(
     Args:
         norms: One number per image patch.
         threshold: The norm above which patches count as high-norm.
-        title, subtitle: Above the figure.
 
     Raises:
         ValueError: There are no norms.

@@ -18,19 +18,17 @@ CHANGE = LinearSegmentedColormap.from_list(
 
 
 @styled
-def plot_map(frame: pd.DataFrame, *, value: str = "rel_change_pct", title: str = "", subtitle: str = "") -> Figure:
+def plot_map(frame: pd.DataFrame, *, title: str = "", subtitle: str = "") -> Figure:
     """Draw the change in the answer's probability for each flow (row) and layer (column).
 
     Args:
-        frame: Columns flow, layer and `value`; several samples are averaged.
-        value: The column to draw, in %.
-        title, subtitle: Above the figure.
+        frame: Columns flow, layer and rel_change_pct (%); several samples are averaged.
 
     Raises:
         ValueError: A column is missing or there are no rows.
     """
-    need(frame, ["flow", "layer", value])
-    cells = frame.pivot_table(index="flow", columns="layer", values=value, aggfunc="mean")
+    need(frame, ["flow", "layer", "rel_change_pct"])
+    cells = frame.pivot_table(index="flow", columns="layer", values="rel_change_pct", aggfunc="mean")
     cells = cells.loc[ordered(frame["flow"], tuple(FLOW_COLORS))]
     width = min(10.0, 2.4 + 0.62 * cells.shape[1])
     figure, axis = plt.subplots(figsize=(width, 0.55 + 0.48 * len(cells)))

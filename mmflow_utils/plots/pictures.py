@@ -27,7 +27,6 @@ def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of ques
     Args:
         frame: One row per group: structural and semantic (GQA's names), accuracy_pct (%) and n; ci_low and ci_high
             (%), if there, are printed too.
-        title, subtitle: Above the figure.
 
     Raises:
         ValueError: A column is missing, a group is duplicated, or there are no rows.
@@ -71,7 +70,6 @@ def plot_sample(
     Args:
         image: A PIL picture or an array (height, width, 3).
         objects: Things with a name and a box (`Sample.objects`); those without box are named below the picture.
-        title, subtitle: Above the figure.
         width: Of the figure, in inches.
     """
     figure, axis = plt.subplots()

@@ -119,7 +119,7 @@ def flow_color(flow: object) -> str:
         >>> flow_color("Question -> Last")
         '#0072B2'
     """
-    return FLOW_COLORS.get(str(flow)) or _SPARE[crc32(str(flow).encode()) % len(_SPARE)]
+    return FLOW_COLORS.get(str(flow)) or set_color(str(flow))
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -153,7 +153,7 @@ def need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
         raise ValueError("expected rows to draw, got an empty frame: was every sample skipped?")
 
 
-def line_looks(values: pd.Series, colors: Mapping | None, first: Sequence = tuple(FLOW_COLORS)) -> dict:
+def line_looks(values: pd.Series, colors: Mapping | None, first: Sequence) -> dict:
     """Map each line to (label, color, dashes); lines of one color in one figure differ by their dashes."""
     if pd.api.types.is_numeric_dtype(values):
         numbers = sorted(set(values))
