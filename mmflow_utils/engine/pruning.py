@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmflow_utils.engine.closeness import check_close, probabilities
+from mmflow_utils.engine.closeness import check_close, need_numbers, probabilities, rounding
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION
 from mmflow_utils.engine.packed_pass import layer_kwargs_at
 from mmflow_utils.engine.reference import run_reference
@@ -168,9 +168,23 @@ def check_pruning(model: VLM, encoded: Encoded, pruning: Pruning) -> None:
 
 
 def prompt_embeds(model: VLM, encoded: Encoded) -> Float[Tensor, "1 n d"]:
-    """Encode a prompt's picture and return what enters the decoder's first layer."""
+    """Encode a prompt's picture and return what enters the decoder's first layer.
+
+    Raises:
+        ValueError: A prompt without picture; a model that isn't itself when it reads these alone: it counts positions
+            in three dimensions, say, or lets the tokens of an image attend to one another.
+    """
     image_positions(encoded)  # refuses a prompt without
-    return text_inputs(model, encoded.inputs)[0]["inputs_embeds"]
+    given, own = text_inputs(model, encoded.inputs)
+    embeds, at = given["inputs_embeds"], given.get("position_ids")
+    advice = f"removing image tokens isn't proven for {model.name}, choose another model"
+    if at is not None and not (at == torch.arange(embeds.shape[1], device=at.device)).all():
+        raise ValueError(f"Expected positions that count the prompt's tokens, but this model's don't: {advice}.")
+    need_numbers(encoded, own)
+    both = probabilities(read_prompt(model, embeds)[0]), probabilities(own[0])
+    names = ("A prompt read without its picture's path", "the library's own output")
+    check_close(encoded, *both, tolerance=rounding(model.dtype), names=names, advice=advice)
+    return embeds
 
 
 @torch.inference_mode()
@@ -260,5 +274,5 @@ def compare_to_knockout(
         probabilities(run.variants[0]),
         tolerance=tolerance,
         names=(f"Removing image tokens ({pruning})", "knocking them out"),
-        advice="don't trust pruning in this model, or set n_check=0 to look at it",
+        advice=f"removing image tokens isn't proven for {model.name}, choose another model",
     )

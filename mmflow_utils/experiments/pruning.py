@@ -17,6 +17,7 @@ from mmflow_utils.data.sample import Sample, is_correct, load_image
 from mmflow_utils.engine.closeness import rounding
 from mmflow_utils.engine.pruning import Pruning, compare_to_knockout, greedy_decode, prompt_embeds
 from mmflow_utils.engine.work import equal_work, work_of
+from mmflow_utils.experiments.curation import answer
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
@@ -106,7 +107,7 @@ def picture_sweep(
     max_new_tokens: int = 8,
     progress: bool = True,
 ) -> Result:
-    """Answer about smaller pictures, the plain way to save work.
+    """Answer about smaller pictures, the plain way to save work; the library's own `generate` answers.
 
     A model of any-resolution tiles then has fewer image tokens. One with a fixed grid, as LLaVA-1.5, enlarges
     the picture again: it sees less of it and saves nothing.
@@ -124,10 +125,10 @@ def picture_sweep(
     with tempfile.TemporaryDirectory() as folder:
 
         def measure(whole: Encoded) -> list[dict[str, Any]]:
-            intact, rows = _say(model, greedy_decode(model, whole, max_new_tokens=max_new_tokens)), []
+            intact, rows = answer(model, whole, max_new_tokens=max_new_tokens), []
             for scale in scales:
                 small = encode(model, _shrink(whole.sample, scale, Path(folder)))
-                said = _say(model, greedy_decode(model, small, max_new_tokens=max_new_tokens))
+                said = answer(model, small, max_new_tokens=max_new_tokens)
                 row = _about(whole.sample, said, intact) | _cost(model, small, None, whole=whole)
                 rows.append(row | {"way": SMALLER, "n_layers_without": 0, "scale": scale})
             return rows

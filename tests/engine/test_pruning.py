@@ -369,6 +369,30 @@ def test_a_depth_that_is_not_there_is_refused(swept):
         prune_sweep(model, samples, removed=[5], progress=False)
 
 
+@pytest.mark.parametrize(
+    ("family", "said"), [("qwen2_5_vl", "Expected positions that count the prompt's tokens"), ("gemma3", "differ by")]
+)
+def test_a_family_for_which_removal_is_not_proven_is_refused_whatever_is_checked(family, said, tmp_path):
+    model, sample = tiny_vlm(family, n_layers=2), tiny_sample(tmp_path)
+    for n_check in (0, 2):
+        with pytest.raises(
+            ValueError, match=f"{said}.*removing image tokens isn't proven for tiny-{family}"
+        ) as refused:
+            prune_sweep(model, [sample], removed=[1], n_check=n_check, progress=False)
+        assert "n_check" not in str(refused.value)
+    with pytest.raises(ValueError, match="isn't proven"):
+        greedy_decode(model, encode(model, sample))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "idefics3"])
+def test_the_whole_picture_gives_the_models_own_answer_in_every_family(family, tmp_path):
+    model, sample = tiny_vlm(family, n_layers=2), tiny_sample(tmp_path, size=(96, 96))
+    frame = picture_sweep(model, [sample], scales=(1.0, 0.25), max_new_tokens=4, progress=False).frame
+    said = answer(model, encode(model, sample), max_new_tokens=4)
+    assert frame.prediction[0] == said and frame.same_pct[0] == 100
+    assert frame.prediction[1] == said or frame.same_pct[1] == 0
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_a_smaller_picture_saves_work_only_where_there_are_tiles(family, tmp_path):
     model = tiny_vlm(family, n_layers=1)
