@@ -1,7 +1,7 @@
 # make report                      run the notebooks for the miniature and render the report
 # make report MODEL=llava-1.5-7b   the same for another file of params/
 # make report FRESH=1              run again what ran already
-# make report SHARDS=4             share each notebook's samples among four runs at once
+# make report SHARDS=4 CORES=4     share each notebook's samples among four runs at once
 # make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
 # make test                        lint, types, unit tests, and every committed notebook held against its outputs
 # make regression                  the last of these alone; with ATEN_CPU_CAPABILITY=avx2 under other arithmetic

@@ -112,7 +112,7 @@ By hand:
 - The authors' six CSV files (their 5,525 questions): from the folder datasets/ of
   https://github.com/FightingFighting/cross-modal-information-flow-in-MLLM to data/authors/.
 - Weights come from the Hugging Face hub when a notebook first asks for them. For those that ask for consent
-  (google/gemma-3-4b-it), accept the licence on the model's page, then: .venv/bin/hf auth login
+  (google/gemma-3-4b-it), accept the license on the model's page, then: .venv/bin/hf auth login
 """
 
 

@@ -161,7 +161,7 @@ def test_the_two_ways_find_the_same_and_a_wrong_sweep_is_stopped(tmp_path, monke
         assert np.allclose(ours.frame.jaccard, plain.frame.jaccard, atol=0.02)
         assert ours.max_check_diff <= 0.02 and plain.max_check_diff is None
         assert measure(model, [sample], window=3, n_check=0, progress=False).max_check_diff is None
-    monkeypatch.setattr(PackedPass, "_blocks", lambda ride, i, here, begins: whole(ride, 0, here, begins))
+    monkeypatch.setattr(PackedPass, "_blocks", lambda packed, i, here, begins: whole(packed, 0, here, begins))
     with pytest.raises(ValueError, match="method='reference'"):
         question_semantics(model, [sample], window=1, progress=False)
 

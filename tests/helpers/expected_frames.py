@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -51,14 +52,19 @@ SAID = "|2right|2right|2"  # what the random model says
 ROOMS = [import_module(f"{experiments.__name__}.{module.name}") for module in iter_modules(experiments.__path__)]
 
 
+def find_experiment(name: str) -> Callable:
+    """Return the experiment of a name, wherever it is defined."""
+    (experiment,) = (getattr(room, name) for room in (*ROOMS, subwords) if name in getattr(room, "__all__", ()))
+    return experiment
+
+
 def measure(name: str, pictures: Path) -> pd.DataFrame:
     """Measure the rows of an experiment anew, on a random model and a few questions."""
-    (experiment,) = (getattr(room, name) for room in (*ROOMS, subwords) if name in getattr(room, "__all__", ()))
     model = tiny_vlm("llava_next", n_kv_heads=2)
     samples = [tiny_sample(pictures, sample_id=f"q{n}", seed=n, size=(60 + 30 * n, 60)) for n in range(2)]
     if name in WORDS:
         samples += [replace(sample, sample_id=f"{sample.sample_id}-said", answer=SAID) for sample in samples]
-    found = [experiment(model, samples, **call, progress=False) for call in CALLS[name]]
+    found = [find_experiment(name)(model, samples, **call, progress=False) for call in CALLS[name]]
     return Result.join([one if isinstance(one, Result) else Result(one) for one in found]).frame
 
 

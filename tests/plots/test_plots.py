@@ -64,7 +64,7 @@ def test_panels_stand_in_the_papers_order_whatever_the_order_of_rows():
     figure = plot_flow(summary().sample(frac=1, random_state=0), model="mini", window=3)
     assert [axis.get_title("left") for axis in figure.axes] == list(TASKS)
     assert {axis.get_title("right") for axis in figure.axes} == {"n = 24"}
-    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 3)
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (-(-len(TASKS) // 3), 3)
     assert figure.get_size_inches()[0] == 10
     assert "mini · window of 3 layers · bands: 95 % bootstrap intervals over images" in texts(figure)
 
