@@ -9,14 +9,13 @@ interval and test here resamples images (clusters), never rows. Knows no model a
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from math import sqrt
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy.special import ndtr, stdtrit
-
-__all__ = ["holm", "paired_difference", "summarize"]
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
@@ -25,16 +24,9 @@ SETTINGS = ("model", "window", "intervention", "protocol")
 SMALLEST = 0.5
 SMALLEST_OF = {"logprob_change": 5e-3, "logit_diff_change": 5e-3, "probability": 5e-3, "jaccard": 5e-3}
 # The values that a measure can take; no interval reaches beyond them.
-BOUNDS = {
-    "rel_change_pct": (-100.0, np.inf),
-    "effect": (-np.inf, 100.0),
-    "probability": (0.0, 1.0),
-    "jaccard": (0.0, 1.0),
-    "probability_pct": (0.0, 100.0),
-    "accuracy_pct": (0.0, 100.0),
-    "correct_pct": (0.0, 100.0),
-    "share_pct": (0.0, 100.0),
-}
+BOUNDS = {"rel_change_pct": (-100.0, np.inf), "effect": (-np.inf, 100.0)}
+BOUNDS |= dict.fromkeys(("probability", "jaccard"), (0.0, 1.0))
+BOUNDS |= dict.fromkeys(("probability_pct", "accuracy_pct", "correct_pct", "share_pct"), (0.0, 100.0))
 
 
 def summarize(
@@ -100,7 +92,7 @@ def summarize(
             tail = ndtr(_t_quantile(counts[row], (1 - level) / 2))
             low[row], high[row] = np.quantile(resampled[:, row], [tail, 1 - tail])
     if simultaneous_over is not None:
-        smallest = smallest_effect(value) if smallest is None else smallest
+        smallest = SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest
         along = [column for column in by if column != simultaneous_over]
         low, high = _simultaneous(table, counts, resampled, along, level, smallest)
     low, high = np.clip([low, high], *BOUNDS.get(value, (-np.inf, np.inf)))
@@ -119,14 +111,12 @@ def paired_difference(
     on: Sequence[str] = ("sample_id", "layer"),
     by: Sequence[str] = ("task", "layer"),
     family: Sequence[str] = (),
-    cluster: str = "image_id",
     n_boot: int = 1000,
     n_flips: int = 9999,
     seed: int = 0,
-    level: float = 0.95,
     smallest: float | None = None,
 ) -> pd.DataFrame:
-    """Compare two conditions on the same samples: `a` minus `b`, tested by sign flips of whole clusters.
+    """Compare two conditions on the same samples: `a` minus `b`, tested by sign flips of whole images.
 
     The test asks whether the differences are balanced around 0: it flips the sign of all differences of an
     image together, and p is the share of flips whose mean is at least as far from 0 as the one observed,
@@ -134,18 +124,15 @@ def paired_difference(
 
     Args:
         frame: holds both conditions, told apart by `column`.
-        a: value of `column` in the first condition, e.g. "Related image patches -> Question".
-        b: value of `column` in the second condition.
+        a, b: values of `column` in the two conditions, e.g. "Related image patches -> Question".
         column: what tells the conditions apart: "flow", "model", "window", "intervention", ...
         value: the column to compare, in its own unit.
         on: the columns that pair a row of `a` with its row of `b`.
         by: the columns that make a group.
         family: the columns that make a family of tests for Holm's correction; none: the table is one family.
-        cluster: the column whose values are drawn, and flipped, together.
-        n_boot: resamples for the interval.
+        n_boot: resamples for the pointwise 95 % interval.
         n_flips: sign flips for p, which is never below 1 / (n_flips + 1).
         seed: of resamples and flips.
-        level: coverage of the pointwise interval.
         smallest: the smallest effect that counts (unit of `value`); by default as in `summarize`.
 
     Returns:
@@ -155,7 +142,7 @@ def paired_difference(
     Raises:
         ValueError: a column or condition is missing, a pair is not unique, or nothing pairs.
     """
-    by, keys = list(by), list(dict.fromkeys([*by, *on, cluster]))
+    by, keys = list(by), list(dict.fromkeys([*by, *on, "image_id"]))
     need_columns(frame, [*keys, column, value])
     sides = []
     for name in (a, b):
@@ -172,13 +159,12 @@ def paired_difference(
             f"no row of {a!r} has a partner in {b!r} with the same {keys}: were both run on the same samples?"
         )
     pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
-    table = summarize(pairs, "difference", by, cluster=cluster, n_boot=n_boot, seed=seed, level=level)
-    _, sums, counts, _ = _cluster_table(pairs, "difference", by, cluster)
-    slack = (smallest_effect(value) if smallest is None else smallest) * counts.sum(1)
+    table = summarize(pairs, "difference", by, n_boot=n_boot, seed=seed)
+    _, sums, counts, _ = _cluster_table(pairs, "difference", by, "image_id")
+    slack = (SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest) * counts.sum(1)
     table.insert(0, "contrast", f"{a} minus {b}")
     table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, slack, n_flips, seed), np.nan)
-    groups = table.groupby(list(family), dropna=False)["p"] if family else None
-    table["p_holm"] = holm(table["p"]) if groups is None else groups.transform(holm)
+    table["p_holm"] = curves(table, list(family))["p"].transform(holm)
     return table.assign(n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
 
 
@@ -210,16 +196,9 @@ def need_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
             raise ValueError(f"the frame has no column {column!r}: {hint}")
 
 
-def smallest_effect(value: str) -> float:
-    """Give the smallest effect that counts in a measure, in its own unit."""
-    return SMALLEST_OF.get(value, SMALLEST)
-
-
-def curves(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[object, pd.DataFrame]]:
-    if by:
-        yield from table.groupby(by, dropna=False, observed=True)
-    elif len(table):
-        yield (), table
+def curves(table: pd.DataFrame, by: list[str]) -> Any:
+    """Group a table; without columns to group by, it is one group."""
+    return table.groupby(by or np.zeros(len(table)), dropna=False, observed=True)
 
 
 def _cluster_table(
@@ -261,13 +240,9 @@ def _cluster_table(
 
 def _same_clusters(counts: np.ndarray, names: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the groups that have the very same clusters, with these clusters' columns and names."""
-    patterns: dict[bytes, list[int]] = {}
-    for row, present in enumerate(counts > 0):
-        patterns.setdefault(present.tobytes(), []).append(row)
-    for rows in patterns.values():
-        columns = np.flatnonzero(counts[rows[0]])
-        if len(columns):
-            yield np.array(rows), columns, names[columns]
+    patterns, which = np.unique(counts > 0, axis=0, return_inverse=True)
+    for n in np.flatnonzero(patterns.any(1)):
+        yield np.flatnonzero(which == n), np.flatnonzero(patterns[n]), names[patterns[n]]
 
 
 def resample_means(
@@ -290,12 +265,7 @@ def _t_quantile(sizes: Float[np.ndarray, " clusters"], tail: float) -> float:
 
 
 def _simultaneous(
-    table: pd.DataFrame,
-    counts: np.ndarray,
-    resampled: np.ndarray,
-    by: list[str],
-    level: float,
-    smallest: float,
+    table: pd.DataFrame, counts: np.ndarray, resampled: np.ndarray, by: list[str], level: float, smallest: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bands whose greatest standardized deviation along a curve stays inside in `level` of the resamples.
 
