@@ -84,10 +84,8 @@ def find_stages(
     for (_, mine), (_, curve) in zip(curves(effects, by), curves(table, by), strict=True):
         draws = resample(mine, n_boot=n_boot, seed=seed)
         half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
-        row = curve.loc[
-            curve.index[strongest_index(curve["mean"].to_numpy()[None])[0]],
-            [*by, "mean", "ci_low", "ci_high", "n", "n_clusters"],
-        ].to_dict()
+        top = strongest_index(curve["mean"].to_numpy()[None])[0]
+        row = curve[[*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]].iloc[top].to_dict()
         row["layers"] = layer_ranges(curve.loc[curve["in_stage"], "layer"])
         for name, at in _edges(draws, half_width, curve["layer"].to_numpy(), **rule).items():
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(at), strict=True))
@@ -97,17 +95,12 @@ def find_stages(
 
 def tabulate_stages(stages: pd.DataFrame, by: Sequence[str] = ("model", "line")) -> pd.DataFrame:
     """Write `find_stages` as a table to read: "3 (2 to 4)" is layer 3 with its 95 % interval."""
-    edges = {
-        name: [
-            "" if np.isnan(at) else f"{format_number(at, 0)} ({format_number(low, 0)} to {format_number(high, 0)})"
-            for at, low, high in zip(*(stages[name + end] for end in ("", "_low", "_high")), strict=True)
-        ]
-        for name in ("begins", "strongest", "ends")
-    }
-    ends = zip(*(stages[name] for name in ("effect", "ci_low", "ci_high")), strict=True)
-    effect = [f"{format_number(mean)} ({format_number(low)} to {format_number(high)})" for mean, low, high in ends]
-    table = stages[[*by, "layers"]].assign(**edges, effect=effect, n=stages["n"], images=stages["n_clusters"])
-    return table.set_index(list(by))
+    table = stages[[*by, "layers"]]
+    for name in ("begins", "strongest", "ends", "effect"):
+        ends, digits = (("ci_low", "ci_high"), 1) if name == "effect" else ((f"{name}_low", f"{name}_high"), 0)
+        at, low, high = (stages[column].map(lambda x, d=digits: format_number(x, d)) for column in (name, *ends))
+        table = table.assign(**{name: (at + " (" + low + " to " + high + ")").where(stages[name].notna(), "")})
+    return table.assign(n=stages["n"], images=stages["n_clusters"]).set_index(list(by))
 
 
 def _edges(

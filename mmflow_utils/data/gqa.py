@@ -1,8 +1,4 @@
-"""GQA's own files: questions with their operations and annotations, and scene graphs.
-
-A file that isn't what it should be stops the reading with one `ValueError`; a single question that can't be
-used is left out, and the reason is recorded.
-"""
+"""GQA's own files: questions with their operations and annotations, and scene graphs."""
 
 import re
 from collections.abc import Iterable, Iterator

@@ -1,8 +1,4 @@
-"""Factual questions: OKVQA's and A-OKVQA's own files, and accuracy by what ten people said (App. H).
-
-A file that isn't what it should be stops the reading with one `ValueError`; a question that can't be asked,
-such as one without its picture, is left out, and the reason is recorded.
-"""
+"""Factual questions: OKVQA's and A-OKVQA's own files, and accuracy by what ten people said (App. H)."""
 
 import re
 from collections import Counter

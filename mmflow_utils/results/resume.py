@@ -16,25 +16,9 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.params import Params
-from mmflow_utils.results.frames import (
-    differences,
-    find_frame,
-    identity_of,
-    list_frames,
-    manifest,
-    pack,
-    place_for,
-    read_frame,
-    read_manifest,
-    save_frame,
-    unpack,
-    wants_fresh,
-    write_whole,
-)
+from mmflow_utils.results import frames
 from mmflow_utils.results.record import Result
 from mmflow_utils.results.version import describe_call
-
-__all__ = ["measure_in_parts"]
 
 BAR = "{desc}: {n_fmt} of {total_fmt} parts |{bar}| {elapsed} gone, {remaining} to go"
 
@@ -95,10 +79,10 @@ def measure_in_parts(
     """
     path, samples, shard = Path(path), list(samples), params.shard if shared else None
     share, n_shares = _read_shard(shard)
-    whole = manifest(params, model)
+    whole = frames.manifest(params, model)
     asked = arguments if n_check is None else arguments | {"n_check": n_check}
     whole["depends_on"] |= describe_call(measure, samples, asked, version=version)
-    if not wants_fresh(fresh) and (finished := _finished(path, whole)):
+    if not frames.wants_fresh(fresh) and (finished := _finished(path, whole)):
         return finished
 
     def run(some: Sequence[Sample], **options: int) -> Result:
@@ -124,7 +108,7 @@ def measure_in_parts(
     result = Result.join([found[number] for number in sorted(found)] or [run([], **parts[0].options)])
     result = result.with_manifest(whole)
     if shard is None:
-        save_frame(result.frame, path, result.manifest, fresh=fresh)
+        frames.save_frame(result.frame, path, result.manifest, fresh=fresh)
         shutil.rmtree(parts[0].file.parent, ignore_errors=True)
     return result
 
@@ -142,20 +126,20 @@ class _Part:
     def load(self) -> Result | None:
         """Return the stored result; None where there is none, or it is damaged or of other samples."""
         try:
-            result = Result.of(*unpack(self.file.read_bytes()))
+            result = Result.of(*frames.unpack(self.file.read_bytes()))
         except (FileNotFoundError, ValueError):
             return None
-        return None if differences(result.manifest, self.manifest) else result
+        return None if frames.differences(result.manifest, self.manifest) else result
 
     def compute(self, measure: Measure) -> Result:
         """Measure, store, and return what a later run would load."""
         result = measure(self.samples, **self.options).with_manifest(self.manifest)
-        content = pack(result.frame, result.manifest)
+        content = frames.pack(result.frame, result.manifest)
         try:
-            write_whole(self.file, content)
+            frames.write_whole(self.file, content)
         except FileNotFoundError:  # a run that came to its end removed the folder just now
-            write_whole(self.file, content)
-        return Result.of(*unpack(content))
+            frames.write_whole(self.file, content)
+        return Result.of(*frames.unpack(content))
 
 
 def _cut(
@@ -163,7 +147,7 @@ def _cut(
 ) -> Iterator[_Part]:
     if part_size < 1:
         raise ValueError(f"part_size must be at least 1 sample, got {part_size}.")
-    folder = path.with_name(f"{path.stem}.{identity_of(whole)}.parts")
+    folder = path.with_name(f"{path.stem}.{frames.identity_of(whole)}.parts")
     for number, start in enumerate(range(0, len(samples), part_size) or [0]):
         some = samples[start : start + part_size]
         depends_on = whole["depends_on"] | {"part": [sample.sample_id for sample in some]}
@@ -187,8 +171,8 @@ def _read_shard(shard: str | None) -> tuple[int, int]:
 def _finished(path: Path, whole: Mapping[str, Any]) -> Result | None:
     """Load what this very run finished before; None where there is none, or it is damaged."""
     try:
-        file = find_frame(path, whole)
-        result = Result.of(*read_frame(file))
+        file = frames.find_frame(path, whole)
+        result = Result.of(*frames.read_frame(file))
     except ValueError:
         return None
     with suppress(OSError):
@@ -199,13 +183,12 @@ def _finished(path: Path, whole: Mapping[str, Any]) -> Result | None:
 
 def _tell_place(path: Path, whole: Mapping[str, Any], fresh: bool | None) -> None:
     """Say how the latest run of this name differs, and whether its frame stays."""
-    place = place_for(path, whole, fresh=fresh)
-    for latest in list_frames(path)[:1]:
+    place = frames.place_for(path, whole, fresh=fresh)
+    stays = f"stays, {place.name} comes beside it (FRESH=1 replaces it)"
+    for latest in frames.list_frames(path)[:1]:
         with suppress(ValueError):  # damaged
-            if differ := differences(read_manifest(latest), whole):
-                kept = (
-                    f"stays, {place.name} comes beside it (FRESH=1 replaces it)" if place != latest else "is replaced"
-                )
+            if differ := frames.differences(frames.read_manifest(latest), whole):
+                kept = "is replaced" if place == latest else stays
                 print(f"{latest.name} is of another run ({'; '.join(differ)}) and {kept}.")
 
 

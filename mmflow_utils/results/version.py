@@ -16,8 +16,6 @@ from typing import Any
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.results.frames import sha256
 
-__all__ = ["VERSIONS", "describe_call"]
-
 VERSIONS = {
     "ask_questions": 1,
     "answer_subwords": 1,
