@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -57,7 +60,8 @@ def load_model(params: Any) -> VLM:
     if base and not (folder / "config.json").is_file():
         folder = find_checkpoint(base)
     gguf = gguf_file(folder)
-    config = _read_part(AutoConfig, folder, "a model configuration (config.json)", gguf_file=gguf)
+    attention = {"attn_implementation": "sdpa"}  # a stored choice would hold in the parts that store one
+    config = _read_part(AutoConfig, folder, "a model configuration (config.json)", gguf_file=gguf, **attention)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if sees and config.model_type not in FAMILIES:
         raise ValueError(
@@ -66,11 +70,11 @@ def load_model(params: Any) -> VLM:
             "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
         )
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    options = weights_options(params, device, kind, config) | {"gguf_file": gguf}
+    options = weights_options(params, device, kind, config) | {"gguf_file": gguf, "config": config} | attention
     if language_model := getattr(params, "language_model", None):
         state = load_file(folder / "model.safetensors") | language_weights(language_model)
         kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        options |= {"config": config, "state_dict": state}
+        options |= {"state_dict": state}
     hf = _read_weights(kind, folder, options)
     if base:
         hf = merge_adapter(hf, adapter)
@@ -87,6 +91,8 @@ def load_model(params: Any) -> VLM:
         dtype=hf.dtype,
     )
     _check_decoder(model, folder)
+    if sees:
+        _check_picture(model, folder)
     return model
 
 
@@ -97,8 +103,11 @@ def _read_part(kind: Any, folder: Path, what: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # what a broken file raises depends on where it is broken
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"Expected {what} in {folder}, but it can't be read: {reason}") from error
+        raise ValueError(f"Expected {what} in {folder}, but it can't be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
@@ -107,7 +116,6 @@ def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTraine
             kind,
             folder,
             "model weights",
-            attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -170,12 +178,42 @@ def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
     if not getattr(processor, "tokenizer", None) or not getattr(processor, "image_processor", None):
         raise ValueError(f"Expected a processor with a tokenizer and a picture processor in {folder}.")
     processor.image_processor = _read_part(AutoImageProcessor, folder, "a picture processor", backend="pil")
-    if getattr(processor, "patch_size", 0) is None:
+    if hasattr(processor, "num_additional_image_tokens"):  # the tower decides, whatever a file says or leaves out
         processor.patch_size = config.vision_config.patch_size
-    if getattr(processor, "vision_feature_select_strategy", "") is None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = 1  # CLIP's class token, which `default` drops again
+        processor.num_additional_image_tokens = _beside_patches(config.vision_config)
     return processor
+
+
+def _beside_patches(config: PreTrainedConfig) -> int:
+    """Count what a vision tower gives beside its patches: CLIP a class token, SigLIP nothing."""
+    with torch.device("meta"):
+        given = AutoModel.from_config(config, attn_implementation="sdpa")(
+            torch.empty(1, 3, config.image_size, config.image_size)
+        )
+    return given.last_hidden_state.shape[1] - (config.image_size // config.patch_size) ** 2
+
+
+def _check_picture(model: VLM, folder: Path) -> None:
+    """Refuse parts that don't see a picture alike: the library would stop at the first prompt."""
+    reached: list[bool] = []
+
+    def stop(*_: Any) -> None:
+        reached.append(True)
+        raise ValueError
+
+    hook = model.text.register_forward_pre_hook(stop)
+    try:
+        inputs = model.processor(images=Image.new("RGB", (64, 48)), text=model.image_token, return_tensors="pt")
+        model.hf(**{k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()})
+    except Exception as error:  # what doesn't fit shows in many ways
+        if not reached:
+            raise ValueError(
+                f"Expected a picture processor and a vision tower that cut a picture alike in {folder}, but they don't "
+                f"(vision_feature_select_strategy, patch_size or the picture's size is to blame): {_reason(error)}"
+            ) from None
+    finally:
+        hook.remove()
 
 
 def pictures_only(kind: Any) -> type[ProcessorMixin]:

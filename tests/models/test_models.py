@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny import PROMPT, save, tiny_sample, tiny_tokenizer, tiny_vlm, wanted
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, VISION
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -101,6 +101,19 @@ def test_a_decoder_without_the_parts_that_are_cut_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stored", ["eager", "flash_attention_2"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llama"])
+def test_attention_is_fused_in_every_part_whatever_a_checkpoint_says(family, stored, tmp_path):
+    folder = save(tiny_vlm(family, n_layers=1), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
+        part["_attn_implementation"] = stored
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(wanted(folder, prompt="{question}"))
+    configs = [part.config for part in model.hf.modules() if hasattr(part, "config")]
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
+
+
 def test_answers_are_greedy_whatever_settings_a_checkpoint_brings(tmp_path):
     model = tiny_vlm()
     settings = model.hf.generation_config
@@ -164,15 +177,44 @@ def test_a_text_only_model_loads_without_a_processor(tmp_path):
     assert "captions" in encode(back, tiny_sample(tmp_path)).positions
 
 
-def test_the_geometry_that_old_processor_files_leave_out_is_filled_in(stored, tmp_path):
-    folder = copy(stored, tmp_path / "old", without=())
+GEOMETRY = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+
+
+def with_tower(folder, family, tower, strategy, *, without=()):
+    """Store a tiny model with another vision tower and strategy, its processor file without some entries."""
+    model = tiny_vlm(family, n_layers=1)
+    config = model.hf.config
+    if tower == "siglip":
+        config.vision_config = SiglipVisionConfig(**VISION, image_size=24, patch_size=6, vision_use_head=False)
+    config.vision_feature_select_strategy = strategy
+    save(replace(model, hf=type(model.hf)(config)), folder)
     file = folder / "processor_config.json"
-    config = json.loads(file.read_text())
-    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
-        config.pop(name)
-    file.write_text(json.dumps(config))
-    model = load_model(wanted(folder))
-    assert len(encode(model, tiny_sample(tmp_path)).positions["image"]) == 16
+    held = json.loads(file.read_text()).items()
+    file.write_text(json.dumps({name: value for name, value in held if name not in without}))
+    return folder
+
+
+@pytest.mark.parametrize("without", [(), GEOMETRY, GEOMETRY[2:]])
+@pytest.mark.parametrize(("tower", "strategy", "n"), [("siglip", "full", 16), ("siglip", "default", 15),
+                                                      ("clip", "full", 17), ("clip", "default", 16)])  # fmt: skip
+def test_image_tokens_are_as_many_as_the_tower_gives_features(tower, strategy, n, without, tmp_path):
+    model = load_model(wanted(with_tower(tmp_path / "m", "llava", tower, strategy, without=without)))
+    encoded = encode(model, tiny_sample(tmp_path))
+    assert len(encoded.positions["image"]) == n and text_inputs(model, encoded.inputs)[1].isfinite().all()
+    assert ("image_related" in encoded.positions) == (n == 16)  # else no token is known to be a patch
+    if n != 16:
+        assert "image tokens are not the 16 patches" in encoded.positions.why_missing("image_related")
+
+
+def test_a_tower_and_a_processor_that_cut_a_picture_differently_are_refused_at_load(stored, tmp_path):
+    next_folder = with_tower(tmp_path / "next", "llava_next", "siglip", "default")
+    other_size = copy(stored, tmp_path / "size", without=[])
+    file = other_size / "processor_config.json"
+    file.write_text(file.read_text().replace("24", "30"))
+    for folder in (next_folder, other_size):
+        with pytest.raises(ValueError, match="that cut a picture alike in ") as refused:
+            load_model(wanted(folder))
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
