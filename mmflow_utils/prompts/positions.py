@@ -6,6 +6,7 @@ is recorded with its reason. Knows no model and no sample.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,10 @@ Named = tuple[str, tuple[int, int] | None]  # an object's name and its range of 
 
 UNNAMED = "_"  # how GQA writes an object that its question asks for without naming it
 _WORD = re.compile(r"\w+(?:-\w+)*")
+_CLUSTER = re.compile(r".[\u0300-\u036f]*", re.DOTALL)  # a letter and its accents
+# Written alike though they are other characters; a long dash is one between words, a short one may join them.
+_ALIKE = str.maketrans(dict.fromkeys("‘’‚‛ʼ′`´", "'") | dict.fromkeys("“”„‟″", '"') | dict.fromkeys("‐‑‒–−", "-"))
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 # Ends of nouns and of their plurals; one too many does no harm: only words of the question count. Compounds are
 # covered too, "grandchild", "salesperson".
 _PLURALS = [(r"\Z", "s"), (r"(s|x|z|ch|sh|o)\Z", r"\1es"), (r"z\Z", "zzes"), (r"y\Z", "ies"), (r"fe?\Z", "ves")]
@@ -115,6 +120,7 @@ def tokens_in(offsets: Iterable[tuple[int, int]], start: int, end: int) -> tuple
 def find_phrase(text: str, phrase: str, *, within: Range | None = None) -> list[Range]:
     """Return where a phrase stands in a text as whole words, in any case: ranges of characters, in order.
 
+    Apostrophes, dashes, accents and letters of one look count as one, however they are written (Unicode's NFKC).
     Where there is none, it is sought in another grammatical number. A word with hyphens is one word: "shirt" isn't
     found in "t-shirt". With `within`, a range of characters, only there.
 
@@ -139,7 +145,7 @@ def find_options(question: str, option_true: str, option_false: str) -> tuple[tu
     >>> find_options("Which is white, the train car or the car?", "car", "train car")
     (((37, 40), (20, 29)), '')
     """
-    if option_true.lower() == option_false.lower():
+    if _folded(option_true)[0] == _folded(option_false)[0]:
         return None, f"both options are {option_true!r}"
     exact = [find_phrase(question, option) for option in (option_true, option_false)]
     for option, found in zip((option_true, option_false), exact, strict=True):
@@ -245,22 +251,34 @@ def question_sets(
 
 def _matches(text: str, phrase: str) -> tuple[list[Range], list[Range]]:
     """Find a phrase's words in a text: as they are, and with one word in another grammatical number."""
+    (text, origin), (phrase, _) = _folded(text), _folded(phrase)
     words, wanted = list(_WORD.finditer(text)), list(_WORD.finditer(phrase))
     found: tuple[list[Range], list[Range]] = ([], [])
     for i in range(len(words) - len(wanted) + 1 if wanted else 0):
         here = words[i : i + len(wanted)]
         if _gaps(text, here) != _gaps(phrase, wanted):
             continue
-        pairs = [(a.group().lower(), b.group().lower()) for a, b in zip(here, wanted, strict=True)]
+        pairs = [(a.group(), b.group()) for a, b in zip(here, wanted, strict=True)]
         differ = [pair for pair in pairs if pair[0] != pair[1]]
         if not differ or (len(differ) == 1 and _same_noun(*differ[0])):
-            found[bool(differ)].append((here[0].start(), here[-1].end()))
+            found[bool(differ)].append((origin[here[0].start()][0], origin[here[-1].end() - 1][1]))
     return found
+
+
+def _folded(text: str) -> tuple[str, list[Range]]:
+    """Write a text as it is matched, and tell for each of its characters which ones of the text it stands for."""
+    folded, origin = "", []
+    for cluster in _CLUSTER.finditer(text):
+        alike = unicodedata.normalize("NFKC", cluster.group().translate(_ALIKE)).translate(_UNSEEN).lower()
+        folded += alike
+        origin += [cluster.span()] * len(alike)
+    return folded, origin
 
 
 def _gaps(text: str, words: Sequence[re.Match[str]]) -> list[str]:
     # "salt & pepper" isn't "salt, pepper", but white space is all one.
-    return [text[a.end() : b.start()].strip() for a, b in zip(words, words[1:], strict=False)]
+    between = (text[a.end() : b.start()] for a, b in zip(words, words[1:], strict=False))
+    return [gap.strip().replace("—", "-") for gap in between]
 
 
 def _same_noun(a: str, b: str) -> bool:

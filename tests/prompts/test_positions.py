@@ -98,6 +98,36 @@ def test_phrases_are_whole_words_in_any_number(text, phrase, found):
     assert words(text, find_phrase(text, phrase)) == found
 
 
+@pytest.mark.parametrize(
+    ("text", "phrase", "found"),
+    [
+        ("Is it the man’s or the woman's?", "man's", ["man’s"]),
+        ("Is it the manʼs hat?", "man’s", ["manʼs"]),
+        ("Is it a t‑shirt or a hat?", "t-shirt", ["t‑shirt"]),  # a hyphen that doesn't break
+        ("Is it a t–shirt or a hat?", "shirt", []),
+        ("Is it a wine glass—or a cup?", "wine glass", ["wine glass"]),  # a dash parts words
+        ("Salt — pepper?", "salt – pepper", ["Salt — pepper"]),
+        ("Is the cafe\u0301 open?", "café", ["cafe\u0301"]),
+        ("Is the café open?", "cafe\u0301", ["café"]),
+        ("Is the café open?", "cafe", []),
+        ("Any ﬁsh or ｃａｔs?", "fish", ["ﬁsh"]),
+        ("Any ﬁsh or ｃａｔs?", "cat", ["ｃａｔs"]),
+        ("the fire\u00adplace, the hot\u00a0dog", "fireplace", ["fire\u00adplace"]),
+        ("the fire\u00adplace, the hot\u00a0dog", "hot dog", ["hot\u00a0dog"]),
+        ("İs it red?", "red", ["red"]),
+    ],
+)
+def test_characters_of_one_look_are_one_and_positions_are_those_of_the_text(text, phrase, found):
+    assert words(text, find_phrase(text, phrase)) == found
+
+
+def test_options_are_found_however_their_apostrophes_are_written():
+    question = "Is this the man’s hat or the “woman’s” one?"
+    pair, reason = find_options(question, "man's", "woman's")
+    assert not reason and words(question, pair) == ["man’s", "woman’s"]
+    assert "both options" in find_options(question, "man's", "man’s")[1]
+
+
 def test_a_phrase_is_sought_within_a_range_alone():
     text = "the cat and the cat"
     assert find_phrase(text, "cat", within=(8, 19)) == [(16, 19)]
