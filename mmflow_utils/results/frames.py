@@ -254,6 +254,7 @@ def _sha256_of(file: Path, mtime_ns: int, size: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+@cache
 def _git_commit() -> str | None:
     """Name the project's commit, with `+` where tracked files were changed since; None outside git."""
     try:

@@ -97,7 +97,9 @@ def edits(draw, n_tokens: int) -> dict:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind.startswith("llava") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_edits_give_the_reference_numbers(kind, data):

