@@ -5,7 +5,7 @@ Explorer(model, samples, window=3)     # in a notebook with a running kernel
 
 import base64
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from html import escape
 from io import BytesIO
 
@@ -23,59 +23,27 @@ from mmflow_utils.models.adapter import VLM
 from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.style import shown
 from mmflow_utils.prompts.encoding import encode
-from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION
 from mmflow_utils.prompts.image_patches import locate_image_patches
 
 FLOWS = (*IMAGE_TO_QUESTION, *FLOW_TO_LAST, *IMAGE_PATCHES_TO_QUESTION)
 
 
-class _Examined:
-    """One sample in one model; what was computed is kept."""
-
-    def __init__(self, model: VLM, sample: Sample, flows: Sequence[Flow]):
-        self.model, self.sample, self.flows = model, sample, flows
-        self.image, self.encoded = load_image(sample), encode(model, sample)
-        self._frames: dict[int, pd.DataFrame] = {}
-
-    def frame(self, window: int) -> pd.DataFrame:
-        """Every flow, cut around every layer: one sweep."""
-        if window not in self._frames:
-            result = knockout_sweep(self.model, [self.sample], self.flows, window=window, n_check=0, progress=False)
-            self._frames[window] = result.frame
-        return self._frames[window]
-
-    @cached_property
-    def words(self) -> pd.DataFrame:
-        """The five words that the lens finds most probable at `last` after each layer, nothing cut."""
-        resid_post = run_reference(self.model, self.encoded, []).resid_post[1:]
-        found = lens_logits(self.model, resid_post).softmax(-1).topk(5)
-        tokens = [self.model.tokenizer.decode([token]) for token in found.indices.flatten().tolist()]
-        words = pd.DataFrame({"token": tokens, "probability": found.values.flatten().tolist()})
-        return words.assign(layer=words.index // 5)
-
-    def patches(self, name: str) -> pd.DataFrame:
-        """The image patches of a position set; none where it holds words."""
-        if not name.startswith("image") or "image" not in self.encoded.positions:
-            return pd.DataFrame(columns=["x", "y", "w", "h", "set"])
-        return locate_image_patches(self.model, self.encoded, [name]).dropna(subset="set")
-
-
 class Explorer(widgets.VBox):
     """Widgets to choose a knockout, and its figure; they open at the one that hurts the first sample most.
 
-    When a sample or a window is chosen, all of its knockouts are computed in one sweep, so that a flow or a
-    layer is shown at once. Shown are the picture with the image patches that are cut off, the change in the
-    answer's probability around each layer, and the words that the logit lens (final norm at every layer)
-    reads at the last position of the intact model.
+    When a sample or a window is chosen, all of its knockouts are computed in one sweep, so that a flow or a layer is
+    shown at once. A flow that a prompt doesn't have isn't offered for it. Shown are the picture with the image patches
+    that are cut off, the change in the answer's probability around each layer, and the words that the logit lens (final
+    norm at every layer) reads at the last position of the intact model.
 
     Args:
         model: the model.
         samples: questions that it answers correctly, of one task or several.
         window: layers cut at once, to begin with.
-        flows: what can be cut. What a prompt doesn't have isn't offered for it.
 
     Raises:
-        ValueError: there are no samples; a position set that no prompt has; what `encode` refuses.
+        ValueError: there are no samples; what `encode` refuses.
 
     Example:
         >>> explorer = Explorer(model, samples)
@@ -84,23 +52,24 @@ class Explorer(widgets.VBox):
         ('Square', <Figure size 1050x402 with 3 Axes>)
     """
 
-    def __init__(self, model: VLM, samples: Sequence[Sample], *, window: int = 3, flows: Sequence[Flow] = FLOWS):
+    def __init__(self, model: VLM, samples: Sequence[Sample], *, window: int = 3):
         if not samples:
             raise ValueError("expected samples to explore, got none: load some with load_samples")
-        self.model, self.samples, self.flows = model, list(samples), tuple(flows)
-        self._examined: dict[str, _Examined] = {}
+        self.model, self.samples = model, list(samples)
+        # What was computed is kept, by the number of the sample.
+        self._encoded = cache(lambda number: encode(model, self.samples[number]))
+        self._swept, self._read = cache(self._sweep), cache(self._read_words)
         tasks = list(dict.fromkeys(sample.task or "" for sample in self.samples))
-        last = model.n_layers - 1
+        n_layers = model.n_layers
         wide = {"layout": widgets.Layout(width="95%"), "style": {"description_width": "5em"}}
         self.task = widgets.Dropdown(options=tasks, description="Task", **wide)
         self.sample = widgets.Dropdown(description="Question", **wide)
         self.flow = widgets.Dropdown(description="Flow", **wide)
         # A slider that is dragged reports where it stops: a figure takes longer to draw than a step to move.
         sliding = {"continuous_update": False, **wide}
-        self.layer = widgets.IntSlider(min=0, max=last, description="Layer", **sliding)
-        self.window = widgets.IntSlider(
-            value=min(window, model.n_layers), min=1, max=model.n_layers, description="Window", **sliding
-        )
+        self.layer = widgets.IntSlider(min=0, max=n_layers - 1, description="Layer", **sliding)
+        start = min(window, n_layers)
+        self.window = widgets.IntSlider(value=start, min=1, max=n_layers, description="Window", **sliding)
         self.view, self.said = widgets.HTML(), widgets.HTML()
         controls = [self.task, self.sample, self.flow, self.layer, self.window]
         self._offer_samples()
@@ -117,17 +86,9 @@ class Explorer(widgets.VBox):
         return "Explorer: widgets to choose task, question, flow, layer and window; they need a running kernel"
 
     @property
-    def examined(self) -> _Examined:
-        """The chosen sample."""
-        sample = self.samples[self.sample.value]
-        if sample.sample_id not in self._examined:
-            self._examined[sample.sample_id] = _Examined(self.model, sample, self.flows)
-        return self._examined[sample.sample_id]
-
-    @property
     def frame(self) -> pd.DataFrame:
         """The chosen sample's knockouts in the chosen window, as from `knockout_sweep`."""
-        return self.examined.frame(self.window.value)
+        return self._swept(self.sample.value, self.window.value)
 
     @property
     def chosen(self) -> pd.Series:
@@ -138,7 +99,7 @@ class Explorer(widgets.VBox):
     @property
     def words(self) -> pd.DataFrame:
         """What the lens reads after the chosen layer: token and probability, the most probable first."""
-        words = self.examined.words
+        words = self._read(self.sample.value)
         return words[words["layer"] == self.layer.value]
 
     @property
@@ -157,17 +118,36 @@ class Explorer(widgets.VBox):
     @property
     def figure(self) -> Figure:
         """The figure of the choice."""
-        examined, row = self.examined, self.chosen
+        sample, row = self.samples[self.sample.value], self.chosen
         return plot_choice(
-            examined.image,
-            examined.patches(row["source"]),
+            load_image(sample),
+            self._patches(row["source"]),
             self.frame,
             self.words,
             flow=row["flow"],
             layer=int(row["layer"]),
-            title=f"{examined.sample.question} → {examined.sample.answer}",
+            title=f"{sample.question} → {sample.answer}",
             subtitle=f"{self.model.name} · {self.sentence}",
         )
+
+    def _sweep(self, number: int, window: int) -> pd.DataFrame:
+        sample = self.samples[number]
+        return knockout_sweep(self.model, [sample], FLOWS, window=window, n_check=0, progress=False).frame
+
+    def _read_words(self, number: int) -> pd.DataFrame:
+        """The five words that the lens finds most probable at `last` after each layer, nothing cut."""
+        resid_post = run_reference(self.model, self._encoded(number), []).resid_post[1:]
+        found = lens_logits(self.model, resid_post).softmax(-1).topk(5)
+        tokens = [self.model.tokenizer.decode([token]) for token in found.indices.flatten().tolist()]
+        words = pd.DataFrame({"token": tokens, "probability": found.values.flatten().tolist()})
+        return words.assign(layer=words.index // 5)
+
+    def _patches(self, name: str) -> pd.DataFrame:
+        """The image patches of a position set; none where it holds words."""
+        encoded = self._encoded(self.sample.value)
+        if not name.startswith("image") or "image" not in encoded.positions:
+            return pd.DataFrame(columns=["x", "y", "w", "h", "set"])
+        return locate_image_patches(self.model, encoded, [name]).dropna(subset="set")
 
     def _offer_samples(self) -> None:
         mine = [n for n, sample in enumerate(self.samples) if (sample.task or "") == self.task.value]

@@ -12,8 +12,7 @@ def group_accuracy(asked: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
 
     Args:
         asked: The record of `ask_questions`; questions that couldn't be asked are left out.
-        n_boot: Bootstrap resamples of the pictures.
-        seed: Of the bootstrap.
+        n_boot, seed: Of the bootstrap over pictures.
 
     Returns:
         structural, semantic, accuracy_pct, ci_low and ci_high (95 %), n and n_clusters (pictures).

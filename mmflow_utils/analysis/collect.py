@@ -83,10 +83,7 @@ def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "cor
         raise ValueError(f"results must be among {', '.join(WRITTEN_BY)}, got {', '.join(sorted(unknown))}")
     parts = [pd.DataFrame(columns=list(COLUMNS))]
     for name, frame in results.items():
-        if name == "logit_lens":
-            part = _of_lens(frame, protocol)
-        else:
-            part = {"module_knockout": _of_modules, "efficiency": _of_removal}.get(name, _of_flows)(frame)
+        part = _of_removal(frame) if name == "efficiency" else _lines_of(name, frame, protocol)
         if "n_layers" not in part:
             part = part.assign(n_layers=part.groupby("model")["layer"].transform("max") + 1)
         need_columns(part, [column for column in COLUMNS if column != "window"])
@@ -94,21 +91,17 @@ def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "cor
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def _of_flows(frame: pd.DataFrame) -> pd.DataFrame:
+def _lines_of(name: str, frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    if name == "logit_lens":
+        need_columns(frame, ["word", "protocol", "probability"])
+        mine = frame[frame["protocol"] == protocol]
+        return mine.assign(line=mine["word"], effect=100 * mine["probability"])
+    if name == "module_knockout":
+        need_columns(frame, ["knockout", "jaccard"])
+        return frame.assign(line=frame["knockout"], effect=100 * (1 - frame["jaccard"]))
     need_columns(frame, ["flow", "source", "rel_change_pct"])
     mine = frame[~frame["source"].str.startswith("image_random")]
     return mine.assign(line=mine["flow"], effect=-mine["rel_change_pct"])
-
-
-def _of_lens(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    need_columns(frame, ["word", "protocol", "probability"])
-    mine = frame[frame["protocol"] == protocol]
-    return mine.assign(line=mine["word"], effect=100 * mine["probability"])
-
-
-def _of_modules(frame: pd.DataFrame) -> pd.DataFrame:
-    need_columns(frame, ["knockout", "jaccard"])
-    return frame.assign(line=frame["knockout"], effect=100 * (1 - frame["jaccard"]))
 
 
 def _of_removal(frame: pd.DataFrame) -> pd.DataFrame:

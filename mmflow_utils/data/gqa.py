@@ -209,11 +209,9 @@ def _graph(graphs: dict[str, Any], image_id: str) -> dict[str, Any]:
 def _graph_box(graph: dict[str, Any], thing: SceneObject, notes: list[str]) -> Box | None:
     if thing.object_id is None:
         return None
-    lost = f"no box for {thing.name} ({thing.object_id})"
     try:
         return clipped_box(graph["objects"][thing.object_id], *graph["size"])
-    except KeyError:
-        notes.append(f"{lost}: the scene graph doesn't have it")
-    except (TypeError, ValueError) as error:
-        notes.append(f"{lost}: {error}")
-    return None
+    except (KeyError, TypeError, ValueError) as error:
+        why = "the scene graph doesn't have it" if isinstance(error, KeyError) else error
+        notes.append(f"no box for {thing.name} ({thing.object_id}): {why}")
+        return None

@@ -37,7 +37,9 @@ def plot_flow(
         ValueError: A column is missing or nothing is left to draw.
     """
     window_text = f"window of {window} layer{'s' * (window != 1)}" if window else None
-    subtitle = " · ".join(part for part in (model, window_text, _band_text(summary)) if part)
+    kind = summary["interval"].iloc[0] if "interval" in summary and len(summary) else "95 % interval"
+    bands = f"bands: {kind.replace('interval', 'bootstrap intervals')} over images"
+    subtitle = " · ".join(part for part in (model, window_text, bands) if part)
     title = title or "Effect on the answer of blocking a flow of information"
     return plot_curves(summary, title=title, subtitle=subtitle, y_label=y_label)
 
@@ -134,8 +136,3 @@ def _n_text(part: pd.DataFrame) -> str:
         return ""
     few, many = int(part["n"].min()), int(part["n"].max())
     return f"n = {few}" if few == many else f"n = {few} to {many}"
-
-
-def _band_text(summary: pd.DataFrame) -> str:
-    kind = summary["interval"].iloc[0] if "interval" in summary and len(summary) else "95 % interval"
-    return f"bands: {kind.replace('interval', 'bootstrap intervals')} over images"
