@@ -19,6 +19,7 @@ Example:
     save_miniature(trainer, Path("assets/mini"))
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,25 +38,25 @@ from miniature.projector import boost_attribute, warm_projector
 from miniature.score import held_out, task_accuracy
 from miniature.tower import HEADS, patch_truth, tower_loss
 from miniature.views import look_at
-from miniature.world import SQUARE, Frame, Scene, sample_scene
+from miniature.world import SQUARE, Scene, sample_scene
 
 __all__ = ["Recipe", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How long and how fast each stage learns; steps, not seconds, so that a run can be repeated."""
+    """How long and how fast each stage learns; steps, not seconds, so that a run can be repeated. JSON can hold it."""
 
     seed: int = 0
     begins_with: str | None = None  # folder of the miniature whose weights it takes up, from the project's root
-    frames: tuple[Frame, ...] = (SQUARE,)  # widths and heights of the pictures
+    frames: Sequence[Sequence[int]] = (SQUARE,)  # widths and heights of the pictures
     tower_steps: int = 1000
     text_steps: int = 1000
     align_steps: int = 100
     joint_steps: int = 15000
     # From a step on, the rate is that of a stage that began at another step and is so many steps long: color
     # came late, and so the rate was let rise again.
-    joint_rates: tuple[tuple[int, int, int], ...] = (
+    joint_rates: Sequence[Sequence[int]] = (
         (0, 0, 7500),
         (6500, 0, 8900),
         (7750, 6500, 3000),
@@ -63,14 +64,14 @@ class Recipe:
     )
     # Before these steps of the joint stage the projector says a kind of fact again, with this share, and it
     # and the decoder's first layer are held for so many steps: what that layer drowns is never learnt.
-    louder: tuple[tuple[int, str, float, int], ...] = (
+    louder: Sequence[Sequence] = (
         (2250, "color", 0.1, 0),
         (3250, "color", 1.0, 0),
         (3750, "color", 3.0, 0),
         (5250, "color", 8.0, 500),
     )
     # From these steps of the joint stage on, a question of this type is asked about each scene once more.
-    more: tuple[tuple[int, str], ...] = ()
+    more: Sequence[Sequence] = ()
     read_steps: int = 3800
     tower_batch: int = 64  # pictures
     tower_held: int = 0  # steps in which only the heads learn: for a tower that was trained before

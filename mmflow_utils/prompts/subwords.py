@@ -68,7 +68,8 @@ def at_last_subword(said: pd.DataFrame) -> Callable[[VLM, Sample], Encoded]:
     Raises:
         ValueError: From the encoder: a sample that `said` doesn't hold, or that was answered with nothing.
     """
-    return partial(_encode_to_last_subword, tokens=dict(zip(said.sample_id, map(list, said.token_ids), strict=True)))
+    tokens = {sample_id: list(map(int, ids)) for sample_id, ids in zip(said.sample_id, said.token_ids, strict=True)}
+    return partial(_encode_to_last_subword, tokens=tokens)
 
 
 def _encode_to_last_subword(model: VLM, sample: Sample, *, tokens: Mapping[str, Sequence[int]]) -> Encoded:

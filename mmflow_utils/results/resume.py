@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.params import Params
 from mmflow_utils.results import frames
+from mmflow_utils.results.committed import take_committed
 from mmflow_utils.results.record import Result
 from mmflow_utils.results.version import describe_call
 
@@ -82,12 +83,20 @@ def measure_in_parts(
     whole = frames.manifest(params, model)
     asked = arguments if n_check is None else arguments | {"n_check": n_check}
     whole["depends_on"] |= describe_call(measure, samples, asked, version=version)
-    if not frames.wants_fresh(fresh) and (finished := _finished(path, whole)):
-        return finished
 
     def run(some: Sequence[Sample], **options: int) -> Result:
         found = measure(model, some, **arguments, **options, progress=False)
         return found if isinstance(found, Result) else Result(found)
+
+    def run_checked(some: Sequence[Sample]) -> Result:
+        return run(some, **({} if n_check is None else {"n_check": len(some)}))
+
+    if not frames.wants_fresh(fresh):
+        if finished := _finished(path, whole):
+            return finished
+        if committed := take_committed(path, whole, samples, run_checked):
+            frames.save_frame(committed.frame, path, committed.manifest)
+            return committed
 
     parts = list(_cut(path, samples, part_size, n_check, whole))
     found = {part.number: result for part in parts if (result := part.load())}

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import MllamaConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 
 from mmflow_utils.engine.checks import check_model
 from mmflow_utils.models import load, precision, sources
@@ -240,6 +241,36 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(stored, tmp_path):
     save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="1 are missing, .*layers.2.mlp.up_proj"):
         load_model(wanted(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("missing", "9 are missing"),
+        ("shape", r"4 have others, such as .*\(3, 3\), not \(32, 32\)"),
+        ("stray", "9 weights of"),
+    ],
+)
+def test_a_load_that_fails_is_one_sentence_alone(stored, tmp_path, capfd, change, said):
+    folder = copy(stored, tmp_path / "m", without=[])
+    weights = load_file(folder / "model.safetensors")
+    of_layer = {name: w for name, w in weights.items() if re.search(r"model\.layers\.1\.", name)}
+    if change == "missing":
+        weights = {name: w for name, w in weights.items() if name not in of_layer}
+    elif change == "stray":
+        weights |= {name.replace("layers.1.", "layers.9."): w.clone() for name, w in of_layer.items()}
+    else:
+        weights = {
+            name: torch.zeros(3, 3) if "model.layers" in name and "q_proj" in name else w for name, w in weights.items()
+        }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    before, _ = logging.get_verbosity(), capfd.readouterr()
+    with pytest.raises(ValueError, match=said) as refused:
+        load_model(wanted(folder))
+    error = refused.value
+    assert "\n" not in str(error) and (error.__cause__, capfd.readouterr()) == (None, ("", ""))
+    assert error.__suppress_context__ or error.__context__ is None  # nor does a traceback of the library come first
+    assert logging.get_verbosity() == before
 
 
 def test_pickled_weights_are_not_read(stored, tmp_path):

@@ -1,0 +1,64 @@
+"""Results that come with the project: hours of a larger model in small files, each held against the model first."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.params import ROOT
+from mmflow_utils.results.frames import find_frame, read_frame
+from mmflow_utils.results.record import Result
+
+FOLDER = ROOT / "assets" / "results"
+N_ANEW, TOLERANCE = 3, 1e-4  # samples that are measured again; how far their probabilities may be off
+
+
+def take_committed(
+    path: Path,
+    whole: Mapping[str, Any],
+    samples: Sequence[Sample],
+    measure: Callable[[Sequence[Sample]], Result],
+) -> Result | None:
+    """Return the result of this very run that comes with the project; None where there is none.
+
+    Its first samples are measured anew before it is believed.
+
+    Raises:
+        ValueError: they differ from what is stored.
+    """
+    try:
+        file = find_frame(FOLDER / whole["depends_on"].get("model", "") / path.name, whole)
+        result = Result.of(*read_frame(file))
+    except ValueError:
+        return None
+    some = samples[:N_ANEW]
+    anew = measure(some)
+    if problem := _problem(result.frame, anew.frame, [sample.sample_id for sample in some]):
+        raise ValueError(
+            f"{file.relative_to(ROOT)} is not what this machine measures: of {len(some)} samples, {problem}. "
+            "FRESH=1 measures all anew."
+        )
+    print(
+        f"{path.stem} comes with the project; {len(some)} samples measured anew gave the same within {TOLERANCE:g}. "
+        "FRESH=1 measures all."
+    )
+    return replace(result, max_check_diff=anew.max_check_diff)
+
+
+def _problem(stored: pd.DataFrame, anew: pd.DataFrame, ids: Sequence[str]) -> str | None:
+    """Say how the rows of some samples differ: probabilities by more than the tolerance, other values at all."""
+    stored = stored[stored["sample_id"].isin(ids)].reset_index(drop=True)
+    if len(stored) != len(anew):
+        return f"{len(anew)} rows instead of {len(stored)}"
+    for name in stored.columns.intersection(anew.columns):
+        if name in ("p", "probability") or name.startswith("p_"):
+            if not np.allclose(stored[name], anew[name], rtol=0, atol=TOLERANCE, equal_nan=True):
+                return f"{name} differs by {(stored[name] - anew[name]).abs().max():.1e}"
+        elif not pd.api.types.is_float_dtype(stored[name]):
+            if stored[name].astype(str).tolist() != anew[name].astype(str).tolist():
+                return f"{name} differs"
+    return None

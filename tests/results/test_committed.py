@@ -1,0 +1,94 @@
+"""A result that comes with the project is taken where it is of this very run, and never unseen."""
+
+import numpy as np
+import pytest
+from killed_runs import PARAMS, SAMPLES, measure
+
+from mmflow_utils.results import committed
+from mmflow_utils.results.frames import load_frame, read_frame, save_frame
+from mmflow_utils.results.resume import measure_in_parts
+
+FEW = SAMPLES[:10]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Measure in parts beside a committed result of the same; `run.asked` lists the calls since then."""
+    monkeypatch.setattr(committed, "FOLDER", tmp_path / "assets")
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+
+    def noting(model, some, *, window=1, n_check=0, progress):
+        run.asked.append((n_check, [sample.sample_id for sample in some]))
+        return measure(model, some, window=window)
+
+    def run(name="flow.parquet", samples=FEW, **options):
+        run.asked = []
+        path = tmp_path / "outputs" / name
+        return measure_in_parts(noting, None, samples, path, PARAMS, n_check=2, version=1, progress=False, **options)
+
+    def commit(change=lambda frame: frame):
+        first = run()
+        folder = tmp_path / "assets" / PARAMS.model
+        save_frame(change(first.frame.copy()), folder / "flow.parquet", first.manifest)
+        for file in (tmp_path / "outputs").iterdir():
+            file.unlink()
+        return first
+
+    run.commit, run.folder = commit, tmp_path
+    return run
+
+
+def test_it_is_taken_once_three_samples_measured_anew_agree(run, capsys):
+    first = run.commit()
+    taken = run()
+    assert run.asked == [(3, ["q000", "q001", "q002"])]  # each of them checked against plain passes, too
+    assert taken.frame.equals(first.frame) and taken.skipped == first.skipped
+    assert load_frame(run.folder / "outputs" / "flow.parquet", taken.manifest).equals(first.frame)
+    assert "3 samples measured anew gave the same within 0.0001" in capsys.readouterr().out
+    assert run().frame.equals(first.frame) and not run.asked  # now it is finished, as any other
+
+
+def test_numbers_that_this_machine_does_not_find_stop_the_run(run):
+    run.commit(lambda frame: frame.assign(p=frame.p + 2e-4))
+    with pytest.raises(ValueError, match=r"assets/tiny/flow.parquet is not what .* p differs by 2.0e-04\. FRESH=1"):
+        run()
+    assert len(run(fresh=True).frame)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.assign(layer=f.layer + 1), "layer differs"),
+        (lambda f: f.drop(index=0), "rows instead of"),
+        (lambda f: f.assign(p=np.nan), "p differs"),
+    ],
+)
+def test_other_rows_stop_the_run(run, change, said):
+    run.commit(change)
+    with pytest.raises(ValueError, match=said):
+        run()
+
+
+def test_rounding_is_no_difference(run):
+    run.commit(lambda frame: frame.assign(p=frame.p + 5e-5))
+    assert len(run().frame) and len(run.asked) == 1
+
+
+@pytest.mark.parametrize("other", [{"window": 2}, {"samples": SAMPLES[1:11]}, {"fresh": True}])
+def test_another_run_measures_itself(run, other):
+    run.commit()
+    run(**other)
+    assert sum(len(ids) for _, ids in run.asked) == 10
+
+
+def test_a_damaged_file_is_measured_anew(run):
+    run.commit()
+    file = run.folder / "assets" / PARAMS.model / "flow.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    assert len(run().frame) and sum(len(ids) for _, ids in run.asked) == 10
+
+
+def test_what_comes_with_the_project_is_whole():
+    for file in committed.FOLDER.glob("*/*.parquet"):
+        frame, manifest = read_frame(file)
+        assert len(frame) and manifest["depends_on"]["model"] == file.parent.name
