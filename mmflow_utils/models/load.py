@@ -3,6 +3,7 @@
 model = load_model(params)
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,21 @@ from mmflow_utils.models.sources import find_checkpoint, gguf_file
 __all__ = ["load_model", "pictures_only"]
 
 
+@contextmanager
+def _library_quiet() -> Iterator[None]:
+    """Keep bars, whose timings would stand in committed notebooks, and long reports from coming before one sentence."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@_library_quiet()
 def load_model(params: Any) -> VLM:
     """Load a model, from a folder or from the hub, ready to be studied.
 
@@ -111,14 +127,13 @@ def _reason(error: Exception) -> str:
 
 
 def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    with _no_bar():
-        hf, info = _read_part(
-            kind,
-            folder,
-            "model weights",
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+    shown = dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # those are told below
+    hf, info = _read_part(kind, folder, "model weights", **shown, **options)
+    if other := sorted(info["mismatched_keys"]):
+        (name, stored, built), n = other[0], len(other)
+        raise ValueError(
+            f"Expected weights of the shapes that config.json asks for in {folder}, but {n} have others, such as "
+            f"{name} ({tuple(stored)}, not {tuple(built)}): is config.json another model's?"
         )
     # The library fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
@@ -126,12 +141,12 @@ def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTraine
             f"Expected all of the model's weights in {folder}, but {len(missing)} are missing, {missing[0]} "
             "among them: is this checkpoint of the architecture that its config.json names?"
         )
-    strays = [name for name in info["unexpected_keys"] if "layers." in name and "vision" not in name]
+    strays = [name for name in info["unexpected_keys"] if re.search(r"(layers|blocks?)\.\d", name)]
     strays = [name for name in strays if not name.endswith("inv_freq")]  # old checkpoints store a constant
-    if strays:  # it would read a decoder of fewer layers, or of other ones, without a word
+    if strays:  # it would read a model of fewer layers, or of other ones, without a word
         raise ValueError(
-            f"{folder} holds {len(strays)} decoder weights that its config.json has no place for, {sorted(strays)[0]} "
-            "among them: is config.json another model's, or are these an adapter's without adapter_config.json?"
+            f"{folder} holds {len(strays)} weights of layers that its config.json has no place for, such as "
+            f"{min(strays)}: is config.json another model's, or are these an adapter's without adapter_config.json?"
         )
     # An answer is what the model itself finds likeliest: checkpoints bring penalties and temperatures along.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -151,18 +166,6 @@ def _check_decoder(model: VLM, folder: Path) -> None:
             "Expected decoder layers of self-attention (v_proj, o_proj) and an MLP, but the model in "
             f"{folder}, a {model.hf.config.model_type!r}, is built otherwise: {error}."
         ) from None
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    # Its timings would stand in every committed notebook, different each time.
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
