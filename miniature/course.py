@@ -39,7 +39,7 @@ class Course:
         evaluate: Callable[[], dict[str, float]],
         *,
         optimizers: list[torch.optim.Optimizer],
-        rates: Sequence[tuple[int, int, int]] = (),
+        rates: Sequence[Sequence[int]] = (),
         before: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Run one stage from its last checkpoint to its end; afterwards `parts` hold the averaged weights.
