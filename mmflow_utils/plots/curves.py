@@ -26,8 +26,7 @@ def plot_flow(
     Args:
         summary: From `summarize`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
         title: In place of the usual one.
-        window: Layers blocked at once, for the subtitle.
-        model: The model's name, for the subtitle.
+        window, model: Layers blocked at once and the model's name, for the subtitle.
         y_label: What the mean is, for another measure than the paper's.
 
     Returns:
@@ -66,8 +65,7 @@ def plot_curves(
         panel: The column that tells panels apart; a summary that lacks it makes one panel.
         across: A second column that tells panels apart: its values stand side by side, those of `panel` one
             below the other.
-        x: The column of the horizontal axis, whole numbers from 0.
-        x_label: Its label.
+        x, x_label: The column of the horizontal axis, whole numbers from 0, and its label.
         y_label: Label of the mean, with its unit.
         colors: Colors by value of `line`, in place of the flows' own; their order is the legend's.
 

@@ -74,16 +74,11 @@ WORD_COLORS = {
 }
 MODULE_COLORS = {"Attention": "#3D9BD1", "MLP": "#7A1F5C"}
 
-STYLE: dict[str, Any] = {
-    "figure.dpi": 100,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+STYLE: dict[str, Any] = {  # what differs from matplotlib's own defaults
     "pdf.fonttype": 42,  # journals want whole fonts
     "font.size": 9.5,
     "text.parse_math": False,  # a "$" in a question is a dollar
-    "axes.facecolor": "white",
     "axes.edgecolor": "#999999",
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -95,7 +90,6 @@ STYLE: dict[str, Any] = {
     "axes.titlepad": 7,
     "axes.labelcolor": "#333333",
     "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
     "xtick.color": "#999999",
     "ytick.color": "#999999",
     "xtick.labelcolor": "#333333",
@@ -109,7 +103,7 @@ STYLE: dict[str, Any] = {
 
 def set_style() -> None:
     """Return the figures you draw by hand the look of ours, for the rest of the session."""
-    plt.style.use(STYLE)
+    plt.style.use(["default", STYLE])
 
 
 def flow_color(flow: object) -> str:
@@ -127,7 +121,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @wraps(draw)
     def drawn(*args, **kwargs):
-        with mpl.rc_context(STYLE):
+        with plt.style.context(["default", STYLE]):
             figure = draw(*args, **kwargs)
         plt.close(figure)
         return figure
