@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PROCESSOR_MAPPING,
@@ -96,6 +97,7 @@ def load_model(params: Any) -> VLM:
         hf = merge_adapter(hf, adapter)
     processor: Any = _read_processor(folder, config) if sees else None
     tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer", gguf_file=gguf)
+    _check_pieces(tokenizer, folder)
     model = VLM(
         name=params.model,
         hf=hf,
@@ -166,6 +168,19 @@ def _check_decoder(model: VLM, folder: Path) -> None:
             "Expected decoder layers of self-attention (v_proj, o_proj) and an MLP, but the model in "
             f"{folder}, a {model.hf.config.model_type!r}, is built otherwise: {error}."
         ) from None
+
+
+def _check_pieces(tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer made of sentencepiece's file that cuts text otherwise: the library may mistake its kind."""
+    file = folder / "tokenizer.model"
+    if not file.is_file() or (folder / "tokenizer.json").is_file():
+        return
+    text = "Is the cup left or right of it?\nLeft"
+    if tokenizer.encode(text, add_special_tokens=False) != SentencePieceProcessor(str(file)).encode(text):
+        raise ValueError(
+            f"Expected a tokenizer that cuts text as {file} does, but the library makes another of it: name its "
+            "tokenizer_class (LlamaTokenizer, say) in tokenizer_config.json."
+        )
 
 
 def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:

