@@ -66,6 +66,7 @@ def test_a_row_for_each_model_and_way(measured):
     assert frame.n_tokens.unique().tolist() == [9 + 29, 16 + 29]
 
 
+@pytest.mark.slow
 def test_costs_are_ratios_of_the_same_run(measured):
     frame, _ = measured
     clean, sweep = frame[frame.way == "clean pass"], frame[frame.way == "sweep"]
@@ -79,6 +80,7 @@ def test_costs_are_ratios_of_the_same_run(measured):
     assert frame[frame.way != "sweep"].bound.isna().all()
 
 
+@pytest.mark.slow
 def test_costs_are_drawn_with_their_bound(measured):
     frame, _ = measured
     some = frame[(frame.way != "clean pass") & (frame.n_tokens == 38)]
