@@ -8,7 +8,7 @@ import pandas as pd
 
 from mmflow_utils.analysis import claim_measures as measures
 from mmflow_utils.analysis.collect import REMOVED, WRITTEN_BY
-from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Draws, Measured, resample, stage_layers
+from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample, stage_layers
 from mmflow_utils.analysis.sentences import format_number
 
 
@@ -51,7 +51,10 @@ def check_claims(effects: pd.DataFrame, *, by_task: bool = False, n_boot: int = 
         bands = stage_layers(part, ["line"], n_boot=n_boot, seed=seed)
         for (name, mine), (_, band) in zip(part.groupby("line"), bands.groupby("line"), strict=True):
             draws = resample(mine, images=images, n_boot=n_boot, seed=seed)
-            lines[name] = _line(draws, band, int(mine["n_layers"].max()))
+            low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
+            counted = (int(band[column].min()) for column in ("n", "n_clusters"))
+            n_layers, has_stage = int(mine["n_layers"].max()), bool(band["in_stage"].any())
+            lines[name] = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
         rows += [dict(zip(by, key, strict=True)) | _judge(claim, lines) for claim in CLAIMS]
     return pd.DataFrame(rows)
 
@@ -69,12 +72,6 @@ def describe_claims(table: pd.DataFrame) -> list[str]:
             evidence += f", {row['n']} samples on {row['n_clusters']} images"
         sentences.append(f"{name}: {row['claim']}: {row['verdict']} ({evidence}).")
     return sentences
-
-
-def _line(draws: Draws, band: pd.DataFrame, n_layers: int) -> measures.Line:
-    low, high, layers = (band[name].to_numpy(float) for name in ("ci_low", "ci_high", "layer"))
-    counted = (int(band[name].min()) for name in ("n", "n_clusters"))
-    return measures.Line(draws, low, high, layers, n_layers, bool(band["in_stage"].any()), *counted)
 
 
 def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:

@@ -99,8 +99,9 @@ def read_okvqa(
     kinds = kinds if isinstance(kinds, dict) else {}
 
     def label(entry: dict[str, Any]) -> tuple[int, tuple[str, ...], str]:
-        kind = text(entry, "question_type")
-        return _image_id(entry), _said(entry), text(kinds, kind) if kind in kinds else kind
+        kind, said = text(entry, "question_type"), entry.get("answers")
+        words = [v.get("answer") if isinstance(v, dict) else v for v in (said if isinstance(said, list) else [said])]
+        return _image_id(entry), _people(words, "answers"), text(kinds, kind) if kind in kinds else kind
 
     labels = _each(annotations, judged.get("annotations"), "annotations", label)
 
@@ -181,12 +182,6 @@ def _image_id(entry: dict[str, Any]) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"image_id should be a whole number, got {value!r:.40}")
     return value
-
-
-def _said(entry: dict[str, Any]) -> tuple[str, ...]:
-    answers = entry.get("answers")
-    values = answers if isinstance(answers, list) else [answers]
-    return _people([v.get("answer") if isinstance(v, dict) else v for v in values], "answers")
 
 
 def _people(values: Any, field: str) -> tuple[str, ...]:
