@@ -20,16 +20,9 @@ def captions_file(scene_graphs: Path) -> Path:
 def add_captions(samples: Iterable[Sample], path: Path | str) -> list[Sample]:
     """Return the samples, each with the dense caption of its picture: the phrases about its regions, a sentence each.
 
-    The file is read entry by entry, since Visual Genome's has 700 MB. A sample that has its caption keeps it
-    (those of the authors' CSV files do), and one that the file doesn't describe stays without.
-
-    Args:
-        samples: About pictures of Visual Genome, as all of GQA's are.
-        path: Visual Genome's `region_descriptions.json`: a list of `{"id": …, "regions": [{"phrase": …}]}`.
-
-    Raises:
-        ValueError: A file that is missing, cut short or of another layout; one that describes none of the
-            pictures.
+    `path` is Visual Genome's `region_descriptions.json`, a list of `{"id": …, "regions": [{"phrase": …}]}`, read entry
+    by entry since it has 700 MB. A sample that has its caption keeps it (those of the authors' CSV files do), and one
+    that the file doesn't describe stays without; where it describes none of the pictures, that is a ValueError.
     """
     samples = list(samples)
     wanted = {sample.image_id for sample in samples if sample.caption is None}

@@ -203,8 +203,7 @@ def add_title(
 ) -> float:
     """Put title and subtitle above the axes, and grow the figure by their room; margins are in inches.
 
-    Returns:
-        Where the text ends, as a share of the figure's height.
+    Return where the text ends, as a share of the figure's height.
     """
     width, height = figure.get_size_inches()
     title, subtitle = (textwrap.fill(t, max(20, int(width * k))) for t, k in ((title, 9.5), (subtitle, 13.5)))

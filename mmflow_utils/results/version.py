@@ -35,15 +35,10 @@ def describe_call(
 ) -> dict[str, Any]:
     """Return what `depends_on` must also hold: the experiment and its version, the samples, the arguments.
 
-    Args:
-        measure: the experiment.
-        samples: of each is seen all that it holds and its picture, not where the picture lies.
-        arguments: plain values: numbers, texts, flows, arrays, lists and dicts of these, functions of a module,
-            and `partial` of such functions.
-        version: of an experiment that `VERSIONS` doesn't list.
-
-    Raises:
-        ValueError: an experiment without a version; an argument that can't be told from another by its value.
+    Of a sample is seen all that it holds and its picture, not where the picture lies. Arguments are plain values:
+    numbers, texts, flows, arrays, lists and dicts of these, functions of a module, and `partial` of such functions;
+    what can't be told from another by its value is a ValueError, as is an experiment that neither `VERSIONS` nor
+    `version` gives a version.
     """
     name = measure.__name__
     version = VERSIONS.get(name) if version is None else version
