@@ -130,10 +130,12 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
         images: the images to draw from, by default those of `effects`. Curves that are given the same ones
             share their draws and can be compared draw by draw; a draw without any image of a curve is NaN.
     """
+    effects = effects.dropna(subset=["effect"])
     images = sorted(effects["image_id"].unique()) if images is None else images
-    cells = effects.groupby(["image_id", "layer"])["effect"].agg(["sum", "count"])
-    sums, counts = (cells[name].unstack(fill_value=0).reindex(images, fill_value=0) for name in cells)
-    sums, counts = (table.to_numpy(float).T for table in (sums, counts))
+    layer, layers = pd.factorize(effects["layer"], sort=True)
+    cell, shape = layer * len(images) + pd.Index(images).get_indexer(effects["image_id"]), (len(layers), len(images))
+    sums = np.bincount(cell, effects["effect"], minlength=np.prod(shape)).reshape(shape)
+    counts = np.bincount(cell, minlength=np.prod(shape)).reshape(shape).astype(float)
     return np.vstack([sums.sum(1) / counts.sum(1), resample_means(sums, counts, n_boot, seed)])
 
 

@@ -6,9 +6,8 @@ interval and test here resamples images (clusters), never rows. Knows no model a
     summary = summarize(frame)  # one row per task, flow and layer
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from math import sqrt
 from typing import Any
 from zlib import crc32
 
@@ -84,13 +83,16 @@ def summarize(
     table, sums, counts, clusters = _cluster_table(frame, value, by, cluster)
     low, high = (np.full(len(table), np.nan) for _ in range(2))
     resampled = np.full((n_boot, len(table)), np.nan)
-    for rows, columns, names in _same_clusters(counts, clusters):
+    patterns, which = np.unique(counts > 0, axis=0, return_inverse=True)
+    for n in np.flatnonzero(patterns.any(1)):  # the groups that have the very same clusters
+        rows, columns = np.flatnonzero(which == n), np.flatnonzero(patterns[n])
         # A set of clusters always gets the same draws.
-        seeds = [seed, crc32("\n".join(names).encode())]
+        seeds = [seed, crc32("\n".join(clusters[columns]).encode())]
         resampled[:, rows] = resample_means(sums[rows][:, columns], counts[rows][:, columns], n_boot, seeds)
-        for row in rows if len(columns) > 1 else ():
-            tail = ndtr(_t_quantile(counts[row], (1 - level) / 2))
-            low[row], high[row] = np.quantile(resampled[:, row], [tail, 1 - tail])
+        tails = ndtr(_t_quantile(counts[rows], (1 - level) / 2))
+        for tail in set(tails) if len(columns) > 1 and not simultaneous_over else ():
+            alike = rows[tails == tail]
+            low[alike], high[alike] = np.quantile(resampled[:, alike], [tail, 1 - tail], axis=0)
     if simultaneous_over is not None:
         smallest = SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest
         along = [column for column in by if column != simultaneous_over]
@@ -238,13 +240,6 @@ def _cluster_table(
     return table, sums, counts, np.asarray(names).astype(str)
 
 
-def _same_clusters(counts: np.ndarray, names: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the groups that have the very same clusters, with these clusters' columns and names."""
-    patterns, which = np.unique(counts > 0, axis=0, return_inverse=True)
-    for n in np.flatnonzero(patterns.any(1)):
-        yield np.flatnonzero(which == n), np.flatnonzero(patterns[n]), names[patterns[n]]
-
-
 def resample_means(
     sums: Float[np.ndarray, "groups clusters"],
     counts: Float[np.ndarray, "groups clusters"],
@@ -258,10 +253,10 @@ def resample_means(
         return (weights @ sums.T) / (weights @ counts.T)
 
 
-def _t_quantile(sizes: Float[np.ndarray, " clusters"], tail: float) -> float:
+def _t_quantile(sizes: Float[np.ndarray, "groups clusters"], tail: float) -> Float[np.ndarray, " groups"]:
     """Lower normal score of the expanded percentile: t in place of z, n - 1 in place of n."""
-    n = max(2.0, sizes.sum() ** 2 / (sizes**2).sum())  # Kish's effective number of clusters
-    return float(sqrt(n / (n - 1)) * stdtrit(n - 1, tail))
+    n = np.maximum(2.0, sizes.sum(1) ** 2 / (sizes**2).sum(1))  # Kish's effective number of clusters
+    return np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail)
 
 
 def _simultaneous(
@@ -283,7 +278,7 @@ def _simultaneous(
         width = np.hypot(resampled[:, rows].std(0), smallest)
         deviation = np.abs(resampled[:, rows] - table["mean"].to_numpy()[rows]) / width
         tail = float(ndtr(-np.quantile(deviation.max(1), level)))
-        half[rows] = np.maximum(width * [-_t_quantile(counts[row], tail) for row in rows], smallest)
+        half[rows] = np.maximum(-width * _t_quantile(counts[rows], tail), smallest)
     mean = table["mean"].to_numpy()
     return mean - half, mean + half
 

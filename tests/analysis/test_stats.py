@@ -134,7 +134,7 @@ def test_the_vectorized_bootstrap_equals_the_plain_one():
         np.concatenate([np.tile(by_image[name], int(times)) for name, times in zip(names, row, strict=True)]).mean()
         for row in weights
     ]
-    tail = stats.ndtr(stats._t_quantile(np.resize([1.0, 2.0, 6.0], 9), 0.05))
+    tail = stats.ndtr(stats._t_quantile(np.resize([1.0, 2.0, 6.0], (1, 9)), 0.05))[0]
     table = stats.summarize(frame, "y", ["group"], n_boot=200, seed=3, level=0.9)
     assert np.allclose(table[["ci_low", "ci_high"]].iloc[0], np.quantile(means, [tail, 1 - tail]), atol=TOLERANCE)
 
