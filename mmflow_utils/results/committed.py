@@ -58,7 +58,8 @@ def _problem(stored: pd.DataFrame, anew: pd.DataFrame, ids: Sequence[str]) -> st
         if name in ("p", "probability") or name.startswith("p_"):
             if not np.allclose(stored[name], anew[name], rtol=0, atol=TOLERANCE, equal_nan=True):
                 return f"{name} differs by {(stored[name] - anew[name]).abs().max():.1e}"
-        elif not pd.api.types.is_float_dtype(stored[name]):
-            if stored[name].astype(str).tolist() != anew[name].astype(str).tolist():
-                return f"{name} differs"
+        elif not pd.api.types.is_float_dtype(stored[name]) and list(map(str, stored[name])) != list(
+            map(str, anew[name])
+        ):
+            return f"{name} differs"
     return None
