@@ -257,11 +257,9 @@ def _sha256_of(file: Path, mtime_ns: int, size: int) -> str:
 @cache
 def _git_commit() -> str | None:
     """Name the project's commit, with `+` where tracked files were changed since; None outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return said.stdout.strip() or None
