@@ -125,7 +125,8 @@ def _read_part(kind: Any, folder: Path, what: str, **options: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    return said if " " in said else f"{type(error).__name__} {said}"  # a KeyError says its key alone
 
 
 def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
@@ -153,6 +154,9 @@ def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTraine
     # An answer is what the model itself finds likeliest: checkpoints bring penalties and temperatures along.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     hf.generation_config = GenerationConfig(**{name: getattr(hf.generation_config, name) for name in ids})
+    for part in hf.modules():  # a checkpoint may say how it wants to hand things out, too
+        if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
+            config.return_dict = True
     # The library forgets which commit a folder of its cache holds; the manifest wants to know.
     hf.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
     return hf.eval().requires_grad_(False)
@@ -205,11 +209,10 @@ def _read_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
 
 def _beside_patches(config: PreTrainedConfig) -> int:
     """Count what a vision tower gives beside its patches: CLIP a class token, SigLIP nothing."""
+    picture = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
     with torch.device("meta"):
-        given = AutoModel.from_config(config, attn_implementation="sdpa")(
-            torch.empty(1, 3, config.image_size, config.image_size)
-        )
-    return given.last_hidden_state.shape[1] - (config.image_size // config.patch_size) ** 2
+        given = AutoModel.from_config(config, attn_implementation="sdpa")(picture)[0]
+    return given.shape[1] - (config.image_size // config.patch_size) ** 2
 
 
 def _check_picture(model: VLM, folder: Path) -> None:

@@ -3,7 +3,6 @@
 hf = merge_adapter(hf, folder)
 """
 
-import json
 import warnings
 from contextlib import redirect_stderr
 from io import StringIO
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mmflow_utils.models.sources import find_checkpoint, gguf_file
+from mmflow_utils.models.sources import find_checkpoint, gguf_file, read_json
 
 __all__ = ["adapter_base", "language_weights", "merge_adapter"]
 
@@ -29,7 +28,7 @@ def adapter_base(folder: Path) -> str | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     if config.get("peft_type") not in ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "IA3"):
         raise ValueError(
             f"Expected in {folder} an adapter that can be merged into the weights, such as LoRA, got "
@@ -37,6 +36,8 @@ def adapter_base(folder: Path) -> str | None:
         )
     if not config.get("base_model_name_or_path"):
         raise ValueError(f"{file} names no base_model_name_or_path: write the base's folder or hub name there.")
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would take pickled ones
+        raise ValueError(f"Expected adapter_model.safetensors in {folder} (weights are read from safetensors only).")
     return config["base_model_name_or_path"]
 
 

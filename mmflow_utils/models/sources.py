@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.params import ROOT, project_path
 
-__all__ = ["find_checkpoint", "gguf_file"]
+__all__ = ["find_checkpoint", "gguf_file", "read_json"]
 
 WEIGHTS = ROOT / ".cache" / "weights"  # what was taken out of packages
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -57,6 +58,17 @@ def gguf_file(folder: Path) -> str | None:
     """Return the name of the only GGUF file in a folder that has no safetensors, or None."""
     found = sorted(file.name for file in folder.glob("*.gguf"))
     return found[0] if len(found) == 1 and not any(folder.glob("*.safetensors")) else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one of a checkpoint's small files, and name it where it holds something else."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON ({error}): fetch it again.") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"Expected names and values in {file}, got a {type(held).__name__}: fetch it again.")
+    return held
 
 
 def _from_hub(checkpoint: str, revision: str | None, folder: Path) -> Path:
@@ -102,7 +114,7 @@ def _incomplete(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({*read_json(index).get("weight_map", {}).values()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         return f"{missing[0]} (weights are read from safetensors only)"

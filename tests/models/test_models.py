@@ -109,8 +109,10 @@ def test_attention_is_fused_in_every_part_whatever_a_checkpoint_says(family, sto
     config = json.loads((folder / "config.json").read_text())
     for part in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
         part["_attn_implementation"] = stored
+        part |= {"return_dict": False, "output_hidden_states": True, "use_cache": False, "attention_dropout": 0.9}
     (folder / "config.json").write_text(json.dumps(config))
     model = load_model(wanted(folder, prompt="{question}"))
+    assert check_model(model, encode(model, tiny_sample(tmp_path))).passed.all()
     configs = [part.config for part in model.hf.modules() if hasattr(part, "config")]
     assert {config._attn_implementation for config in configs} == {"sdpa"}
 
@@ -286,6 +288,10 @@ def test_a_missing_shard_and_a_cut_file_are_named(stored, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="model-00002"):
         find_checkpoint(str(folder))
+    for text, said in (("{", "index.json is no valid JSON"), ("[]", "Expected names and values in .*index.json, got")):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            find_checkpoint(str(folder))
     (folder / "model.safetensors.index.json").unlink()
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -112,6 +112,13 @@ def test_what_cannot_be_merged_exactly_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=said) as refused:
             load_model(wanted(folder))
         assert "\n" not in str(refused.value)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "assets/mini"}')
+    torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="Expected adapter_model.safetensors in .* safetensors only"):
+        load_model(wanted(folder))
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json is no valid JSON"):
+        load_model(wanted(folder))
     with pytest.raises(ValueError, match="can't be merged exactly into quantized weights"):
         hf = load_model(wanted(MINI)).hf
         hf.is_quantized = True
