@@ -177,7 +177,5 @@ class Explorer(widgets.VBox):
         png = BytesIO()
         self.figure.savefig(png, format="png", dpi=90)
         data = base64.b64encode(png.getvalue()).decode()
-        self.said.value = escape(self.sentence)
-        self.view.value = (
-            f'<img src="data:image/png;base64,{data}" alt="{escape(self.sentence)}" style="max-width:100%">'
-        )
+        self.said.value = words = escape(self.sentence)
+        self.view.value = f'<img src="data:image/png;base64,{data}" alt="{words}" style="max-width:100%">'

@@ -77,9 +77,7 @@ def summarize(
     if n_boot < 100 or not 0 < level < 1:
         raise ValueError(f"expected n_boot >= 100 and 0 < level < 1, got n_boot={n_boot} and level={level}")
     if simultaneous_over is not None and simultaneous_over not in by:
-        raise ValueError(
-            f"simultaneous_over={simultaneous_over!r} is not one of the grouping columns {by}: add it to `by`"
-        )
+        raise ValueError(f"simultaneous_over={simultaneous_over!r} is not one of the grouping columns {by}: add it")
     table, sums, counts, clusters = _cluster_table(frame, value, by, cluster)
     low, high = (np.full(len(table), np.nan) for _ in range(2))
     resampled = np.full((n_boot, len(table)), np.nan)
@@ -157,9 +155,7 @@ def paired_difference(
         sides.append(side)
     pairs = sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
     if pairs.empty:
-        raise ValueError(
-            f"no row of {a!r} has a partner in {b!r} with the same {keys}: were both run on the same samples?"
-        )
+        raise ValueError(f"no row of {a!r} pairs with one of {b!r} in {keys}: were both run on the same samples?")
     pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
     table = summarize(pairs, "difference", by, n_boot=n_boot, seed=seed)
     _, sums, counts, _ = _cluster_table(pairs, "difference", by, "image_id")
@@ -211,14 +207,10 @@ def _cluster_table(
     if frame.empty:
         raise ValueError(f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?")
     values = frame[value].to_numpy(dtype=float, na_value=np.nan)
-    if np.isinf(values).any():
-        raise ValueError(
-            f"{int(np.isinf(values).sum())} values of {value!r} are infinite: leave out rows with p_base = 0"
-        )
-    if cluster and frame[cluster].isna().any():
-        raise ValueError(
-            f"{frame[cluster].isna().sum()} rows have no {cluster!r}: fill it in, or choose another cluster"
-        )
+    if n_infinite := int(np.isinf(values).sum()):
+        raise ValueError(f"{n_infinite} values of {value!r} are infinite: leave out rows with p_base = 0")
+    if cluster and (n_missing := int(frame[cluster].isna().sum())):
+        raise ValueError(f"{n_missing} rows have no {cluster!r}: fill it in, or choose another cluster")
     groups = frame.groupby(by, dropna=False, observed=True)
     for name in SETTINGS:
         if name in frame and name not in by and groups[name].nunique().max() > 1:

@@ -34,9 +34,7 @@ def plot_prompt(tokens: Sequence[str], positions: Any) -> HTML:
     sets = {name: tuple(at) for name, at in getattr(positions, "sets", positions).items()}
     drawn = [n for n in sets if sets[n] and "_without_" not in n and (n != "options" or "option_true" not in sets)]
     if (furthest := max((p for name in drawn for p in sets[name]), default=-1)) >= len(tokens):
-        raise ValueError(
-            f"a set holds position {furthest}, but there are {len(tokens)} tokens: are image tokens expanded?"
-        )
+        raise ValueError(f"a set holds position {furthest}, but there are {len(tokens)} tokens: are images expanded?")
     owner: dict[int, str] = {}
     for name in sorted(drawn, key=lambda n: -len(sets[n])):  # smaller sets last, so that they win
         owner |= dict.fromkeys(sets[name], name)

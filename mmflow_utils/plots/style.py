@@ -102,7 +102,7 @@ STYLE: dict[str, Any] = {  # what differs from matplotlib's own defaults
 
 
 def set_style() -> None:
-    """Return the figures you draw by hand the look of ours, for the rest of the session."""
+    """Let the figures that you draw by hand look like ours, for the rest of the session."""
     plt.style.use(["default", STYLE])
 
 
