@@ -45,7 +45,7 @@ def measure_times(
         decoder runs; from_layer and n_kept.
     """
     embeds = prompt_embeds(model, encoded)
-    n_tokens, rows = embeds.shape[1], []
+    position, rows = int(embeds[1].max()) + 1, []
 
     def whole_prompt() -> tuple[int, Any]:
         out = model.hf(**encoded.inputs, use_cache=True, logits_to_keep=1)
@@ -58,7 +58,7 @@ def measure_times(
                 reading, _ = _timed(model, lambda: int(read_prompt(model, embeds)[0].argmax()))
                 prompt, (first, cache) = _timed(model, whole_prompt)
                 decoding, _ = _timed(
-                    model, lambda first=first, cache=cache: continue_prompt(model, first, cache, n_tokens, n_new)
+                    model, lambda first=first, cache=cache: continue_prompt(model, first, cache, position, n_new)
                 )
             seconds = (encoder, reading, prompt, decoding, prompt + decoding)
             shared = {"way": way, "round": n, **_counted(model, encoded, pruning, n_new)}

@@ -29,6 +29,7 @@ from mmflow_utils.prompts.flows import Variant
 __all__ = ["Pruning", "Removal", "compare_to_knockout", "greedy_decode", "image_tokens_removed", "read_prompt"]
 
 CHOICES = ("random", "attention")
+Prompt = tuple[Float[Tensor, "1 n d"], Tensor]  # what enters the decoder, and its positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,43 +168,41 @@ def check_pruning(model: VLM, encoded: Encoded, pruning: Pruning) -> None:
         )
 
 
-def prompt_embeds(model: VLM, encoded: Encoded) -> Float[Tensor, "1 n d"]:
-    """Encode a prompt's picture and return what enters the decoder's first layer.
+def prompt_embeds(model: VLM, encoded: Encoded) -> Prompt:
+    """Encode a prompt's picture and return what enters the decoder's first layer, and at which positions.
 
     Raises:
-        ValueError: A prompt without picture; a model that isn't itself when it reads these alone: it counts positions
-            in three dimensions, say, or lets the tokens of an image attend to one another.
+        ValueError: A prompt without picture; a model that isn't itself when it reads these alone, as it lets the tokens
+            of an image attend to one another, say.
     """
     image_positions(encoded)  # refuses a prompt without
     given, own = text_inputs(model, encoded.inputs)
-    embeds, at = given["inputs_embeds"], given.get("position_ids")
-    advice = f"removing image tokens isn't proven for {model.name}, choose another model"
-    if at is not None and not (at == torch.arange(embeds.shape[1], device=at.device)).all():
-        raise ValueError(f"Expected positions that count the prompt's tokens, but this model's don't: {advice}.")
     need_numbers(encoded, own)
-    both = probabilities(read_prompt(model, embeds)[0]), probabilities(own[0])
+    embeds, at = given["inputs_embeds"], given.get("position_ids")
+    prompt = embeds, torch.arange(embeds.shape[1], device=embeds.device)[None] if at is None else at
+    both = probabilities(read_prompt(model, prompt)[0]), probabilities(own[0])
     names = ("A prompt read without its picture's path", "the library's own output")
+    advice = f"removing image tokens isn't proven for {model.name}, choose another model"
     check_close(encoded, *both, tolerance=rounding(model.dtype), names=names, advice=advice)
-    return embeds
+    return prompt
 
 
 @torch.inference_mode()
-def read_prompt(model: VLM, embeds: Float[Tensor, "1 n d"]) -> tuple[Float[Tensor, " vocab"], Cache]:
+def read_prompt(model: VLM, prompt: Prompt) -> tuple[Float[Tensor, " vocab"], Cache]:
     """Run the decoder over a prompt whose picture is already encoded; return its last logits and a cache."""
-    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    out = model.text(inputs_embeds=embeds, position_ids=positions, use_cache=True)
+    out = model.text(inputs_embeds=prompt[0], position_ids=prompt[1], use_cache=True)
     return model.unembed(out.last_hidden_state[:, -1:])[0, -1], out.past_key_values
 
 
 @torch.inference_mode()
 def continue_prompt(
-    model: VLM, first: int, cache: Cache, n_tokens: int, n_new: int, *, stop: Sequence[int] = ()
+    model: VLM, first: int, cache: Cache, position: int, n_new: int, *, stop: Sequence[int] = ()
 ) -> list[int]:
-    """Decode greedily until there are `n_new` new tokens, of which the first is given, or one of `stop`."""
+    """Decode greedily until there are `n_new` new tokens, of which the first is given and stands at `position`."""
     new = [first]
     while len(new) < n_new and new[-1] not in stop:
         # Positions are counted in the whole prompt: a cache without the image would count fewer.
-        at = torch.tensor([[n_tokens + len(new) - 1]], device=model.device)
+        at = torch.tensor([[position + len(new) - 1]], device=model.device)
         ids = torch.tensor([[new[-1]]], device=model.device)
         out = model.text(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True)
         new.append(int(model.unembed(out.last_hidden_state[:, -1:])[0, -1].argmax()))
@@ -215,7 +214,7 @@ def greedy_decode(
     encoded: Encoded,
     pruning: Pruning | None = None,
     *,
-    embeds: Float[Tensor, "1 n d"] | None = None,
+    embeds: Prompt | None = None,
     max_new_tokens: int = 8,
 ) -> list[int]:
     """Answer greedily, with or without image tokens, and return the new tokens.
@@ -236,7 +235,9 @@ def greedy_decode(
     stop = [ends] if isinstance(ends, int) else list(ends or ())
     with image_tokens_removed(model, encoded, pruning):
         logits, cache = read_prompt(model, embeds)
-        return continue_prompt(model, int(logits.argmax()), cache, embeds.shape[1], max_new_tokens, stop=stop)
+        # Where positions have three dimensions, those of an image are fewer than its tokens.
+        position = int(embeds[1].max()) + 1
+        return continue_prompt(model, int(logits.argmax()), cache, position, max_new_tokens, stop=stop)
 
 
 @torch.inference_mode()
