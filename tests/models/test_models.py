@@ -75,6 +75,45 @@ def test_a_stored_model_comes_back_as_it_was(family, tmp_path):
     assert back.processor.image_processor.backend == "pil"
 
 
+def test_the_old_layout_with_its_constants_and_without_metadata_is_the_same_model(stored, tmp_path):
+    folder = copy(stored, tmp_path / "m", without=[])
+    held = load_file(folder / "model.safetensors").items()
+    weights = {name.replace("model.language_model.", "language_model.model."): weight for name, weight in held}
+    layers = "language_model.model.layers"
+    weights |= {f"{layers}.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(4)}
+    save_file(weights, folder / "model.safetensors")
+    old, new = load_model(wanted(folder)), load_model(wanted(stored))
+    encoded = encode(new, tiny_sample(tmp_path))
+    with torch.inference_mode():
+        assert torch.equal(old.hf(**encoded.inputs).logits, new.hf(**encoded.inputs).logits)
+
+
+@pytest.mark.parametrize("more", ["tied", "padded"])
+def test_tied_embeddings_and_rows_beyond_the_vocabulary_are_as_stored(more, tmp_path):
+    model = tiny_vlm("gemma3" if more == "tied" else "llava", n_layers=1)
+    if more == "tied":
+        model.hf.config.tie_word_embeddings = model.text.config.tie_word_embeddings = True
+        model.hf.tie_weights()
+        assert model.unembed.weight is model.text.embed_tokens.weight
+    else:
+        model.hf.resize_token_embeddings(len(model.tokenizer) + 14, mean_resizing=False)
+    back = load_model(wanted(save(model, tmp_path / "m")))
+    encoded = encode(back, tiny_sample(tmp_path))
+    assert check_model(back, encoded).passed.all()
+    with torch.inference_mode():
+        assert torch.equal(model.hf(**encoded.inputs).logits, back.hf(**encoded.inputs).logits)
+
+
+def test_a_byte_pair_tokenizer_that_takes_whole_words_first_is_served(tmp_path):
+    core = json.loads(byte_level().backend_tokenizer.to_str())
+    core["model"]["ignore_merges"] = True  # as Llama 3's
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
+    model = replace(tiny_vlm("llama", prompt="{question} ASSISTANT:"), tokenizer=tokenizer)
+    encoded = encode(model, tiny_sample(tmp_path, question="Is the ball left or right, blue?", objects=()))
+    names = [encoded.tokens[p].strip() for p in encoded.positions["option_true"]]
+    assert "".join(names) == "left" and "option_false" in encoded.positions
+
+
 def test_a_package_that_a_processor_wants_is_named(tmp_path, monkeypatch):
     save(tiny_vlm("smolvlm"), tmp_path / "m")
     monkeypatch.setattr(processing_smolvlm, "num2words", None)

@@ -59,6 +59,29 @@ def test_an_animated_picture_shows_its_first_frame(stored):
         assert loaded.getpixel((4, 4)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("mode", "ending", "options"),
+    [
+        ("P", "png", {}), ("LA", "png", {}), ("1", "png", {}), ("YCbCr", "jpg", {}), ("RGB", "avif", {}),
+        ("RGB", "jpg", {"format": "PNG"}),  # its ending lies
+        ("RGB", "webp", {"save_all": True}), ("RGB", "mpo", {"save_all": True}),  # of several pictures the first
+    ],
+)  # fmt: skip
+def test_pictures_of_every_kind_are_read(stored, mode, ending, options):
+    first, second = (Image.new("RGB", (8, 8), color).convert(mode) for color in ("white", "black"))
+    options = options | ({"append_images": [second]} if "save_all" in options else {})
+    assert min(stored(first, ending, **options).getpixel((4, 4))) > 250
+
+
+@pytest.mark.parametrize(
+    "held", [b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", b"<!DOCTYPE html>", b""]
+)
+def test_what_only_bears_a_pictures_name_is_refused(tmp_path, held):
+    (tmp_path / "23.jpg").write_bytes(held)
+    with pytest.raises(ValueError, match="sample q1: picture .*23.jpg is broken .*; fetch it again"):
+        load_image(tiny_sample(tmp_path, image=tmp_path / "23.jpg"))
+
+
 @pytest.mark.parametrize(("mode", "clear"), [("P", 0), ("RGB", (9, 9, 9)), ("L", 9)])
 def test_what_is_clear_is_white_and_not_the_color_below(stored, mode, clear):
     picture = Image.new(mode, (8, 8), clear)

@@ -35,6 +35,7 @@ def run(tmp_path):
     def run(**environment):
         given = [sys.executable, "-c", RUN, str(tmp_path / "02_flow.ipynb"), str(tmp_path / "tiny.yaml")]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON", "MPL"))}
+        kept = {} if "LC_ALL" in environment else kept  # as `env -i`
         done = subprocess.run(given, cwd=ROOT, env=kept | environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         executed = nbformat.read(tmp_path / "out" / "mini" / "02_flow.ipynb", as_version=4)
@@ -57,3 +58,8 @@ def test_without_a_home_caches_lie_in_the_project(run):
     (_, *places), said = run(HOME="/dev/null/home")
     assert places == [str(ROOT / ".cache" / "mplconfigdir")] * 2
     assert "not a writable" not in said and "temporary cache" not in said
+
+
+def test_next_to_no_environment_is_enough(run):
+    (executable, *_), _ = run(LC_ALL="C", TMPDIR="/no/such/folder", MPLBACKEND="TkAgg")
+    assert executable == sys.executable
