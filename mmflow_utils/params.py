@@ -252,7 +252,7 @@ def _remedy(name: str, value: Any, problem: str) -> str:
     if problem == "float_type" and re.fullmatch(r"[-+]?\d+e[-+]?\d+", text):
         return f"; YAML reads {text} as text, write the number with a point, as in 1.0e-4"
     if problem == "list_type" and text:
-        return f"; papermill's -p passes this as text: write -y '{name}: [{text}]'"
+        return f"; papermill's -p passes this as text: write -y '{name}: [{text.strip('[] ')}]'"
     if problem in ("bool_type", "int_type", "float_type") and re.fullmatch(r"true|false|[-+]?\d+\.?\d*", text):
         return f"; it came as text, as papermill's -p passes it: write -y '{name}: {text}'"
     return ""

@@ -226,6 +226,7 @@ def test_an_own_parameter_without_a_value_is_missing():
     [
         ("threshold = '1e-4'", r"threshold = '1e-4'.*as in 1\.0e-4"),
         ("tasks = 'X'", r"tasks = 'X'.*list .*write -y 'tasks: \[X\]'"),
+        ("tasks = '[X, Y]'", r"tasks = '.*list .*write -y 'tasks: \[X, Y\]'"),
         ("do_pad = 'false'", "do_pad = 'false'.*boolean .*write -y 'do_pad: false'"),
         ("n_samples = '24'", "n_samples = '24'.*integer .*write -y 'n_samples: 24'"),
         ("revision = 1234567", "revision = 1234567.*string .*with -r revision 1234567"),
