@@ -123,7 +123,8 @@ def curate(
     """
     samples, kept, rows = list(samples), [], []
     for task in tasks:
-        left, correct = _shuffled([s for s in samples if s.task == task], seed), []
+        left = _shuffled([s for s in samples if s.task == task], seed)
+        correct: list[Sample] = []
         while left and (n := n_samples - len(correct)):  # so many more have to be asked in any case
             record = ask(model, left[:n])
             correct += [sample for sample, is_right in zip(left[:n], record.correct, strict=True) if is_right]
