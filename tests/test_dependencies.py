@@ -119,5 +119,5 @@ def test_the_workflow_on_github_runs_targets_that_exist_on_pythons_that_we_promi
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     runs = jobs["test"]["strategy"]["matrix"]["include"]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    assert {run["target"] for run in runs} == {"test", "quick"} <= set(targets)
+    assert {run["target"] for run in runs} == {"test", "regression", "quick"} <= set(targets)
     assert all(SpecifierSet(PROJECT["requires-python"]).contains(run["python"]) for run in runs)
