@@ -10,7 +10,7 @@ from traitlets import default
 from mmflow_utils.params import ROOT
 
 # Each has the settings and caches of a person, which a batch must not depend on: the home may be missing or read-only.
-IN_THE_PROJECT = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
+IN_THE_PROJECT = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
 
 
 class OwnKernel(AsyncKernelManager):
@@ -27,6 +27,7 @@ class OwnKernel(AsyncKernelManager):
 
 def keep_caches_here() -> None:
     """Let Jupyter, IPython and matplotlib keep what they keep in `.cache/`, unless the environment names a place."""
+    os.environ["IPYTHONDIR"] = str(ROOT / ".cache" / "ipythondir")  # startup files elsewhere would run in notebooks
     for name in IN_THE_PROJECT:
         os.environ.setdefault(name, str(ROOT / ".cache" / name.lower()))
     home = Path(os.path.expanduser("~/.cache"))

@@ -60,6 +60,9 @@ def test_without_a_home_caches_lie_in_the_project(run):
     assert "not a writable" not in said and "temporary cache" not in said
 
 
-def test_next_to_no_environment_is_enough(run):
-    (executable, *_), _ = run(LC_ALL="C", TMPDIR="/no/such/folder", MPLBACKEND="TkAgg")
+def test_next_to_no_environment_is_enough_and_nobodys_startup_files_run(run, tmp_path):
+    startup = tmp_path / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text("import sys; sys.executable = 'another'")
+    (executable, *_), _ = run(LC_ALL="C", TMPDIR="/no/such/folder", MPLBACKEND="TkAgg", IPYTHONDIR=str(tmp_path))
     assert executable == sys.executable
