@@ -119,6 +119,11 @@ class PackedPass:
 
     def _after(self, i: int, layer: nn.Module, args: tuple, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
+        if self.clean.key is None:
+            raise ValueError(
+                f"{self.model.name} attends in code of its own, not through the library's interface, so that the sweep "
+                "can't take part in it: set method to reference."
+            )
         self._remember(hidden[0, self.read] if i < self.last else hidden[0])
         for some in self._slices(i):
             index, out = self._through(i, layer, some)

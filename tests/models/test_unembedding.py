@@ -14,6 +14,8 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    StableLmConfig,
 )
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -92,6 +94,17 @@ def test_a_wrapper_that_does_more_than_it_shows_is_refused_by_every_engine(tmp_p
     for measure in (run_sweep, run_reference):
         with pytest.raises(ValueError, match="Norm and unembedding and the library's own output differ by .* fit this"):
             measure(model, encoded, [])
+
+
+@pytest.mark.parametrize("kind", [NemotronConfig, StableLmConfig])
+def test_attention_in_code_of_its_own_is_for_the_reference_alone(kind, tmp_path):
+    model = text_only(kind)
+    encoded = encode(model, tiny_sample(tmp_path))
+    planned = variants(encoded.positions, [QUESTION_TO_LAST], window=1, n_layers=model.n_layers)
+    with pytest.raises(ValueError, match="attends in code of its own.*set method to reference"):
+        run_sweep(model, encoded, planned)
+    assert check_model(model, encoded)["passed"].all()
+    assert run_reference(model, encoded, planned).variants.isfinite().all()
 
 
 def test_attention_that_the_fused_kernel_can_not_do_is_refused_at_load(tmp_path):
