@@ -155,10 +155,7 @@ class VLM:
         newline = torch.full((patches.shape[-1],), torch.nan)
         strategy = self.hf.config.vision_feature_select_strategy
         packed, _ = self.hf.pack_image_features(
-            [patches],
-            inputs["image_sizes"].cpu(),
-            vision_feature_select_strategy=strategy,
-            image_newline=newline,
+            [patches], inputs["image_sizes"].cpu(), vision_feature_select_strategy=strategy, image_newline=newline
         )
         return packed[0]
 

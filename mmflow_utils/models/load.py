@@ -33,7 +33,7 @@ from transformers.utils import logging
 from mmflow_utils.models.adapter import FAMILIES, VLM, compute_device
 from mmflow_utils.models.partial import adapter_base, language_weights, merge_adapter
 from mmflow_utils.models.precision import find_device, weights_options
-from mmflow_utils.models.sources import find_checkpoint, gguf_file
+from mmflow_utils.models.sources import find_checkpoint, gguf_file, reason_of
 
 __all__ = ["load_model", "pictures_only"]
 
@@ -121,12 +121,7 @@ def _read_part(kind: Any, folder: Path, what: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # what a broken file raises depends on where it is broken
-        raise ValueError(f"Expected {what} in {folder}, but it can't be read: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
-    return said if " " in said else f"{type(error).__name__} {said}"  # a KeyError says its key alone
+        raise ValueError(f"Expected {what} in {folder}, but it can't be read: {reason_of(error)}") from None
 
 
 def _read_weights(kind: Any, folder: Path, options: dict[str, Any]) -> PreTrainedModel:
@@ -231,7 +226,7 @@ def _check_picture(model: VLM, folder: Path) -> None:
         if not reached:
             raise ValueError(
                 f"Expected a picture processor and a vision tower that cut a picture alike in {folder}, but they don't "
-                f"(vision_feature_select_strategy, patch_size or the picture's size is to blame): {_reason(error)}"
+                f"(vision_feature_select_strategy, patch_size or the picture's size is to blame): {reason_of(error)}"
             ) from None
     finally:
         hook.remove()

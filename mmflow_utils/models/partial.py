@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mmflow_utils.models.sources import find_checkpoint, gguf_file, read_json
+from mmflow_utils.models.sources import find_checkpoint, gguf_file, read_json, reason_of
 
 __all__ = ["adapter_base", "language_weights", "merge_adapter"]
 
@@ -59,8 +59,7 @@ def merge_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
             warnings.simplefilter("ignore")  # it looks for the base by its name, which is loaded already
             adapted = PeftModel.from_pretrained(hf, str(folder))
     except Exception as error:  # what a file that doesn't fit raises depends on where it doesn't
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"The adapter in {folder} doesn't fit its base: {reason[:200]}") from error
+        raise ValueError(f"The adapter in {folder} doesn't fit its base: {reason_of(error)[:200]}") from None
     _check_complete(adapted, folder)
     return adapted.merge_and_unload(safe_merge=True)
 

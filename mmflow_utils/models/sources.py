@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.params import ROOT, project_path
 
-__all__ = ["find_checkpoint", "gguf_file", "read_json"]
+__all__ = ["find_checkpoint", "gguf_file", "read_json", "reason_of"]
 
 WEIGHTS = ROOT / ".cache" / "weights"  # what was taken out of packages
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -69,6 +69,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise ValueError(f"Expected names and values in {file}, got a {type(held).__name__}: fetch it again.")
     return held
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what a library says; a KeyError says its key alone."""
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    return said if " " in said else f"{type(error).__name__} {said}"
 
 
 def _from_hub(checkpoint: str, revision: str | None, folder: Path) -> Path:

@@ -12,26 +12,11 @@ from typing import Literal, get_args
 from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = [
-    "CAPTIONS_TO_LAST",
-    "EDGE_INTERVENTIONS",
-    "FLOW_TO_LAST",
-    "Flow",
-    "IMAGE_PATCHES_TO_QUESTION",
-    "IMAGE_TO_PARTS",
-    "IMAGE_TO_QUESTION",
-    "Intervention",
-    "MODULE_INTERVENTIONS",
-    "OTHER_PATCHES_TO_PARTS",
-    "PARTS_TO_LAST",
-    "PARTS_TO_PARTS",
-    "RELATED_PATCHES_TO_PARTS",
-    "Variant",
-    "flow_problem",
-    "pretty_name",
-    "variants",
-    "window_layers",
-    "window_sizes",
-]
+    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOW_TO_LAST", "Flow", "IMAGE_PATCHES_TO_QUESTION", "IMAGE_TO_PARTS",
+    "IMAGE_TO_QUESTION", "Intervention", "MODULE_INTERVENTIONS", "OTHER_PATCHES_TO_PARTS", "PARTS_TO_LAST",
+    "PARTS_TO_PARTS", "RELATED_PATCHES_TO_PARTS", "Variant", "flow_problem", "pretty_name", "variants",
+    "window_layers", "window_sizes",
+]  # fmt: skip
 
 Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
 Placement = Literal["centered", "forward"]

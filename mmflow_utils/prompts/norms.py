@@ -107,10 +107,8 @@ def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:
     encoded = encode(model, sample)
     positions, norms = encoded.positions, patch_norms(model, encoded)
     high = {p for p, norm in zip(positions["image"], norms, strict=True) if norm > threshold}
-    found, missing = (
-        {"image_high_norm": sorted(high)},
-        {"image_high_norm": f"no image patch has a norm above {threshold:.1f}"},
-    )
+    found = {"image_high_norm": sorted(high)}
+    missing = {"image_high_norm": f"no image patch has a norm above {threshold:.1f}"}
     for name in ("image_related", "image_other"):
         found[f"{name}_low_norm"] = [p for p in positions.get(name) if p not in high]
         missing[f"{name}_low_norm"] = positions.missing.get(name, "all its image patches have a high norm")

@@ -25,13 +25,8 @@ _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 # covered too, "grandchild", "salesperson".
 _PLURALS = [(r"\Z", "s"), (r"(s|x|z|ch|sh|o)\Z", r"\1es"), (r"z\Z", "zzes"), (r"y\Z", "ies"), (r"fe?\Z", "ves")]
 _PLURALS += [(r"man\Z", "men"), (r"us\Z", "i"), (r"child\Z", "children"), (r"die\Z", "dice"), (r"foot\Z", "feet")]
-_PLURALS += [
-    (r"goose\Z", "geese"),
-    (r"mouse\Z", "mice"),
-    (r"ox\Z", "oxen"),
-    (r"person\Z", "people"),
-    (r"tooth\Z", "teeth"),
-]
+_PLURALS += [(r"goose\Z", "geese"), (r"mouse\Z", "mice"), (r"ox\Z", "oxen"), (r"person\Z", "people")]
+_PLURALS += [(r"tooth\Z", "teeth")]
 
 
 @dataclass(frozen=True)
