@@ -63,10 +63,12 @@ class LlavaRecipe:
     shown: Literal["picture", "caption"] = "picture"
     frozen: bool = False  # the language model stays as it is
     seed: int = 6
+    word_scenes: int = 400  # from which the projector learns to say the words for what a patch shows
+    word_steps: int = 400
     align_steps: int = 150
     lead_steps: int = 800  # in which simple questions and whole descriptions lead
-    instruct_steps: int = 4000
-    decay_steps: int = 800  # at the end, in which the rate falls to nothing
+    instruct_steps: int = 1750
+    decay_steps: int = 275  # at the end, in which the rate falls to nothing
     warm_up: int = 50
     scenes: int = 2  # in a step
     rank: int = 16
@@ -243,11 +245,11 @@ class LlavaTrainer(Course):
     def _n_patches(self) -> int:
         return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
 
-    def _begin_with_words(self, n_scenes: int = 400, steps: int = 400) -> None:
+    def _begin_with_words(self) -> None:
         """Fit the projector to the sum of the word embeddings of what each patch shows."""
-        rng = np.random.default_rng(7)
-        scenes = [sample_scene(rng) for _ in range(n_scenes)]
-        features = torch.cat([self.features(scenes[i : i + 50]) for i in range(0, n_scenes, 50)]).flatten(0, 1)
+        rng, steps = np.random.default_rng(7), self.recipe.word_steps
+        scenes = [sample_scene(rng) for _ in range(self.recipe.word_scenes)]
+        features = torch.cat([self.features(scenes[i : i + 50]) for i in range(0, len(scenes), 50)]).flatten(0, 1)
         truth = {name: held.flatten(0, 1) for name, held in patch_truth(scenes, round(self._n_patches**0.5)).items()}
         shown = (truth["category"] > 0).unsqueeze(-1)
         wanted = torch.stack([self._word(place) for place in PLACES])[truth["place"]] * ~shown

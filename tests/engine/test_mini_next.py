@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from miniature.next import NEXT_RECIPE, begin
 from miniature.train import Recipe
@@ -110,7 +110,9 @@ def test_it_began_with_the_weights_of_mini_and_their_heads_averaged_in_pairs():
             assert torch.equal(weight, mini[name]), name
 
 
-def test_a_recipe_that_begins_with_nothing_begins_with_random_weights():
+def test_a_recipe_that_begins_with_nothing_begins_with_random_weights(monkeypatch):
+    stored = AutoTokenizer.from_pretrained(ROOT / "assets" / "mini")
+    monkeypatch.setattr("miniature.next.build_tokenizer", lambda seed: stored)
     model, _ = begin(Recipe())
     mini = LlavaForConditionalGeneration.from_pretrained(ROOT / "assets" / "mini")
     assert type(model) is LlavaForConditionalGeneration and model.lm_head.weight.std() < 0.03

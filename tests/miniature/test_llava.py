@@ -1,5 +1,7 @@
 """The recipe around a language model, here a small one: it trains, resumes, and what is stored loads merged."""
 
+import tempfile
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,8 @@ from mmflow_utils.params import QUESTION_PROMPT
 pytestmark = pytest.mark.slow
 
 BASE = "assets/mini-text"
-FEW = dict(align_steps=2, lead_steps=1, instruct_steps=4, decay_steps=2, warm_up=1, eval_every=2, eval_scenes=6)
+FEW = dict(word_scenes=20, word_steps=10, align_steps=2, lead_steps=1, instruct_steps=4, decay_steps=2, warm_up=1)
+FEW |= dict(eval_every=2, eval_scenes=6)
 KINDS = {
     "picture": LlavaRecipe(**FEW),
     "frozen": LlavaRecipe(**FEW, frozen=True),
@@ -33,8 +36,10 @@ def small(monkeypatch):
     monkeypatch.setattr(llava, "DESCRIBED", "\n{question} ASSISTANT:")
 
 
-def trained(recipe, folder):
-    trainer = LlavaTrainer(recipe, folder)
+@cache
+def trained(kind):
+    """A trainer at its end, and the weights that it began with."""
+    trainer = LlavaTrainer(KINDS[kind], tempfile.mkdtemp())
     before = {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
     trainer.align()
     trainer.instruct()
@@ -42,8 +47,8 @@ def trained(recipe, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_the_recipe_names_is_learnt(tmp_path, kind):
-    trainer, before = trained(KINDS[kind], tmp_path)
+def test_only_what_the_recipe_names_is_learnt(kind):
+    trainer, before = trained(kind)
     moved = {name for name, weight in trainer.model.state_dict().items() if not torch.equal(weight, before[name])}
     learnt = {"adapter" if "lora_" in name else "projector" for name in moved}
     assert learnt == {"picture": {"adapter", "projector"}, "frozen": {"projector"}, "caption": {"adapter"}}[kind]
@@ -54,7 +59,7 @@ def test_only_what_the_recipe_names_is_learnt(tmp_path, kind):
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     recipe = KINDS["picture"]
-    whole, _ = trained(recipe, tmp_path / "whole")
+    whole, _ = trained("picture")
     stopped = LlavaTrainer(recipe, tmp_path / "stopped")
     stopped.align()
     fit = stopped.fit
@@ -73,7 +78,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_stored_is_loaded_merged(tmp_path, kind):
     recipe = KINDS[kind]
-    trainer, _ = trained(recipe, tmp_path / "training")
+    trainer, _ = trained(kind)
     folder = tmp_path / "stored"
     record = save.save_llava(trainer, folder, n_scenes=6)
     assert set(record["accuracy_pct"]) == {"intact", "shuffled"} and record["recipe"]["rank"] == recipe.rank

@@ -12,8 +12,9 @@ import pytest
 import torch
 from gqa_operations import MEMBERS, evaluate
 from PIL import Image
+from transformers import AutoTokenizer
 
-from miniature.build import IMAGE_SIZE, MEAN, STD, build_processor, build_tokenizer
+from miniature.build import IMAGE_SIZE, MEAN, STD
 from miniature.dataset import write_split
 from miniature.drawing import draw_scene
 from miniature.facts import write_factual
@@ -182,7 +183,7 @@ def test_things_of_any_frame_can_be_beside_one_another():
 @cache
 def tiles():
     """LLaVA-NeXT's image processor, as mini-next has it."""
-    return build_next_processor(build_processor(build_tokenizer(seed=0)).tokenizer).image_processor
+    return build_next_processor(AutoTokenizer.from_pretrained(ROOT / "assets" / "mini")).image_processor
 
 
 def places_shown(frame):

@@ -15,7 +15,7 @@ from workflow.run_notebook import run_notebook
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]
 
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-FEW = {"model": "mini-next", "tasks": ["ChooseAttr"], "n_samples": 2, "n_boot": 100}
+FEW = {"model": "mini-next", "tasks": ["ChooseAttr"], "n_samples": 1, "n_boot": 100}
 FEW_OF_ITS_OWN = {
     "01_dataset_curation": {"n_per_group": 2},
     "07_efficiency_study": {"n_asked": 1, "depth_step": 6, "n_new": 2, "n_rounds": 1},
