@@ -13,7 +13,7 @@ import torch
 
 from mmflow_utils.engine.pruning import Pruning, continue_prompt, image_tokens_removed, prompt_embeds, read_prompt
 from mmflow_utils.engine.work import equal_work, work_of
-from mmflow_utils.models.adapter import VLM, picture_features
+from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, image_positions
 
 __all__ = ["PARTS", "cost_curves", "measure_times", "plan_times", "summarize_times"]
@@ -45,6 +45,7 @@ def measure_times(
         decoder runs; from_layer and n_kept.
     """
     embeds = prompt_embeds(model, encoded)
+    pixels = {name: held for name, held in encoded.inputs.items() if name.startswith(("pixel_", "image_"))}
     position, rows = int(embeds[1].max()) + 1, []
 
     def whole_prompt() -> tuple[int, Any]:
@@ -54,7 +55,7 @@ def measure_times(
     for n in range(n_rounds + 1):
         for way, pruning in prunings.items():
             with image_tokens_removed(model, encoded, pruning):
-                encoder, _ = _timed(model, lambda: picture_features(model, encoded.inputs))
+                encoder, _ = _timed(model, lambda: model.hf.get_image_features(**pixels))
                 reading, _ = _timed(model, lambda: int(read_prompt(model, embeds)[0].argmax()))
                 prompt, (first, cache) = _timed(model, whole_prompt)
                 decoding, _ = _timed(

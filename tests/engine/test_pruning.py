@@ -372,12 +372,13 @@ def test_a_depth_that_is_not_there_is_refused(swept):
 
 def test_a_model_with_positions_in_three_dimensions_is_pruned_as_any_other(tmp_path):
     model, sample = tiny_vlm("qwen2_5_vl", n_layers=2), tiny_sample(tmp_path)
-    embeds, at = prompt_embeds(model, encode(model, sample))
+    embeds, at = prompt_embeds(model, encoded := encode(model, sample))
     assert at.shape[0] == 3 and int(at.max()) + 1 < embeds.shape[1]
     result = prune_sweep(model, [sample], removed=[1, 2], max_new_tokens=4, progress=False)
     assert result.max_check_diff < 1e-5
     intact = result.frame[result.frame.n_layers_without == 0]
-    assert {*intact.prediction} == {answer(model, encode(model, sample), max_new_tokens=4)}
+    assert {*intact.prediction} == {answer(model, encoded, max_new_tokens=4)}
+    assert len(measure_times(model, encoded, {"intact": None}, n_new=2, n_rounds=1)) == len(PARTS)
 
 
 def test_a_family_for_which_removal_is_not_proven_is_refused_whatever_is_checked(tmp_path):
