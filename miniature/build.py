@@ -70,7 +70,7 @@ def build_tokenizer(*, seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus(seed: int, n_scenes: int = 2000) -> Iterator[str]:
+def _corpus(seed: int, n_scenes: int = 500) -> Iterator[str]:
     """Captions, prompts and answers of random scenes: the text that the tokenizer is trained on."""
     rng = np.random.default_rng(seed)
     for _ in range(n_scenes):
