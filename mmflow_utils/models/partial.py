@@ -68,7 +68,9 @@ def _check_complete(adapted: Any, folder: Path) -> None:
     """Hold what was loaded against the file: PEFT only warns of weights that find no place."""
     from peft import get_peft_model_state_dict
 
-    stored, taken = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # here too
+        stored, taken = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(adapted)
     if lost := sorted(stored.keys() ^ taken.keys()):
         raise ValueError(f"The adapter in {folder} doesn't fit its base: {len(lost)} weights, such as {lost[0]}.")
 

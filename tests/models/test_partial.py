@@ -81,6 +81,16 @@ def test_an_adapter_is_merged_exactly_beside_its_model_or_over_its_base(tmp_path
 
 
 @pytest.mark.slow
+def test_an_adapter_beside_its_model_needs_no_base_to_be_found_and_says_nothing(tmp_path, recwarn):
+    folder = shutil.copytree(MINI, tmp_path / "m")
+    adapter_over_mini(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "nobody/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    recwarn.clear()
+    load_model(wanted(folder))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize("kind", [AdaLoraConfig, BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig])
 def test_every_kind_that_is_taken_merges_exactly(tmp_path, kind):
     base = AutoModelForImageTextToText.from_pretrained(MINI, dtype=torch.float32)
