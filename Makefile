@@ -17,6 +17,7 @@
 
 MODEL ?= mini
 CORES ?= 2
+WORKERS ?= 2
 SHARDS ?= 1
 PYTHON ?= python3
 BIN ?= .venv/bin
@@ -51,12 +52,12 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -rs -n 2
 	@$(MAKE) --no-print-directory regression
 
-# NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't.
+# NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't. With two threads take one of WORKERS.
 regression: $(READY)
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && \
 	stages=$$([ -n "$(NOTEBOOKS)" ] && echo "$(NOTEBOOKS)" || $(BIN)/python -m workflow.graph --stages) && \
 	echo "$$stages" | while read -r notebooks; do \
-	    (set -x; $(NBVAL) -n 2 --dist loadfile $$notebooks </dev/null) || exit 1; done
+	    (set -x; $(NBVAL) -n $(WORKERS) --dist loadfile $$notebooks </dev/null) || exit 1; done
 
 notebooks: $(READY)
 	@notebooks=$$($(BIN)/python -m workflow.graph) && for notebook in $$notebooks; do \
