@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from mmflow_utils.analysis.sentences import TIE, format_number, layer_ranges
-from mmflow_utils.analysis.stats import curves, resample_means, summarize
+from mmflow_utils.analysis.stats import curves, resample_means, summarize, sums_and_counts
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
@@ -133,9 +133,8 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
     effects = effects.dropna(subset=["effect"])
     images = sorted(effects["image_id"].unique()) if images is None else images
     layer, layers = pd.factorize(effects["layer"], sort=True)
-    cell, shape = layer * len(images) + pd.Index(images).get_indexer(effects["image_id"]), (len(layers), len(images))
-    sums = np.bincount(cell, effects["effect"], minlength=np.prod(shape)).reshape(shape)
-    counts = np.bincount(cell, minlength=np.prod(shape)).reshape(shape).astype(float)
+    image = pd.Index(images).get_indexer(effects["image_id"])
+    sums, counts = sums_and_counts(layer, image, effects["effect"], (len(layers), len(images)))
     return np.vstack([sums.sum(1) / counts.sum(1), resample_means(sums, counts, n_boot, seed)])
 
 

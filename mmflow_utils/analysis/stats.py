@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import ndtr, stdtrit
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
@@ -217,19 +217,26 @@ def _cluster_table(
             raise ValueError(f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`")
     kept = np.isfinite(values)
     ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)
-    shape = (groups.ngroups, len(names))
-    cell = groups.ngroup().to_numpy()[kept] * shape[1] + ids[kept]
-    sums = np.bincount(cell, values[kept], minlength=shape[0] * shape[1]).reshape(shape)
-    counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(float)
+    group, shape = groups.ngroup().to_numpy(), (groups.ngroups, len(names))
+    sums, counts = sums_and_counts(group[kept], ids[kept], values[kept], shape)
     table = groups.size().reset_index()[by]
     n_rows = counts.sum(1)
     table["mean"] = np.divide(sums.sum(1), n_rows, out=np.full(len(table), np.nan), where=n_rows > 0)
     table["n"] = n_rows.astype(int)
     if "sample_id" in frame:  # a group may hold several rows of a sample, e.g. one per layer
-        samples = frame["sample_id"].where(kept).groupby(groups.ngroup().to_numpy()).nunique()
+        samples = frame["sample_id"].where(kept).groupby(group).nunique()
         table["n"] = samples.to_numpy()
     table["n_clusters"] = (counts > 0).sum(1)
     return table, sums, counts, np.asarray(names).astype(str)
+
+
+def sums_and_counts(
+    row: Int[np.ndarray, " values"], column: Int[np.ndarray, " values"], values: Any, shape: tuple[int, int]
+) -> tuple[Float[np.ndarray, "rows columns"], Float[np.ndarray, "rows columns"]]:
+    """Return the sum and the number of the values in each cell of a table."""
+    cell, size = np.ravel_multi_index((row, column), shape), shape[0] * shape[1]
+    sums, counts = np.bincount(cell, values, minlength=size), np.bincount(cell, minlength=size)
+    return sums.reshape(shape), counts.reshape(shape).astype(float)
 
 
 def resample_means(
