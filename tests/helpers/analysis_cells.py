@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ SUMMARIES = (
 )
 
 
+@cache
 def load(model: str, name: str) -> pd.DataFrame:
     """Return a stored frame, with the columns that follow from its probabilities."""
     return derive(pd.read_parquet(FRAMES / model / f"{name}.parquet"))
@@ -81,10 +83,10 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
     )
     run, frames = Run(), {}
 
-    def stored(name: str) -> pd.DataFrame:
-        if name not in frames:
-            frames[name] = change(load(model, name))
-        return frames[name].copy()
+    def stored(name: str, model: str = model) -> pd.DataFrame:
+        if (name, model) not in frames:
+            frames[name, model] = change(load(model, name))
+        return frames[name, model].copy()
 
     def measure(_, __, ___, path, ____, **_____):
         return Result(stored(Path(path).stem), max_check_diff=0.0)
@@ -93,7 +95,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
         found = {}
         for name in collect.WRITTEN_BY:
             files = sorted(FRAMES.glob(f"*/{name}.parquet"))
-            parts = [change(load(f.parent.name, name)).assign(model=f.parent.name) for f in files]
+            parts = [stored(name, f.parent.name).assign(model=f.parent.name) for f in files]
             found |= {name: pd.concat(parts, ignore_index=True)} if parts else {}
         return found
 
