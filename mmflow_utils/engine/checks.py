@@ -73,21 +73,16 @@ def _check_sum(model: VLM, encoded: Encoded) -> str:
     return f"without either, layer {layer} still changes the stream by {worst:.1e}" if worst else ""
 
 
-@torch.inference_mode()
 def _check_head(model: VLM, encoded: Encoded) -> str:
-    own = model.hf(**encoded.inputs, use_cache=False).logits[0, -1].float().cpu()
-    base = run_reference(model, encoded, []).base  # holds norm and unembedding against the library's output itself
-    return _check_logits(model, encoded, base, own, ("The engine's clean run", "the library's own output"))
+    run_reference(model, encoded, [])  # holds norm and unembedding of its clean run against the library's own output
+    return ""
 
 
 def _check_empty(model: VLM, encoded: Encoded) -> str:
     nothing = Variant(layers=range(model.n_layers), target=encoded.positions["last"])
     run = run_reference(model, encoded, [nothing])
-    return _check_logits(model, encoded, run.variants[0], run.base, ("An empty knockout", "the clean run"))
-
-
-def _check_logits(model: VLM, encoded: Encoded, ours: Tensor, plain: Tensor, names: tuple[str, str]) -> str:
-    both = (probabilities(logits) for logits in (ours, plain))
+    both = probabilities(run.variants[0]), probabilities(run.base)
+    names = ("An empty knockout", "the clean run")
     check_close(encoded, *both, tolerance=rounding(model.dtype), names=names, advice=_UNSUPPORTED)
     return ""
 
