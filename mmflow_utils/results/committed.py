@@ -1,7 +1,6 @@
 """Results that come with the project: hours of a larger model in small files, each held against the model first."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,15 @@ FOLDER = ROOT / "assets" / "results"
 N_ANEW, TOLERANCE = 3, 1e-4  # samples that are measured again; how far their probabilities may be off
 
 
+def find_result(path: Path, whole: Mapping[str, Any]) -> tuple[Path, Result] | None:
+    """Return the file and the result of this very run under a name; None where there is none, or it is damaged."""
+    try:
+        file = find_frame(path, whole)
+        return file, Result.of(*read_frame(file))
+    except ValueError:
+        return None
+
+
 def take_committed(
     path: Path,
     whole: Mapping[str, Any],
@@ -30,12 +38,9 @@ def take_committed(
     Raises:
         ValueError: they differ from what is stored.
     """
-    try:
-        file = find_frame(FOLDER / whole["depends_on"].get("model", "") / path.name, whole)
-        result = Result.of(*read_frame(file))
-    except ValueError:
+    if not (found := find_result(FOLDER / whole["depends_on"].get("model", "") / path.name, whole)):
         return None
-    some = samples[:N_ANEW]
+    (file, result), some = found, samples[:N_ANEW]
     anew = measure(some)
     if problem := _problem(result.frame, anew.frame, [sample.sample_id for sample in some]):
         raise ValueError(
@@ -46,7 +51,7 @@ def take_committed(
         f"{path.stem} comes with the project; {len(some)} samples measured anew gave the same within {TOLERANCE:g}. "
         "FRESH=1 measures all."
     )
-    return replace(result, max_check_diff=anew.max_check_diff)
+    return result
 
 
 def _problem(stored: pd.DataFrame, anew: pd.DataFrame, ids: Sequence[str]) -> str | None:

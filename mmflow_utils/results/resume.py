@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.params import Params
 from mmflow_utils.results import frames
-from mmflow_utils.results.committed import take_committed
+from mmflow_utils.results.committed import find_result, take_committed
 from mmflow_utils.results.record import Result
 from mmflow_utils.results.version import describe_call
 
@@ -178,12 +178,10 @@ def _read_shard(shard: str | None) -> tuple[int, int]:
 
 
 def _finished(path: Path, whole: Mapping[str, Any]) -> Result | None:
-    """Load what this very run finished before; None where there is none, or it is damaged."""
-    try:
-        file = frames.find_frame(path, whole)
-        result = Result.of(*frames.read_frame(file))
-    except ValueError:
+    """Load what this very run finished before."""
+    if not (found := find_result(path, whole)):
         return None
+    file, result = found
     with suppress(OSError):
         os.utime(file)  # so that it is the latest run of this name
     print(f"{file.name} matches this run; loaded from disk. FRESH=1 measures it anew.")
