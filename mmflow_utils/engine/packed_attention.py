@@ -159,7 +159,7 @@ class Attend:
             shares = touched / touched.sum(1, keepdim=True).clamp(min=1) * (intervention == "mean_value")
         sees = keys <= at[:, None]
         if self.layer_mask is not None:
-            sees = allowed(self.layer_mask)[at.to(self.layer_mask.device)].to(device)[:, keys]
+            sees = self.layer_mask[at.to(self.layer_mask.device)].to(device)[:, keys]
         prefix, own = keys[keys < block.low], keys[keys >= block.low] - block.low
         self.known[name] = _Keys(
             n_prefix=len(prefix),
@@ -181,7 +181,7 @@ def as_index(rows: list[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(rows, device=device)
 
 
-def allowed(mask: Tensor) -> Bool[Tensor, "n n"]:
+def allowed(mask: Tensor) -> Bool[Tensor, "rows n"]:
     """Return which keys a layer's own mask, in any of the library's forms, lets each position see."""
     mask = mask[0, 0]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -2,19 +2,21 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmflow_utils.engine.closeness import check_head
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, allowed, as_index, keys_only
 from mmflow_utils.engine.plan import Branch
+from mmflow_utils.engine.prefix import Prefix
 from mmflow_utils.engine.reference import Keep
 from mmflow_utils.models.adapter import VLM, compute_device
 from mmflow_utils.prompts.encoding import Encoded
@@ -28,25 +30,28 @@ Here = Mapping[Branch, tuple[int, ...]]
 class PackedPass:
     """One clean pass with the rows of all branches beside it.
 
+    Where a `Prefix` holds the prompt's first positions, the pass computes those from `start` on.
+
     Attributes:
         base: What is kept of the clean logits at the positions read, [n_read, k].
         resid_post: The clean residual stream there: the embedding, then what leaves each layer (float32).
     """
 
-    def __init__(self, model: VLM, branches: list[Branch], read: list[int], keep: Keep | None):
-        self.model, self.branches, self.read, self.keep = model, branches, read, keep
+    def __init__(
+        self, model: VLM, branches: list[Branch], read: list[int], keep: Keep | None, prefix: Prefix | None = None
+    ):
+        self.model, self.branches, self.read, self.keep, self.prefix = model, branches, read, keep, prefix
+        self.start = 0
         self.last = model.n_layers - 1
         self.resid_post: list[Tensor] = []
         self.finals: list[Tensor] = []  # the rows read after the last layer, slice by slice
         self.zeroed: dict[str, list[int]] = {}  # module intervention -> packed rows, while a layer runs on them
+        self.keys: list[tuple[Tensor, Tensor]] = []  # the clean run's, layer by layer, for the prefix
         self.known: dict = {}  # what Attend worked out about keys and masks
 
     def run(self, encoded: Encoded) -> dict[int, Shaped[Tensor, "n_read k"]]:
         """Return what is kept of each variant's logits, by the variant's index in the plan."""
-        with self._hooked():
-            out = self.model.hf(**encoded.inputs, use_cache=False)
-        check_head(self.model, encoded, self.resid_post[-1], out.logits[0])
-        self.base = self._kept(out.logits[0])
+        self.base = self._kept(self._run_clean(encoded))
         if not self.branches:
             return {}
         norm = self.model.final_norm
@@ -60,6 +65,24 @@ class PackedPass:
             found |= dict.fromkeys(branch.variants, whole)
             first += n_read
         return found
+
+    def _run_clean(self, encoded: Encoded) -> Float[Tensor, "n_read vocab"]:
+        """Run the prompt with everything hooked in, and return its clean logits at the positions read."""
+        inputs, prefix = encoded.inputs, self.prefix
+        first_edited = min([self.read[0], *(branch.rows[0] for branch in self.branches)])
+        start = prefix.common(inputs, first_edited) if prefix else 0
+        if prefix and start and prefix.fits(self.model, inputs, start):
+            self.start = start
+            with self._hooked():
+                kwargs = prefix.decoder_arguments(self.model, inputs, start)
+                states = self.model.text(**kwargs).last_hidden_state[0]
+            return self.model.unembed(states.to(compute_device(self.model.unembed)))
+        with self._hooked():
+            out = self.model.hf(**inputs, use_cache=False)
+        check_head(self.model, encoded, self.resid_post[-1], out.logits[0])
+        if prefix:
+            prefix.remember(inputs, self.keys)
+        return out.logits[0]
 
     def _kept(self, logits: Float[Tensor, "rows vocab"]) -> Shaped[Tensor, "rows k"]:
         return (self.keep(logits.float()) if self.keep else logits.float()).cpu()
@@ -88,24 +111,40 @@ class PackedPass:
         kwargs.pop("hidden_states", None)
         hidden = hidden.to(compute_device(layer))  # layers may be spread over devices: rows follow
         if i == 0:
-            self._remember(hidden[0, self.read])
+            self._remember(hidden[0, self._here(self.read)])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
-        self._check_order(kwargs.get("attention_mask"))
+        self.mask = self._square(kwargs.get("attention_mask"))
+        self._check_order(self.mask)
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
             return (hidden, *args[1:]), {**kwargs, PACKED_ATTENTION: self.clean}
         self.clean = keys_only(layer, hidden, kwargs)
         rows = list(range(len(self.read)))
         block = Block(rows=rows, positions=tuple(self.read), low=self.read[0])
-        kwargs = {**layer_kwargs_at(kwargs, self.read), PACKED_ATTENTION: self._attend([block])}
-        return (hidden[:, self.read], *args[1:]), kwargs
+        here = self._here(self.read)
+        kwargs = {**layer_kwargs_at(kwargs, here), PACKED_ATTENTION: self._attend([block])}
+        return (hidden[:, here], *args[1:]), kwargs
 
-    def _check_order(self, mask: Tensor | None) -> None:
+    def _here(self, positions: Iterable[int]) -> list[int]:
+        """Return the rows of this pass that stand for some positions."""
+        return [position - self.start for position in positions]
+
+    def _square(self, mask: Tensor | None) -> Bool[Tensor, "n n"] | None:
+        """Return which positions a layer's mask lets each position see; a prefix's rows, which aren't run, nothing."""
+        if mask is None:
+            return None
+        name = "mask", id(mask)
+        if name not in self.known:
+            # The mask itself is held, so that no other one gets its id.
+            self.known[name] = mask, F.pad(allowed(mask), (0, 0, self.start, 0))
+        return self.known[name][1]
+
+    def _check_order(self, mask: Bool[Tensor, "n n"] | None) -> None:
         """Refuse rows that depend on what comes after them, as the tokens of an image do in some families."""
         if mask is None or ("order", id(mask)) in self.known:
             return
-        ahead = allowed(mask).triu(1)
+        ahead = mask.triu(1)
         both_ways = set((ahead.any(0) | ahead.any(1)).nonzero().flatten().tolist())
         edited = {position for branch in self.branches for position in branch.target}
         cuts = {cut for b in self.branches for cut in (b.rows[0], b.rows[-1] + 1)}
@@ -115,7 +154,7 @@ class PackedPass:
                 f"Position {wrong[0]} is a target or is read, but lies among tokens that attend to later "
                 "ones too (an image's, in this model), which the sweep can't take: set method to reference."
             )
-        self.known["order", id(mask)] = mask  # held, so that no other mask gets its id
+        self.known["order", id(mask)] = True
 
     def _after(self, i: int, layer: nn.Module, args: tuple, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
@@ -124,7 +163,9 @@ class PackedPass:
                 f"{self.model.name} attends in code of its own, not through the library's interface, so that the sweep "
                 "can't take part in it: set method to reference."
             )
-        self._remember(hidden[0, self.read] if i < self.last else hidden[0])
+        if self.prefix and not self.start:
+            self.keys.append((self.clean.key, self.clean.value))
+        self._remember(hidden[0, self._here(self.read)] if i < self.last else hidden[0])
         for some in self._slices(i):
             index, out = self._through(i, layer, some)
             if i == self.last:
@@ -150,7 +191,7 @@ class PackedPass:
                 families += [[]] if branch.parent is None else []
                 families[-1].append(branch)
         sizes = [sum(len(branch.rows) for branch in family) for family in families]
-        most = len(self.clean_in)
+        most = self.start + len(self.clean_in)
         even = sum(sizes) / max(1, math.ceil(sum(sizes) / most))
         slices: list[list[Branch]] = []
         n_rows = 0
@@ -205,7 +246,7 @@ class PackedPass:
         return blocks, zeroed
 
     def _attend(self, blocks: list[Block], own: Capture | None = None) -> Attend:
-        return Attend(blocks, self.clean, own, mask=self.kwargs.get("attention_mask"), known=self.known)
+        return Attend(blocks, self.clean, own, mask=self.mask, known=self.known)
 
     def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
         """Copy its parent's rows into a new branch, except those at the positions to keep."""
@@ -213,7 +254,9 @@ class PackedPass:
         own = self.rows[branch.first : branch.first + n_rows]
         kept = [p - branch.rows[0] for p in keep]
         mine = own[kept]
-        own.copy_(clean[branch.rows[0] :][:n_rows] if parent is None else self.rows[parent.first :][:n_rows])
+        own.copy_(
+            clean[branch.rows[0] - self.start :][:n_rows] if parent is None else self.rows[parent.first :][:n_rows]
+        )
         own[kept] = mine
 
     def _index(self, here: Here) -> slice | Int[Tensor, " r"]:
@@ -221,7 +264,7 @@ class PackedPass:
         return as_index(rows, self.rows.device)
 
     def _kwargs_at(self, here: Here) -> dict:
-        return layer_kwargs_at(self.kwargs, [p for positions in here.values() for p in positions])
+        return layer_kwargs_at(self.kwargs, self._here(p for positions in here.values() for p in positions))
 
 
 def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:

@@ -18,7 +18,7 @@ from mmflow_utils.models.adapter import VLM, compute_device, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = ["Keep", "Run", "check_request", "intervene", "run_reference"]
+__all__ = ["Keep", "Run", "check_request", "collect_stream", "intervene", "run_reference"]
 
 Keep = Callable[[Tensor], Tensor]  # what to keep of logits, row by row: [rows, vocab] -> [rows, k]
 
@@ -86,7 +86,7 @@ def run_reference(
             whose own output is not what norm and unembedding make of its stream.
     """
     read, one = check_request(model, encoded, variants, read)
-    with _collect_stream(model, read) as stream:
+    with collect_stream(model, read) as stream:
         kwargs, own = text_inputs(model, encoded.inputs, read)
     check_head(model, encoded, stream[-1], own)
 
@@ -104,7 +104,7 @@ def run_reference(
 
 
 @contextmanager
-def _collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
+def collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
     """Collect the residual stream at some positions: what enters layer 0, then what leaves each layer."""
     stream: list[Tensor] = []
 

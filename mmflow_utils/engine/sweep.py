@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.plan import plan_branches
+from mmflow_utils.engine.prefix import Prefix
 from mmflow_utils.engine.reference import Keep, Run, check_request, run_reference
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
@@ -38,6 +39,7 @@ def run_sweep(
     read: int | Sequence[int] | None = None,
     keep: Keep | None = None,
     chunk: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Run:
     """Run a prompt clean and under every variant, for the price of a few clean passes (§3.2).
 
@@ -48,6 +50,7 @@ def run_sweep(
             model is set to.
         chunk: Variants that share one clean pass: all by default. When memory runs out fewer are taken, and what is
             done by then is kept.
+        prefix: What the prompt before this one left: positions that both begin with are not run again.
 
     Raises:
         ValueError: As from `run_reference`; a chunk below 1.
@@ -73,7 +76,7 @@ def run_sweep(
     while not stream or len(rows) < len(order):
         now = order[len(rows) : len(rows) + size]
         branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
-        packed = PackedPass(model, branches, read, keep)
+        packed = PackedPass(model, branches, read, keep, prefix)
         try:
             rows.update((now[n], kept) for n, kept in packed.run(encoded).items())
             base, stream = packed.base, packed.resid_post

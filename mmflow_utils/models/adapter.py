@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "VLM", "compute_device", "picture_features", "text_inputs"]
+__all__ = ["FAMILIES", "VLM", "compute_device", "decoder_inputs", "picture_features", "text_inputs"]
 
 FAMILIES = ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_5_vl", "smolvlm")
 """Families, by `model_type`, whose picture path is proven (tests/test_families.py); others are refused."""
@@ -233,6 +233,29 @@ def text_inputs(
     finally:
         hook.remove()
     return caught, logits
+
+
+@torch.inference_mode()
+def decoder_inputs(model: VLM, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Catch what the library's whole model calls its decoder with, and leave before the decoder runs."""
+    caught: dict[str, Any] = {}
+
+    def leave(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        caught.update(kwargs)
+        raise _Left
+
+    hook = model.text.register_forward_pre_hook(leave, with_kwargs=True)
+    try:
+        model.hf(**inputs, use_cache=False)
+    except _Left:
+        pass
+    finally:
+        hook.remove()
+    return caught
+
+
+class _Left(Exception):
+    """Leaves the library's model where its decoder would begin."""
 
 
 @torch.inference_mode()

@@ -1,0 +1,142 @@
+"""A prompt run on from what it shares with the one before: the same numbers as in full, or not at all."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
+from transformers import MistralConfig
+
+from mmflow_utils.engine import answers
+from mmflow_utils.engine import prefix as prefixes
+from mmflow_utils.engine.answers import answer_together, greedy_answer
+from mmflow_utils.engine.packed_pass import PackedPass
+from mmflow_utils.engine.prefix import Prefix, run_clean
+from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow, variants
+
+N_LAYERS = 3
+KINDS = ("llava", "llava_next", "sliding", "idefics3", "smolvlm", "qwen2_5_vl", "internvl", "gemma3", "llama")
+FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
+OTHERS = ("Is the cup red or blue?", "Is the cup on the left of the ball or on the right of it?", "What is it?")
+
+
+@cache
+def setting(kind: str):
+    """Give a random model and four prompts about one picture."""
+    options = {"n_layers": N_LAYERS}
+    if kind == "sliding":
+        options["text_config"] = MistralConfig(
+            vocab_size=len(tiny_tokenizer()),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=9,
+            pad_token_id=None,
+        )
+    if kind == "llama":
+        options["prompt"] = "USER: {caption} {question} ASSISTANT:"
+    model = tiny_vlm({"sliding": "llava"}.get(kind, kind), **options)
+    with TemporaryDirectory() as folder:
+        first = tiny_sample(Path(folder))
+        samples = [first, *(replace(first, sample_id=q, question=q, objects=()) for q in OTHERS)]
+        return model, [encode(model, sample) for sample in samples]
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """See from which position each pass began."""
+    seen, run = [], PackedPass.run
+
+    def watched(packed, encoded):
+        found = run(packed, encoded)
+        seen.append(packed.start)
+        return found
+
+    monkeypatch.setattr(PackedPass, "run", watched)
+    return seen
+
+
+def assert_same(run, plain):
+    for ours, theirs in ((run.base, plain.base), (run.variants, plain.variants)):
+        torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.resid_post, plain.resid_post, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("intervention", ("mask", "mean_value"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_about_one_picture_give_the_reference_numbers(kind, intervention, starts):
+    model, prompts = setting(kind)
+    prefix = Prefix()
+    for encoded in prompts:
+        flows = [flow for flow in FLOWS if flow.source in encoded.positions and flow.target in encoded.positions]
+        some = variants(encoded.positions, flows, window=2, n_layers=N_LAYERS, intervention=intervention)
+        assert_same(run_sweep(model, encoded, some, prefix=prefix), run_reference(model, encoded, some))
+    assert starts[0] == 0
+    assert all(starts[1:]), "nothing was shared"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clean_run_shares_too(kind):
+    model, prompts = setting(kind)
+    prefix = Prefix()
+    for encoded in prompts:
+        assert_same(run_clean(model, encoded, prefix), run_reference(model, encoded, []))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_given_together_are_those_given_alone(kind):
+    model, prompts = setting(kind)
+    together = answer_together(model, prompts, Prefix(), max_new_tokens=6)
+    assert together == [greedy_answer(model, encoded, max_new_tokens=6) for encoded in prompts]
+    assert answers._can_pack(model) == (kind not in ("sliding", "gemma3"))
+
+
+def test_answers_of_a_random_model_differ_between_the_prompts():
+    assert len({tuple(said) for said in answer_together(*setting("llava"), Prefix(), max_new_tokens=6)}) > 1
+
+
+def test_nothing_is_shared_with_another_picture(tmp_path, starts):
+    model, prompts = setting("llava")
+    other = encode(model, tiny_sample(tmp_path, seed=5))
+    prefix = Prefix()
+    for encoded in (prompts[0], other, prompts[1]):
+        run_sweep(model, encoded, [], prefix=prefix)
+    assert starts == [0, 0, 0]
+
+
+def test_edits_within_the_picture_share_what_comes_before_them_or_nothing(starts):
+    model, prompts = setting("llava")
+    prefix = Prefix()
+    for encoded in prompts[:2]:
+        flow = Flow(source="image", target="image")
+        some = variants(encoded.positions, [flow], window=1, n_layers=N_LAYERS)
+        assert_same(run_sweep(model, encoded, some, prefix=prefix), run_reference(model, encoded, some))
+    assert starts[1] <= prompts[1].positions["image"][0]
+
+
+def test_a_model_whose_stored_keys_do_not_fit_is_run_in_full(monkeypatch, starts):
+    model = tiny_vlm("llava", n_layers=N_LAYERS)
+    _, prompts = setting("llava")
+    going_on = Prefix.decoder_arguments
+
+    def shifted(*args):  # as if positions were counted from the picture's end
+        kwargs = going_on(*args)
+        n_rows = kwargs["inputs_embeds"].shape[1]
+        return kwargs | {"position_ids": torch.arange(n_rows)[None]}
+
+    monkeypatch.setattr(Prefix, "decoder_arguments", shifted)
+    prefix = Prefix()
+    for encoded in prompts:
+        assert_same(run_sweep(model, encoded, [], prefix=prefix), run_reference(model, encoded, []))
+    assert starts == [0] * len(prompts)
+    assert prefixes._PROVEN[model.hf] is False
+    alone = [greedy_answer(model, encoded) for encoded in prompts]
+    assert answer_together(model, prompts, prefix) == alone
