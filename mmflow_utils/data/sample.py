@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -73,6 +73,19 @@ class Sample:
 
 _NESTED = ("objects", "image_size", "answers")  # JSON in a frame's columns
 _RECORD = TypeAdapter(Sample)
+
+
+def picture_by_picture(samples: Sequence[Sample]) -> list[int]:
+    """Return the order, by index, in which questions about one picture follow each other; the first seen comes first.
+
+    >>> from types import SimpleNamespace
+    >>> picture_by_picture([SimpleNamespace(image_id=name) for name in "abca"])
+    [0, 3, 1, 2]
+    """
+    first: dict[str, int] = {}
+    for n, sample in enumerate(samples):
+        first.setdefault(sample.image_id, n)
+    return sorted(range(len(samples)), key=lambda n: first[samples[n].image_id])
 
 
 def load_image(sample: Sample) -> Image.Image:

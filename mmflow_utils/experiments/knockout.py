@@ -14,7 +14,6 @@ from torch import Tensor
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.closeness import probabilities, rounding
 from mmflow_utils.engine.reference import Run
-from mmflow_utils.engine.sweep import engine
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
@@ -89,7 +88,7 @@ def knockout_sweep(
             return []
 
         def compute(method: str) -> Run:
-            return engine(method)(model, encoded, planned)
+            return loop.engine(method)(model, encoded, planned)
 
         run = loop.run(encoded, compute, _every_probability, tolerance=tolerance)
         return [row | {"window": window} for row in _rows(model, encoded.sample, planned, run)]

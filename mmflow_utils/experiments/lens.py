@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.closeness import check_close, probabilities, rounding
-from mmflow_utils.engine.reference import run_reference
+from mmflow_utils.engine.prefix import run_clean
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM, compute_device
 from mmflow_utils.prompts.encoding import Encoded, encode
@@ -74,7 +74,7 @@ def logit_lens(
     advice = "the model does more than norm and unembed, look at `check_model`"
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
-        run, words, rows = run_reference(model, encoded, []), _word_tokens(loop, encoded), []
+        run, words, rows = run_clean(model, encoded, loop.prefix), _word_tokens(loop, encoded), []
         for name in protocols:
             logits = lens_logits(model, run.resid_post[1:], protocol=name)
             last, own = probabilities(logits[-1]), probabilities(run.base)

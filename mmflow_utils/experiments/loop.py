@@ -1,19 +1,24 @@
 """The one loop over samples that all experiments share: encode, plan, skip with a reason, run, check.
 
+Questions are visited picture by picture, so that what they share is run once (`Prefix`); rows come in the given order.
+
 loop = Loop(model, n_check=2)
 result = loop.over(samples, measure, columns, name="Knockout")    # measure: a prompt -> its rows
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmflow_utils.data.sample import Sample
+from mmflow_utils.data.sample import Sample, picture_by_picture
 from mmflow_utils.engine.closeness import check_close
+from mmflow_utils.engine.prefix import Prefix
+from mmflow_utils.engine.reference import Run
 from mmflow_utils.engine.sweep import engine
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
@@ -37,6 +42,7 @@ class Loop:
         n_check: how many samples the sweep is compared with the reference on, of those that can be measured.
         skipped: what a prompt lacked, with the reason.
         differences: the largest one on each sample checked.
+        prefix: what the prompt before left for the next one.
     """
 
     model: VLM
@@ -45,6 +51,7 @@ class Loop:
     n_check: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
+    prefix: Prefix = field(default_factory=Prefix)
 
     def __post_init__(self) -> None:
         engine(self.method)  # refuses an unknown one
@@ -59,12 +66,14 @@ class Loop:
         progress: bool = True,
     ) -> Result:
         """Measure each sample's prompt, and return the rows with what was skipped and checked."""
+        samples = list(samples)
         rows = []
-        for sample in tqdm(list(samples), desc=name, unit="question", disable=not progress):
+        for n in tqdm(picture_by_picture(samples), desc=name, unit="question", disable=not progress):
+            sample = samples[n]
             labels = {"sample_id": sample.sample_id, "image_id": sample.image_id, "task": sample.task}
             rows += [labels | row for row in measure(self.encoder(self.model, sample))]
         frame = pd.DataFrame(rows, columns=list(columns))
-        return Result(frame, self.skipped, max(self.differences, default=None))
+        return Result(frame, self.skipped, max(self.differences, default=None)).in_order_of(samples)
 
     def plan(
         self,
@@ -99,6 +108,10 @@ class Loop:
     def skip(self, encoded: Encoded, reason: str, **what: str) -> None:
         """Note what is left out of a sample, and why."""
         self.skipped.append({"sample_id": encoded.sample.sample_id, **what, "reason": reason})
+
+    def engine(self, method: str) -> Callable[..., Run]:
+        """Return a method's engine; the sweep takes up what the prompt before this one left."""
+        return engine(method) if method == "reference" else partial(engine(method), prefix=self.prefix)
 
     @property
     def checks(self) -> bool:

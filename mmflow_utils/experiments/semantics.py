@@ -15,7 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.sweep import engine
+from mmflow_utils.engine.reference import Run
+from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.experiments.loop import Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
@@ -143,14 +144,14 @@ def top_words(
     *,
     positions: Sequence[int],
     top_k: int = 10,
-    method: str = "sweep",
+    run: Callable[..., Run] = run_sweep,
 ) -> tuple[Int[Tensor, "n_positions k"], Int[Tensor, "n_variants n_positions k"]]:
     """Give the most probable words at some positions after the last layer, clean and under every variant.
 
-    Only the words are kept: the logits of a whole question would fill the memory. `method` names the engine.
+    Only the words are kept: the logits of a whole question would fill the memory. `run` is the engine.
 
     Raises:
-        ValueError: an unknown method; no position; a `top_k` below 1 or above the vocabulary.
+        ValueError: no position; a `top_k` below 1 or above the vocabulary.
     """
     n_words = model.unembed.weight.shape[0]
     if not positions or not 1 <= top_k <= n_words:
@@ -158,8 +159,8 @@ def top_words(
             f"Expected positions to read and a top_k of 1 to {n_words} words, got {len(positions)} positions "
             f"and a top_k of {top_k}."
         )
-    run = engine(method)(model, encoded, variants, read=positions, keep=lambda logits: logits.topk(top_k).indices)
-    return run.base, run.variants
+    found = run(model, encoded, variants, read=positions, keep=lambda logits: logits.topk(top_k).indices)
+    return found.base, found.variants
 
 
 def _measure_words(
@@ -189,7 +190,7 @@ def _measure_words(
 
         def compute(method: str) -> list[float]:
             rows = [variant for _, variant in planned]
-            base, changed = top_words(model, encoded, rows, positions=read, top_k=top_k, method=method)
+            base, changed = top_words(model, encoded, rows, positions=read, top_k=top_k, run=loop.engine(method))
             return [jaccard(base, words, pooled=pooled) for words in changed]
 
         similar = loop.run(encoded, compute, torch.tensor, tolerance=tolerance, unit="Jaccard similarity")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from mmflow_utils.data.sample import Sample
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -46,6 +48,16 @@ class Result:
         made_by = {**manifest.get("made_by", {}), "max_check_diff": self.max_check_diff}
         whole = {**manifest, "made_by": made_by, "skipped": self.skipped}
         return Result(self.frame, self.skipped, self.max_check_diff, whole)
+
+    def in_order_of(self, samples: Iterable[Sample]) -> "Result":
+        """Return the result with its rows, and what it left out, in the order of some samples, by their `sample_id`."""
+        place = {sample.sample_id: n for n, sample in reversed(list(enumerate(samples)))}
+        skipped = sorted(self.skipped, key=lambda note: place.get(note["sample_id"], len(place)))
+        frame = self.frame
+        if "sample_id" in frame:
+            order = frame["sample_id"].map(place).argsort(kind="stable")
+            frame = frame.iloc[order].reset_index(drop=True)
+        return Result(frame, skipped, self.max_check_diff, self.manifest)
 
     @classmethod
     def of(cls, frame: pd.DataFrame, manifest: Mapping[str, Any]) -> "Result":

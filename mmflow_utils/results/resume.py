@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from mmflow_utils.data.sample import Sample
+from mmflow_utils.data.sample import Sample, picture_by_picture
 from mmflow_utils.params import Params
 from mmflow_utils.results import frames
 from mmflow_utils.results.committed import find_result, take_committed
@@ -52,7 +52,8 @@ def measure_in_parts(
         measure: the experiment, `measure(model, samples, **arguments, progress=False)`, such as
             `knockout_sweep` or `ask_questions`; a sample's rows may not depend on the other samples.
         model: the model.
-        samples: all samples, in the desired row order.
+        samples: all samples, in the desired row order. They are measured picture by picture, and their rows put in
+            this order by `sample_id`.
         path: where the whole goes, a parquet file.
         params: the run's parameters. With `shard` "2/8" only the second of eight shares is measured (part 2, 10,
             18 …), so that eight machines or GPUs share the work; a run without it puts the parts together.
@@ -78,11 +79,13 @@ def measure_in_parts(
         >>> mm.load_frame(folder / "lens.parquet", result.manifest).equals(result.frame)
         True
     """
-    path, samples, shard = Path(path), list(samples), params.shard if shared else None
+    path, asked_for, shard = Path(path), list(samples), params.shard if shared else None
+    # Questions about one picture share much of their work, so they come into one part.
+    samples = [asked_for[n] for n in picture_by_picture(asked_for)]
     share, n_shares = _read_shard(shard)
     whole = frames.manifest(params, model)
     asked = arguments if n_check is None else arguments | {"n_check": n_check}
-    whole["depends_on"] |= describe_call(measure, samples, asked, version=version)
+    whole["depends_on"] |= describe_call(measure, asked_for, asked, version=version)
 
     def run(some: Sequence[Sample], **options: int) -> Result:
         found = measure(model, some, **arguments, **options, progress=False)
@@ -94,7 +97,7 @@ def measure_in_parts(
     if not frames.wants_fresh(fresh):
         if finished := _finished(path, whole):
             return finished
-        if committed := take_committed(path, whole, samples, run_checked):
+        if committed := take_committed(path, whole, asked_for, run_checked):
             frames.save_frame(committed.frame, path, committed.manifest)
             return committed
 
@@ -115,7 +118,7 @@ def measure_in_parts(
             found[part.number] = part.load() or part.compute(run)  # another process may have come by here since
             bar.update()
     result = Result.join([found[number] for number in sorted(found)] or [run([], **parts[0].options)])
-    result = result.with_manifest(whole)
+    result = result.in_order_of(asked_for).with_manifest(whole)
     if shard is None:
         frames.save_frame(result.frame, path, result.manifest, fresh=fresh)
         shutil.rmtree(parts[0].file.parent, ignore_errors=True)

@@ -1,0 +1,139 @@
+"""What it saves to read a picture once: sweeps of, and answers to, several questions about it.
+
+    python benchmarks/shared_picture.py --shapes 32x576 8x2809 --questions 1 2 5 13
+
+One thread, float32, random weights; the ways take turns in one run, in this process's own CPU time.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+from pathlib import Path  # noqa: E402
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks.speed import N_AFTER, N_QUESTION, SIX_FLOWS, _seconds, random_llava, random_prompt
+from mmflow_utils.engine.answers import answer_together, greedy_answer
+from mmflow_utils.engine.prefix import Prefix
+from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import variants
+
+N_NEW = 3  # tokens of an answer: a word or two, and its end
+
+
+def questions_about_a_picture(model: VLM, *, n_image: int, n: int) -> list[Encoded]:
+    """Make prompts that differ in the random tokens of their question only."""
+    first, prompts = random_prompt(model, n_image=n_image), []
+    for seed in range(n):
+        ids = first.inputs["input_ids"].clone()
+        start = ids.shape[1] - N_QUESTION - N_AFTER
+        ids[0, start : start + N_QUESTION] = torch.randint(
+            5, 2048, (N_QUESTION,), generator=torch.Generator().manual_seed(seed)
+        )
+        prompts.append(replace(first, inputs={**first.inputs, "input_ids": ids}))
+    return prompts
+
+
+@torch.inference_mode()
+def measure_sharing(
+    shapes: Iterable[tuple[int, int]] = ((32, 576), (8, 2809)),
+    n_questions: Sequence[int] = (1, 2, 5, 13),
+    *,
+    window: int = 9,
+    n_rounds: int = 3,
+    progress: Callable[[str], None] = lambda line: None,
+    **shape: int,
+) -> pd.DataFrame:
+    """Measure sweeps and answers with and without a shared picture.
+
+    Args:
+        shapes: Layers and image tokens of each model.
+        n_questions: How many questions are asked about the picture.
+        window: Of the six flows' knockouts.
+        n_rounds: How often each way runs; the frame holds medians of ratios within a round.
+        shape: More of `random_llava`.
+
+    Returns:
+        A row for each model, number of questions and way: `clean_passes`, the time of one question in clean passes
+        of the whole prompt. Sweeps: `alone`, `shared`, and `later`, each after the first. Answers: `answers alone`,
+        `answers together`.
+    """
+    rows = []
+    for n_layers, n_image in shapes:
+        model = random_llava(n_layers=n_layers, n_image=n_image, **shape)
+        prompts = questions_about_a_picture(model, n_image=n_image, n=max(n_questions))
+        planned = variants(prompts[0].positions, SIX_FLOWS, window=window, n_layers=n_layers)
+        found: dict[tuple[int, str], list[float]] = {}
+        for turn in range(n_rounds + 1):
+            for (n, way), ratio in _round(model, prompts, planned, n_questions).items():
+                if turn:  # the first round warms up
+                    found.setdefault((n, way), []).append(ratio)
+        n_tokens = prompts[0].positions.n_tokens
+        for (n, way), ratios in found.items():
+            row = {"n_layers": n_layers, "n_tokens": n_tokens, "n_questions": n, "way": way}
+            rows.append(row | {"clean_passes": median(ratios)})
+            progress(f"{n_layers} layers, {n_tokens} tokens, {n} questions, {way}: {rows[-1]['clean_passes']:.3f}")
+    return pd.DataFrame(rows)
+
+
+def _round(model: VLM, prompts: list[Encoded], planned: list, n_questions: Sequence[int]) -> dict:
+    """Run each way once, and return its time for one question in clean passes, taken before and after."""
+
+    def clean() -> float:
+        return _seconds(lambda: model.hf(**prompts[0].inputs, use_cache=False, logits_to_keep=1))
+
+    def sweep(some: Sequence[Encoded], prefix: Prefix | None) -> float:
+        return _seconds(lambda: [run_sweep(model, encoded, planned, prefix=prefix) for encoded in some])
+
+    before, alone = clean(), sweep(prompts[:1], None)
+    prefix = Prefix()
+    first = sweep(prompts[:1], prefix)
+    later = [sweep([encoded], prefix) for encoded in prompts[1:]]
+    said_alone = _seconds(lambda: greedy_answer(model, prompts[0], max_new_tokens=N_NEW))
+    unit = median([before, clean()])
+    found = {(1, "sweep alone"): alone, (1, "answers alone"): said_alone}
+    if later:
+        found[max(n_questions), "sweep, from the second on"] = sum(later) / len(later)
+    for n in n_questions:
+        found[n, "sweep shared"] = (first + sum(later[: n - 1])) / n
+        found[n, "answers together"] = _seconds(
+            lambda: answer_together(model, prompts[:n], Prefix(), max_new_tokens=N_NEW)  # noqa: B023
+        ) / n
+    return {key: seconds / unit for key, seconds in found.items()}
+
+
+def main() -> None:
+    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    read.add_argument("--shapes", nargs="+", default=["32x576", "8x2809"], help="layers x image tokens")
+    read.add_argument("--questions", type=int, nargs="+", default=[1, 2, 5, 13])
+    read.add_argument("--rounds", type=int, default=3)
+    read.add_argument("--d-model", type=int, default=512)
+    read.add_argument("--heads", type=int, default=8)
+    read.add_argument("--out", type=Path, default=Path("outputs/bench/shared_picture.csv"))
+    args = read.parse_args()
+    torch.set_num_threads(1)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    frame = measure_sharing(
+        shapes,
+        args.questions,
+        n_rounds=args.rounds,
+        d_model=args.d_model,
+        n_heads=args.heads,
+        n_kv_heads=args.heads,
+        progress=lambda line: print(line, flush=True),
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(args.out, index=False, float_format="%.6g")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
