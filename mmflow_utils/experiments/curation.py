@@ -22,9 +22,11 @@ from mmflow_utils.data.captions import add_captions, captions_file
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, samples_to_frame
 from mmflow_utils.engine.closeness import need_numbers
+from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import NO_PICTURE, variants, whole_depth
 from mmflow_utils.results.frames import load_frame, manifest, save_frame
 from mmflow_utils.results.resume import measure_in_parts
 
@@ -35,13 +37,15 @@ __all__ = [
     "curate",
     "stratified_sample",
     "load_samples",
+    "needs_picture",
     "read_questions",
 ]
 
 # What a curated set depends on: everything else may change without asking the model again.
-DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples")
+DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples", "needs_picture")
 ABOUT_SAMPLE = ("sample_id", "image_id", "structural", "semantic", "detailed", "task", "answer")
 COLUMNS = (*ABOUT_SAMPLE, "prediction", "correct", "reason")
+WITHOUT = "answered_without_picture"
 
 
 @torch.inference_mode()
@@ -54,26 +58,44 @@ def answer(model: VLM, encoded: Encoded, *, max_new_tokens: int = 8) -> str:
     return model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def ask_questions(model: VLM, samples: Iterable[Sample], *, progress: bool = True) -> pd.DataFrame:
+def needs_picture(model: VLM, encoded: Encoded) -> bool:
+    """Return whether the answer begins with another token once nothing behind the picture may look at it."""
+    cut = variants(encoded.positions, NO_PICTURE, n_layers=model.n_layers, **whole_depth(model.n_layers))
+    run = run_sweep(model, encoded, cut)
+    return bool(run.base.argmax() != run.variants[0].argmax())
+
+
+def ask_questions(
+    model: VLM, samples: Iterable[Sample], *, without_picture: bool = False, progress: bool = True
+) -> pd.DataFrame:
     """Ask the model each question and judge its answer: equal to the label once both are lower-case.
+
+    Args:
+        model: The model.
+        samples: The questions.
+        without_picture: Also see whether what is answered correctly is answered so without the picture.
+        progress: Show a bar.
 
     Returns:
         One row per sample: sample_id, image_id, structural, semantic, detailed, task, answer, prediction,
         correct and reason. A picture or prompt that can't be used leaves `prediction` empty and says why in
-        `reason`; a wrong answer has its own words there; a correct one has None.
+        `reason`; a wrong answer has its own words there; a correct one has None. `answered_without_picture`, if
+        that was asked too, is None where the answer is wrong.
     """
-    samples = list(samples)
-    rows = [_judge(model, s) for s in tqdm(samples, desc="Asking", unit="question", disable=not progress)]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    bar = tqdm(list(samples), desc="Asking", unit="question", disable=not progress)
+    rows = [_judge(model, sample, without_picture) for sample in bar]
+    return pd.DataFrame(rows, columns=[*COLUMNS, *([WITHOUT] if without_picture else [])])
 
 
-def _judge(model: VLM, sample: Sample) -> dict:
+def _judge(model: VLM, sample: Sample, without_picture: bool) -> dict:
     row = {name: getattr(sample, name) for name in ABOUT_SAMPLE}
     try:
-        said = answer(model, encode(model, sample))
+        said = answer(model, encoded := encode(model, sample))
     except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
         return row | dict(prediction=None, correct=False, reason=str(error))
     correct = is_correct(said, sample)
+    if correct and without_picture:
+        row[WITHOUT] = not needs_picture(model, encoded)
     return row | dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
 
 
@@ -119,7 +141,8 @@ def curate(
         ask: Asks some questions; `ask_in_parts` makes one that keeps the answers.
 
     Returns:
-        The correctly answered samples, task by task, and the record of all that was asked (`ask_questions`).
+        The correctly answered samples, task by task, less those that the record says are answered without the picture
+        too; and the record of all that was asked (`ask_questions`).
     """
     samples, kept, rows = list(samples), [], []
     for task in tasks:
@@ -127,20 +150,21 @@ def curate(
         correct: list[Sample] = []
         while left and (n := n_samples - len(correct)):  # so many more have to be asked in any case
             record = ask(model, left[:n])
-            correct += [sample for sample, is_right in zip(left[:n], record.correct, strict=True) if is_right]
+            fits = record.correct & ~record[WITHOUT].eq(True) if WITHOUT in record else record.correct
+            correct += [sample for sample, is_right in zip(left[:n], fits, strict=True) if is_right]
             rows += record.to_dict("records")
             left = left[n:]
         kept += correct
-    return kept, pd.DataFrame(rows, columns=list(COLUMNS))
+    return kept, pd.DataFrame(rows, columns=list(rows[0] if rows else COLUMNS))
 
 
 def ask_in_parts(params: Params, folder: Path) -> Callable[[VLM, Sequence[Sample]], pd.DataFrame]:
     """Return what `curate` can ask with so that a killed run goes on: the answers so far are kept in `folder`."""
-    numbers = count()
+    numbers, more = count(), {"without_picture": True} if params.needs_picture else {}
 
     def ask(model: VLM, some: Sequence[Sample]) -> pd.DataFrame:
         path = folder / f"{folder.name}_{next(numbers)}.parquet"
-        return measure_in_parts(ask_questions, model, some, path, params, shared=False).frame
+        return measure_in_parts(ask_questions, model, some, path, params, shared=False, **more).frame
 
     return ask
 
@@ -186,7 +210,8 @@ def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sa
             kept = _curate_and_keep(model, params, name, path, expected)
         if not kept:
             raise ValueError(
-                f"{params.model} answers none of the {name} questions in {params.questions} correctly: "
+                f"{params.model} answers none of the {name} questions in {params.questions} correctly"
+                f"{', and needs the picture for it' * params.needs_picture}: "
                 "leave the task out of `tasks`, or look at what it says in notebook 01."
             )
         found += kept
