@@ -16,7 +16,7 @@ FOLDER = ROOT / "assets" / "results"
 N_ANEW, TOLERANCE = 3, 1e-4  # samples that are measured again; how far their probabilities may be off
 BY_LAYER = {"knockout_sweep": "p_knockout", "module_knockout": "jaccard", "question_semantics": "jaccard"}
 """Experiments that can be asked for some layers alone, and what they measure there."""
-N_PLAIN = 6  # edits of such a sample that are measured, each in a full forward pass, too
+N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass, too
 ROUNDED = {"rank", "top_token"}  # words far down a list, or as likely as the next one, change places
 
 
@@ -65,8 +65,7 @@ def take_committed(
         f"{path.stem} comes with the project; {len(samples[:N_ANEW])} samples measured anew gave the same within "
         f"{TOLERANCE:g}. FRESH=1 measures all."
     )
-    floats = dict.fromkeys(result.frame.select_dtypes("float32"), float)  # stored in four bytes
-    return Result(result.frame.astype(floats), result.skipped, result.max_check_diff, result.manifest)
+    return result
 
 
 def _some_rows(
@@ -100,6 +99,8 @@ def _problem(stored: pd.DataFrame, anew: pd.DataFrame) -> str | None:
             tolerance = 0.05 if name == "jaccard" else TOLERANCE
             if not np.allclose(old, new, rtol=0, atol=tolerance, equal_nan=True):
                 return f"{name} differs by {(old - new).abs().max():.1e}"
-        elif not pd.api.types.is_float_dtype(old) and [*map(str, old)] != [*map(str, new)]:
-            return f"{name} differs"
+        elif not pd.api.types.is_float_dtype(old):
+            was, now = (column.astype(object).where(column.notna(), None) for column in (old, new))  # None, or NaN
+            if [*map(str, was)] != [*map(str, now)]:
+                return f"{name} differs"
     return None

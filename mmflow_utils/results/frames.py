@@ -118,9 +118,10 @@ def load_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> p
 def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the frame and the manifest of one file; a ValueError where it was altered or cut short."""
     try:
-        return unpack(path.read_bytes())
+        frame, manifest = unpack(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}: delete it and run again.") from None
+    return frame.astype(dict.fromkeys(frame.select_dtypes("float32"), float)), manifest  # what was stored compactly
 
 
 def find_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> Path:
