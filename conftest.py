@@ -1,5 +1,6 @@
 """Shared by all tests. None may reach the network, and one thread keeps numbers and times steady."""
 
+import gc
 import os
 import re
 from functools import cache
@@ -10,6 +11,37 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """Modules and tests stay to the end: the garbage collector need not look through them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the cells of notebooks that open with a model whose weights can't be had here, and say why."""
+    for item in items:
+        if item.path.suffix == ".ipynb" and (reason := _lacking(item.path.stem)):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@cache
+def _lacking(notebook: str) -> str:
+    from mmflow_utils.models.sources import find_checkpoint
+    from workflow.graph import opens_with, read_params
+
+    try:
+        if language_model := read_params(opens_with(notebook)).get("language_model"):
+            find_checkpoint(language_model)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(autouse=True)

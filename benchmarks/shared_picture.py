@@ -104,9 +104,12 @@ def _round(model: VLM, prompts: list[Encoded], planned: list, n_questions: Seque
         found[max(n_questions), "sweep, from the second on"] = sum(later) / len(later)
     for n in n_questions:
         found[n, "sweep shared"] = (first + sum(later[: n - 1])) / n
-        found[n, "answers together"] = _seconds(
-            lambda: answer_together(model, prompts[:n], Prefix(), max_new_tokens=N_NEW)  # noqa: B023
-        ) / n
+        found[n, "answers together"] = (
+            _seconds(
+                lambda: answer_together(model, prompts[:n], Prefix(), max_new_tokens=N_NEW)  # noqa: B023
+            )
+            / n
+        )
     return {key: seconds / unit for key, seconds in found.items()}
 
 

@@ -28,8 +28,10 @@ def plot_learning_curves(frame: pd.DataFrame, *, title: str = "Learning curves",
     metrics = list(dict.fromkeys(data["metric"]))
     handles = [style.legend_handle(*look) for look in looks.values()]
     figure, axes = style.panel_grid(len(metrics), title, subtitle, handles)
+    rows = _rows_of_names(spans)
+    n_rows = max(rows.values(), default=0) + 1
     for axis, metric in zip(axes, metrics, strict=True):
-        axis.set_title(_metric_name(metric), loc="left", pad=7 if len(spans) < 2 else 20)
+        axis.set_title(_metric_name(metric), loc="left", pad=7 if len(spans) < 2 else 9 + 11 * n_rows)
         for task, (label, color, dashes) in looks.items():
             curve = data[(data["metric"] == metric) & (data["task"] == task)].sort_values("at")
             mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(curve) < 30 else {}
@@ -41,12 +43,26 @@ def plot_learning_curves(frame: pd.DataFrame, *, title: str = "Learning curves",
             if i:
                 axis.axvline(start, color="#999999", linewidth=0.9, linestyle=(0, (2, 2)), label="_stage")
             text: dict[str, Any] = {"fontsize": 8, "color": "#555555", "ha": "center", "va": "bottom"}
-            axis.text((start + end) / 2, 1.01, str(stage), transform=axis.get_xaxis_transform(), **text)
+            text |= {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
+            axis.annotate(str(stage), ((start + end) / 2, 1), (0, 2 + 11 * rows[stage]), **text)
     style.label_outside(figure, axes, "Step", "")
     for axis in axes:  # each metric has a scale of its own
         axis.tick_params(labelleft=True)
-    figure.subplots_adjust(wspace=0.22)
+    room = 11 * (n_rows - 1) / 72 / figure.get_figheight()  # of the names' further rows
+    figure.subplots_adjust(wspace=0.22, top=figure.subplotpars.top - room)
     return figure
+
+
+def _rows_of_names(spans: dict[object, tuple[float, float]]) -> dict[object, int]:
+    """Give each stage's name a row above the axis, so that the names of short stages don't meet."""
+    whole = max((end for _, end in spans.values()), default=1.0) or 1.0
+    filled: list[float] = []  # how far each row is taken, as a share of the axis
+    rows = {}
+    for stage, (start, end) in spans.items():
+        center, half = (start + end) / 2 / whole, 0.012 * len(str(stage)) + 0.01
+        rows[stage] = next((n for n, taken in enumerate(filled) if taken <= center - half), len(filled))
+        filled[rows[stage] :] = [center + half, *filled[rows[stage] + 1 :]]
+    return rows
 
 
 def _metric_name(metric: str) -> str:

@@ -96,6 +96,9 @@ class Params(BaseModel):
         list(TASKS), min_length=1, description="the paper's six tasks or some of them"
     )
     n_samples: int = Field(24, ge=1, le=100_000, description="correctly answered samples in each task")
+    needs_picture: bool = Field(
+        False, description="keep only samples whose answer is lost without the picture; the paper keeps all"
+    )
     window: int = Field(
         3, ge=1, le=1000, description="layers knocked out together, around each layer; the paper has 9 of 40"
     )

@@ -6,6 +6,7 @@ the batch at once. What is said of a model follows from its file in `params/`, n
     python -m workflow.graph                    # mini's notebooks, each after those it reads
     python -m workflow.graph planted            # those of another model, and why others are left out
     python -m workflow.graph mini --stages      # a line for each set that can run at once
+    python -m workflow.graph --all              # every notebook, as it opens
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +28,12 @@ SAMPLES = "01"  # curates the samples that the others read
 UNIMODAL = "11"  # sets a multimodal model beside its language model
 FACTUAL = "12"  # asks questions without options
 COMPARISON = "14"  # sets all models side by side
+ORIGINS = "18"  # sets models of this project side by side, by how they came about
 TRAINING = "9"  # from 90 on: how a model of this project was trained
+AROUND = "91"  # around a language model that was there before
+# The model that notebooks which show a finding open with, chosen in 18 by its rule; the others open with mini.
+SUBJECT = "mini"
+OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "13", "14")
 # Whose results a notebook reads, beside the samples.
 RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07")}
 PARTS = "_in_parts("  # ends the name of what a notebook calls that measures in parts
@@ -105,8 +112,14 @@ def _why_not(name: str, model: str, params: dict) -> str:
             return f"the weights of {pairs[model]} lie in no folder here; that model's own batch has the notebook"
     if name.startswith(FACTUAL) and all(task.startswith("Choose") for task in params.get("tasks", [""])):
         return "all its tasks offer options to choose from, and factual questions offer none"
-    if name.startswith(TRAINING) and not (checkpoint_of(params) / "training.json").is_file():
-        return "there is no training.json beside its weights, so it wasn't trained here"
+    if name.startswith(ORIGINS) and model not in _own_parameter(name, "models"):
+        return "the notebook's models don't list it"
+    if name.startswith(TRAINING):
+        record = checkpoint_of(params) / "training.json"
+        if not record.is_file():
+            return "there is no training.json beside its weights, so it wasn't trained here"
+        if ("shown" in json.loads(record.read_text(encoding="utf-8"))["recipe"]) != name.startswith(AROUND):
+            return "it was trained by the recipe that the other notebook of training tells"
     return ""
 
 
@@ -151,7 +164,12 @@ def _text(name: str) -> str:
     return (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
 
 
-def _own_parameter(name: str, parameter: str) -> dict:
+def opens_with(name: str) -> str:
+    """Name the model that a notebook studies when it is opened by hand."""
+    return _own_parameter(name, "model")
+
+
+def _own_parameter(name: str, parameter: str) -> Any:
     """Read what a notebook's `parameters` cell sets a parameter to; an empty dict where it isn't there."""
     for cell in json.loads(_text(name))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
@@ -166,9 +184,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workflow.graph", description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default="mini", help="the name of a file in params/")
     parser.add_argument("--stages", action="store_true", help="a line for each set that can run at once")
+    parser.add_argument("--all", action="store_true", help="every notebook, whatever model it opens with")
     given = parser.parse_args(arguments)
     try:
         batch, left = notebooks_of(given.model), describe_left_out(given.model)
+        if given.all:
+            batch, left = [name for stage in stages(names()) for name in stage], []
     except ValueError as error:
         print(f"mmflow: {error}", file=sys.stderr)
         return 1

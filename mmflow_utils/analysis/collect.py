@@ -25,25 +25,33 @@ IN_COMMON = {*Params.model_fields, "weights_sha256", "data_sha256"}
 COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers", "window", "effect")
 
 
-def read_results(outputs: str | Path) -> dict[str, pd.DataFrame]:
+def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataFrame]:
     """Read what notebooks 02 to 07 stored: name -> rows of all models, with a column `model`.
 
     What a model hasn't stored is not in the result. Where a notebook was run with several settings, what it
     measured or loaded last is read, which is said.
 
+    Args:
+        outputs: the folder with a folder for each model.
+        others: such folders for the models that the earlier ones have nothing of.
+
     Raises:
         ValueError: a file is damaged, or of a run with other parameters, weights or data than the model's
             other files; names it.
     """
-    found: dict[str, list[pd.DataFrame]] = {name: [] for name in WRITTEN_BY}
-    for folder in sorted(path for path in Path(outputs).glob("*") if path.is_dir()):
+    models: dict[str, dict[str, list[Path]]] = {}
+    for folder in (path for place in (outputs, *others) for path in sorted(Path(place).glob("*"))):
         stored = {name: list_frames(folder / f"{name}.parquet") for name in WRITTEN_BY}
-        latest = {name: files[0] for name, files in stored.items() if files}
+        if not any(models.get(folder.name, {}).values()):
+            models[folder.name] = {name: files for name, files in stored.items() if files}
+    found: dict[str, list[pd.DataFrame]] = {name: [] for name in WRITTEN_BY}
+    for model, stored in sorted(models.items()):
+        latest = {name: files[0] for name, files in stored.items()}
         _hold_together(latest)
         for name, file in latest.items():
             if len(stored[name]) > 1:
-                print(f"{folder.name} has {len(stored[name])} runs of {name}: {file.name} is the latest, and read.")
-            found[name].append(read_frame(file)[0].assign(model=folder.name))
+                print(f"{model} has {len(stored[name])} runs of {name}: {file.name} is the latest, and read.")
+            found[name].append(read_frame(file)[0].assign(model=model))
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items() if frames}
 
 

@@ -2,8 +2,9 @@
 
 import json
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,26 @@ def _as_rgb(stored: Image.Image) -> Image.Image | None:
 def is_correct(said: str, sample: Sample) -> bool:
     """Return whether an answer is the label, letter case aside (§4)."""
     return said.lower() == sample.answer.strip().lower()
+
+
+def exchange_pictures(samples: Iterable[Sample], among: Iterable[Sample]) -> list[Sample]:
+    """Ask each question about a picture of `among`, another than its own: what it then answers follows from its words.
+
+    That picture is the one half the list away, in the order of image ids, so it hangs on no other question asked. Its
+    `image_id` stays the question's own; boxes are dropped, and a picture that is missing is passed over.
+
+    Raises:
+        ValueError: There are fewer than two pictures.
+    """
+    pictures = {sample.image_id: sample for sample in among if sample.image.is_file()}
+    if len(pictures) < 2:
+        raise ValueError(f"expected questions about several pictures to exchange, got {len(pictures)} picture(s)")
+    ids, changed = sorted(pictures), []
+    for sample in samples:
+        other = pictures[ids[(bisect_left(ids, sample.image_id) + len(ids) // 2) % len(ids)]]
+        objects = tuple(replace(thing, box=None) for thing in sample.objects)
+        changed.append(replace(sample, image=other.image, image_size=other.image_size, objects=objects))
+    return changed
 
 
 def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:

@@ -8,7 +8,8 @@ Example:
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from contextlib import suppress
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from tqdm.auto import tqdm
 from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.captions import add_captions, captions_file
 from mmflow_utils.data.gqa import read_gqa
-from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, samples_to_frame
-from mmflow_utils.engine.closeness import need_numbers
+from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, picture_by_picture, samples_to_frame
+from mmflow_utils.engine.answers import answer_together, greedy_answer
+from mmflow_utils.engine.prefix import Prefix
+from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import NO_PICTURE, variants, whole_depth
 from mmflow_utils.results.frames import load_frame, manifest, save_frame
 from mmflow_utils.results.resume import measure_in_parts
 
@@ -35,46 +39,92 @@ __all__ = [
     "curate",
     "stratified_sample",
     "load_samples",
+    "needs_picture",
     "read_questions",
 ]
 
 # What a curated set depends on: everything else may change without asking the model again.
-DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples")
+DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples", "needs_picture")
 ABOUT_SAMPLE = ("sample_id", "image_id", "structural", "semantic", "detailed", "task", "answer")
 COLUMNS = (*ABOUT_SAMPLE, "prediction", "correct", "reason")
+WITHOUT = "answered_without_picture"
 
 
 @torch.inference_mode()
 def answer(model: VLM, encoded: Encoded, *, max_new_tokens: int = 8) -> str:
     """Let the model answer greedily, and strip what it says (§4)."""
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    made = model.hf.generate(**encoded.inputs, **options, output_logits=True, return_dict_in_generate=True)
-    need_numbers(encoded, *made.logits)
-    new = made.sequences[0, encoded.inputs["input_ids"].shape[1] :]
-    return model.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return _as_text(model, greedy_answer(model, encoded, max_new_tokens=max_new_tokens))
 
 
-def ask_questions(model: VLM, samples: Iterable[Sample], *, progress: bool = True) -> pd.DataFrame:
+def _as_text(model: VLM, tokens: Sequence[int]) -> str:
+    return model.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+
+def needs_picture(model: VLM, encoded: Encoded, prefix: Prefix | None = None) -> bool:
+    """Return whether the answer begins with another token once nothing behind the picture may look at it."""
+    cut = variants(encoded.positions, NO_PICTURE, n_layers=model.n_layers, **whole_depth(model.n_layers))
+    run = run_sweep(model, encoded, cut, prefix=prefix)
+    return bool(run.base.argmax() != run.variants[0].argmax())
+
+
+def ask_questions(
+    model: VLM, samples: Iterable[Sample], *, without_picture: bool = False, progress: bool = True
+) -> pd.DataFrame:
     """Ask the model each question and judge its answer: equal to the label once both are lower-case.
+
+    Questions about one picture are asked together, which costs little more than one of them.
+
+    Args:
+        model: The model.
+        samples: The questions.
+        without_picture: Also see whether what is answered correctly is answered so without the picture.
+        progress: Show a bar.
 
     Returns:
         One row per sample: sample_id, image_id, structural, semantic, detailed, task, answer, prediction,
         correct and reason. A picture or prompt that can't be used leaves `prediction` empty and says why in
-        `reason`; a wrong answer has its own words there; a correct one has None.
+        `reason`; a wrong answer has its own words there; a correct one has None. `answered_without_picture`, if
+        that was asked too, is None where the answer is wrong.
     """
-    samples = list(samples)
-    rows = [_judge(model, s) for s in tqdm(samples, desc="Asking", unit="question", disable=not progress)]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    samples, prefix, rows = list(samples), Prefix(), {}
+    with tqdm(total=len(samples), desc="Asking", unit="question", disable=not progress) as bar:
+        for _, picture in groupby(picture_by_picture(samples), key=lambda n: samples[n].image_id):
+            places = list(picture)
+            some = [samples[n] for n in places]
+            rows |= zip(places, _judge(model, some, prefix, without_picture), strict=True)
+            bar.update(len(some))
+    columns = [*COLUMNS, *([WITHOUT] if without_picture else [])]
+    return pd.DataFrame([rows[n] for n in range(len(samples))], columns=columns)
 
 
-def _judge(model: VLM, sample: Sample) -> dict:
-    row = {name: getattr(sample, name) for name in ABOUT_SAMPLE}
+def _judge(model: VLM, samples: Sequence[Sample], prefix: Prefix, without_picture: bool) -> list[dict]:
+    """Return a row for each of several questions about one picture."""
+    prompts: dict[int, Encoded] = {}
+    rows = [{name: getattr(sample, name) for name in ABOUT_SAMPLE} for sample in samples]
+    for n, sample in enumerate(samples):
+        try:
+            prompts[n] = encode(model, sample)
+        except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
+            rows[n] |= dict(prediction=None, correct=False, reason=str(error))
+    for n, said in zip(prompts, _ask(model, list(prompts.values()), prefix), strict=True):
+        if isinstance(said, ValueError):
+            rows[n] |= dict(prediction=None, correct=False, reason=str(said))
+            continue
+        correct = is_correct(said, samples[n])
+        if correct and without_picture:
+            rows[n][WITHOUT] = not needs_picture(model, prompts[n], prefix)
+        rows[n] |= dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
+    return rows
+
+
+def _ask(model: VLM, prompts: Sequence[Encoded], prefix: Prefix) -> list[str | ValueError]:
+    """Return what the model says to each prompt, or why it says nothing; asked alone where together won't do."""
     try:
-        said = answer(model, encode(model, sample))
-    except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
-        return row | dict(prediction=None, correct=False, reason=str(error))
-    correct = is_correct(said, sample)
-    return row | dict(prediction=said, correct=correct, reason=None if correct else f"answered {said!r}")
+        return [_as_text(model, tokens) for tokens in answer_together(model, prompts, prefix)]
+    except ValueError as error:
+        if len(prompts) == 1:
+            return [error]
+        return [said for encoded in prompts for said in _ask(model, [encoded], prefix)]
 
 
 def stratified_sample(
@@ -119,28 +169,36 @@ def curate(
         ask: Asks some questions; `ask_in_parts` makes one that keeps the answers.
 
     Returns:
-        The correctly answered samples, task by task, and the record of all that was asked (`ask_questions`).
+        The correctly answered samples, task by task, less those that the record says are answered without the picture
+        too; and the record of all that was asked (`ask_questions`).
     """
-    samples, kept, rows = list(samples), [], []
-    for task in tasks:
-        left = _shuffled([s for s in samples if s.task == task], seed)
-        correct: list[Sample] = []
-        while left and (n := n_samples - len(correct)):  # so many more have to be asked in any case
-            record = ask(model, left[:n])
-            correct += [sample for sample, is_right in zip(left[:n], record.correct, strict=True) if is_right]
-            rows += record.to_dict("records")
-            left = left[n:]
-        kept += correct
-    return kept, pd.DataFrame(rows, columns=list(COLUMNS))
+    tasks, samples = list(tasks), list(samples)
+    left = {task: _shuffled([s for s in samples if s.task == task], seed) for task in tasks}
+    kept: dict[str, list[Sample]] = {task: [] for task in tasks}
+    rows: dict[str, list[dict]] = {task: [] for task in tasks}
+    while True:
+        # So many have to be asked in any case; those of all tasks together, since they are about the same pictures.
+        now = {task: left[task][: n_samples - len(kept[task])] for task in tasks}
+        asked = [sample for task in tasks for sample in now[task]]
+        if not asked:
+            break
+        record = ask(model, asked)
+        fits = record.correct & ~record[WITHOUT].eq(True) if WITHOUT in record else record.correct
+        for sample, fit, row in zip(asked, fits, record.to_dict("records"), strict=True):
+            kept[sample.task] += [sample] * bool(fit)
+            rows[sample.task].append(row)
+        left = {task: left[task][len(now[task]) :] for task in tasks}
+    whole = [row for task in tasks for row in rows[task]]
+    return [s for task in tasks for s in kept[task]], pd.DataFrame(whole, columns=list(whole[0] if whole else COLUMNS))
 
 
 def ask_in_parts(params: Params, folder: Path) -> Callable[[VLM, Sequence[Sample]], pd.DataFrame]:
     """Return what `curate` can ask with so that a killed run goes on: the answers so far are kept in `folder`."""
-    numbers = count()
+    numbers, more = count(), {"without_picture": True} if params.needs_picture else {}
 
     def ask(model: VLM, some: Sequence[Sample]) -> pd.DataFrame:
         path = folder / f"{folder.name}_{next(numbers)}.parquet"
-        return measure_in_parts(ask_questions, model, some, path, params, shared=False).frame
+        return measure_in_parts(ask_questions, model, some, path, params, shared=False, **more).frame
 
     return ask
 
@@ -177,28 +235,35 @@ def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sa
         ValueError: a task of which the model answers no question correctly.
     """
     expected = manifest(params, model, fields=DEPENDS_ON)
-    found = []
-    for name in [task] if task else params.tasks:
-        path = params.folder / "samples" / f"{name}.parquet"
-        try:
-            kept = frame_to_samples(load_frame(path, expected))
-        except ValueError:  # not there, or of other parameters
-            kept = _curate_and_keep(model, params, name, path, expected)
-        if not kept:
+    tasks, found = [task] if task else params.tasks, {}
+    for name in tasks:
+        with suppress(ValueError):  # not there, or of other parameters
+            found[name] = frame_to_samples(load_frame(_samples_file(params, name), expected))
+    if missing := [name for name in tasks if name not in found]:
+        found |= _curate_and_keep(model, params, missing, expected)
+    for name in tasks:
+        if not found[name]:
             raise ValueError(
-                f"{params.model} answers none of the {name} questions in {params.questions} correctly: "
+                f"{params.model} answers none of the {name} questions in {params.questions} correctly"
+                f"{', and needs the picture for it' * params.needs_picture}: "
                 "leave the task out of `tasks`, or look at what it says in notebook 01."
             )
-        found += kept
-    return found
+    return [sample for name in tasks for sample in found[name]]
 
 
-def _curate_and_keep(model: VLM, params: Params, task: str, path: Path, made_from: dict) -> list[Sample]:
-    samples, _ = read_questions(params, tasks=[task])
-    ask = ask_in_parts(params, folder := path.with_name(f"{task}_asked"))
-    kept, record = curate(model, samples, tasks=[task], n_samples=params.n_samples, seed=params.seed, ask=ask)
-    # The samples come last: where they are, the record is too.
-    save_frame(record, path.with_name(f"{task}_asked.parquet"), made_from)
-    save_frame(samples_to_frame(kept), path, made_from)
+def _samples_file(params: Params, name: str) -> Path:
+    return params.folder / "samples" / f"{name}.parquet"
+
+
+def _curate_and_keep(model: VLM, params: Params, tasks: Sequence[str], made_from: dict) -> dict[str, list[Sample]]:
+    samples, _ = read_questions(params, tasks=tasks)
+    ask = ask_in_parts(params, folder := params.folder / "samples" / "asked")
+    kept, record = curate(model, samples, tasks=tasks, n_samples=params.n_samples, seed=params.seed, ask=ask)
+    by_task = {task: [sample for sample in kept if sample.task == task] for task in tasks}
+    for task, some in by_task.items():
+        # The samples come last: where they are, the record is too.
+        own = record[record.task == task].reset_index(drop=True)
+        save_frame(own, _samples_file(params, f"{task}_asked"), made_from)
+        save_frame(samples_to_frame(some), _samples_file(params, task), made_from)
     shutil.rmtree(folder, ignore_errors=True)
-    return kept
+    return by_task

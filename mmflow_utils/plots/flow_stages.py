@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 
 from mmflow_utils.analysis.sentences import format_number
@@ -20,7 +21,7 @@ _LINES = (*_FLOWS, *_WORDS)
 _LANES = {"image": "Image", "question": "Question", "last": "Last"}  # from left to right, an arrow's width apart
 _MARK_AT = dict(zip(_FLOWS, (0.33, 0.62, 0.5, 1.4, 1.75), strict=True))
 _ENDS = {"Question -> Last": (1, 2), "Image -> Last": (0, 2)}  # lanes; else from the image to the question
-_WORD_AT = dict(zip(_WORDS, (2.3, 2.5), strict=True))
+_WORD_AT = dict(zip(_WORDS, (2.45, 2.92), strict=True))
 
 
 @style.styled
@@ -73,17 +74,18 @@ def plot_stages(layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", 
 
 
 def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame, n_layers: int) -> None:
+    axis.set(xlim=(-0.3, 3.25), ylim=(-0.9, n_layers - 0.1))
     for at, (name, label) in enumerate(_LANES.items()):
         axis.plot([at, at], [0, n_layers - 1], color=style.set_color(name), linewidth=11, alpha=0.25, label="_lane")
         axis.text(at, -0.045, label, transform=axis.get_xaxis_transform(), ha="center", va="top")
-    for stage in stages.to_dict("records"):
+    # The strongest first: where two numbers would meet, the weaker one moves up.
+    for stage in stages.sort_values("effect", ascending=False, kind="stable").to_dict("records"):
         mine = layers[(layers["line"] == stage["line"]) & layers["in_stage"]]
         (_draw_word if stage["line"] in _WORDS else _draw_flow)(axis, stage["line"], mine, stage)
     absent = [style.shown(line) for line in stages.loc[stages["strongest"].isna(), "line"]]
     look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#555555", "va": "top"}
     note = "\n".join(["no stage:", *absent]) if absent else ""
     axis.annotate(note, (0, 0), (0, -26), xycoords="axes fraction", **look)
-    axis.set(xlim=(-0.3, 3.15), ylim=(-0.9, n_layers - 0.1))
     axis.set_xticks([])
     axis.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axis.grid(visible=False)
@@ -97,12 +99,15 @@ def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> 
         look = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 0.6 + 0.034 * min(effect, 100)}
         axis.add_patch(FancyArrowPatch(*ends, color=color, shrinkA=0, shrinkB=0, label=line, **look))
     if pd.notna(stage["strongest"]):
-        at, low, high = (stage[name] for name in ("strongest", "strongest_low", "strongest_high"))
-        axis.plot([_MARK_AT[line]] * 2, [low, high], color="#1A1A1A", linewidth=1.2, label=f"_{line}")
-        axis.plot(_MARK_AT[line], at + aside, "D", color=color, markeredgecolor="white", markersize=6)
+        mark, (at, low, high) = _MARK_AT[line], (stage[f"strongest{end}"] for end in ("", "_low", "_high"))
+        axis.plot([mark] * 2, [low, high], color="#1A1A1A", linewidth=1.2, label=f"_{line}")
+        axis.plot(mark, at + aside, "D", color=color, markeredgecolor="white", markersize=6)
+        top = max(high, layers["layer"].max() + aside)
+        notes = (note.xy for note in axis.texts if isinstance(note, Annotation))
+        met = [y for x, y in notes if abs(x - mark) < 0.45 and abs(y - top) < 0.08 * axis.get_ylim()[1]]
         text: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#1A1A1A"}
-        above = (_MARK_AT[line], max(high, layers["layer"].max() + aside))
-        axis.annotate(f"−{format_number(stage['effect'], 0)} %", above, (0, 4), textcoords="offset points", **text)
+        text |= {"xytext": (0, 4 + 11 * len(met)), "textcoords": "offset points"}
+        axis.annotate(f"−{format_number(stage['effect'], 0)} %", (mark, max([top, *met])), **text)
 
 
 def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> None:
@@ -111,5 +116,6 @@ def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> 
     at, color = _WORD_AT[line], style.WORD_COLORS[line]
     for layer, effect in zip(layers["layer"], layers["mean"], strict=True):
         axis.plot(at, layer, "s", color=color, markersize=3 + 0.05 * min(effect, 100), label=f"_{line}")
+    look: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8.5, "color": color}
     word = "Answer" if line == _WORDS[1] else "answer"
-    axis.text(at + 0.09, stage["strongest"], word, fontsize=8, color=color, va="center")
+    axis.text(at, -0.05, word, transform=axis.get_xaxis_transform(), **look)

@@ -105,7 +105,7 @@ def plot_sample(
 def plot_contact_sheet(
     images: Sequence, captions: Sequence[str] = (), *, columns: int = 4, title: str = "", subtitle: str = ""
 ) -> Figure:
-    """Draw pictures in a grid, each with its caption below.
+    """Draw pictures in a grid, each with its caption below, whose line breaks are kept.
 
     Raises:
         ValueError: No pictures, or captions whose number differs from the pictures'.
@@ -114,9 +114,10 @@ def plot_contact_sheet(
         raise ValueError(f"expected pictures and as many captions (or none), got {len(images)} and {len(captions)}")
     columns = min(columns, len(images))
     rows, cell = ceil(len(images) / columns), 10.0 / max(columns, 3)
-    wrapped = [textwrap.fill(str(caption), int(cell * 13.5)) for caption in captions] or [""] * len(images)
-    lines = max(text.count("\n") + 1 if text else 0 for text in wrapped)
-    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, rows * (cell + 0.17 * lines)), squeeze=False)
+    lines = [[textwrap.fill(line, int(cell * 13.5)) for line in str(text).split("\n")] for text in captions]
+    wrapped = ["\n".join(parts) for parts in lines] or [""] * len(images)
+    room = 0.17 * max(text.count("\n") + 1 if text else 0 for text in wrapped)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, rows * (cell + room)), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, text in zip(axes.flat, images, wrapped, strict=False):
@@ -124,6 +125,6 @@ def plot_contact_sheet(
         axis.set_anchor("N")
         below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8.5}
         axis.annotate(text, (0, 0), (0, -5), **below)
-    add_title(figure, title, subtitle, bottom=0.17 * lines + 0.15)
-    figure.subplots_adjust(wspace=0.08, hspace=(0.17 * lines + 0.12) / cell)
+    add_title(figure, title, subtitle, bottom=room + 0.15)
+    figure.subplots_adjust(wspace=0.08, hspace=(room + 0.12) / cell)
     return figure

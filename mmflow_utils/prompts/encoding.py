@@ -22,7 +22,7 @@ from mmflow_utils.prompts.positions import PositionSets, question_sets, tokens_i
 
 __all__ = ["Encoded", "encode", "find_image_patches", "image_positions", "processed_drawing"]
 
-_PICTURE_SETS = ("image", "image_newline", "image_related", "image_other")
+_PICTURE_SETS = ("image", "image_newline", "image_related", "image_other", "after_image")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
         positions = _name_patches(model, positions, sample, picture.size, inputs)
     else:
         positions = positions.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
+    positions = _name_rest(positions)
     inputs = {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()}
     # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
     names = (text[a:b] or model.tokenizer.decode([token]) for token, (a, b) in zip(ids, offsets, strict=True))
@@ -265,6 +266,16 @@ def _find_text(
     else:
         missing["captions"] = "the prompt holds no caption"
     return PositionSets(n_tokens=len(offsets), sets=sets | {"last": (len(offsets) - 1,)}, missing=missing)
+
+
+def _name_rest(positions: PositionSets) -> PositionSets:
+    """Name what is neither picture nor question, so that every position has its set, and what comes after the two."""
+    named = {p for name in ("image", "image_newline", "captions", "question", "last") for p in positions.get(name)}
+    rest, end = [p for p in range(positions.n_tokens) if p not in named], positions["question"][-1]
+    positions = positions.with_(system=[p for p in rest if p < end], template=[p for p in rest if p > end])
+    if image := positions.get("image"):
+        positions = positions.with_(after_image={*range(image[0], positions.n_tokens)} - {*image})
+    return positions.with_(after_question=range(end + 1, positions.n_tokens))
 
 
 def _name_patches(

@@ -7,15 +7,15 @@ layers. Both engines (`reference` and `sweep`) execute variants and know nothing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = [
-    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOW_TO_LAST", "Flow", "IMAGE_PATCHES_TO_QUESTION", "IMAGE_TO_PARTS",
-    "IMAGE_TO_QUESTION", "Intervention", "MODULE_INTERVENTIONS", "OTHER_PATCHES_TO_PARTS", "PARTS_TO_LAST",
-    "PARTS_TO_PARTS", "RELATED_PATCHES_TO_PARTS", "Variant", "flow_problem", "pretty_name", "variants",
-    "window_layers", "window_sizes",
+    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOW_TO_LAST", "Flow", "IMAGE_PATCHES_TO_QUESTION", "IMAGE_ROUTES",
+    "IMAGE_TO_PARTS", "IMAGE_TO_QUESTION", "Intervention", "MODULE_INTERVENTIONS", "NO_PICTURE", "NO_QUESTION",
+    "OTHER_PATCHES_TO_PARTS", "PARTS_TO_LAST", "PARTS_TO_PARTS", "RELATED_PATCHES_TO_PARTS", "TEMPLATE_TO_LAST",
+    "Variant", "flow_problem", "pretty_name", "variants", "whole_depth", "window_layers", "window_sizes",
 ]  # fmt: skip
 
 Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
@@ -34,6 +34,8 @@ _PRETTY = {
     "image_other_low_norm": "Other image patches of low norm",
     "option_true": "True option",
     "option_false": "False option",
+    "after_image": "All after the image",
+    "after_question": "All after the question",
 }
 
 
@@ -43,17 +45,18 @@ def pretty_name(name: str) -> str:
     >>> pretty_name("image_related"), pretty_name("question_without_options")
     ('Related image patches', 'Question without options')
     """
-    return _PRETTY.get(name, name.replace("_", " ").capitalize())
+    return " + ".join(_PRETTY.get(part, part.replace("_", " ").capitalize()) for part in name.split("+"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
     """Information that leaves the positions `source` (keys) and would reach the positions `target` (queries).
 
-    Both are names of position sets (`PositionSets`). Geva et al. call the query `source`: here it is the `target`.
+    Both are names of position sets (`PositionSets`), or of several joined by "+", which are then cut together. Geva et
+    al. call the query `source`: here it is the `target`.
 
-    >>> str(Flow(source="question", target="last"))
-    'Question -> Last'
+    >>> str(Flow(source="question", target="last")), str(Flow(source="image", target="question+last"))
+    ('Question -> Last', 'Image -> Question + Last')
     """
 
     source: str
@@ -132,6 +135,15 @@ def window_layers(layer: int, *, window: int, n_layers: int, placement: Placemen
         raise ValueError(f"placement must be one of {', '.join(get_args(Placement))}, got {placement!r}")
     before = window // 2 if placement == "centered" else 0
     return range(max(0, layer - before), min(n_layers, layer - before + window))
+
+
+def whole_depth(n_layers: int) -> dict[str, Any]:
+    """Return the window and the one layer with which `variants` cuts a flow in all layers at once.
+
+    >>> window_layers(*whole_depth(4)["layers"], window=whole_depth(4)["window"], n_layers=4)
+    range(0, 4)
+    """
+    return {"window": 2 * n_layers, "layers": [0]}
 
 
 def window_sizes(n_layers: int) -> list[int]:
@@ -236,8 +248,14 @@ _PARTS = "option_true option_false objects question_without_options question_wit
 
 FLOW_TO_LAST = _each("question image last", "last")
 """Experiment 1, Fig. 3."""
+TEMPLATE_TO_LAST = _each("template", "last")
+"""What stands between the question and the last position, as a way to it."""
 IMAGE_TO_QUESTION = _each("image", "question")
 """Experiment 2, Fig. 4."""
+IMAGE_ROUTES = _each("image", "last question template question+last after_image")
+"""The picture's ways to the answer, one by one and together: where two can each carry it, only both cut show it."""
+NO_PICTURE, NO_QUESTION = IMAGE_ROUTES[-1:], _each("question", "after_question")
+"""Cut in all layers, what no flow from the picture, or from the question, can exceed."""
 IMAGE_PATCHES_TO_QUESTION = _each("image_related image_other", "question")
 """§6, Fig. 5."""
 CAPTIONS_TO_LAST = _each("captions question", "last")

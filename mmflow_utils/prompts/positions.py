@@ -40,7 +40,9 @@ class PositionSets:
 
     Names in use: `image` (patches only), `image_newline`, `image_related`, `image_other`, `question`,
     `option_true`, `option_false`, `options`, `question_without_options`, `objects`,
-    `question_without_objects`, `last`.
+    `question_without_objects`, `template` (between question and last), `last`, `system` (all other tokens before the
+    question), `after_image` (what comes after the first image patch and is none), `after_question`. Names joined by
+    "+" are a union, which a prompt has if it has all of them.
 
     Raises:
         ValueError: A position outside the prompt.
@@ -48,8 +50,8 @@ class PositionSets:
     >>> positions = PositionSets(n_tokens=5, sets={"image": [1, 2], "last": [4]}, missing={"objects": "none is named"})
     >>> positions["image"], positions.last, "objects" in positions
     ((1, 2), 4, False)
-    >>> positions.with_(question=[3])["question"]
-    (3,)
+    >>> positions.with_(question=[3])["question"], positions["image+last"]
+    ((3,), (1, 2, 4))
     """
 
     n_tokens: int
@@ -68,16 +70,20 @@ class PositionSets:
         object.__setattr__(self, "missing", {**empty, **self.missing})
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
-        if name not in self.sets:
+        if name not in self:
             raise KeyError(self.why_missing(name))
-        return tuple(self.sets[name])
+        return tuple(sorted({p for part in name.split("+") for p in self.sets[part]}))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.sets
+        return all(part in self.sets for part in name.split("+"))
+
+    def knows(self, name: str) -> bool:
+        """Return whether the prompt has a set, or a reason why not: else the name is none."""
+        return all(part in self.sets or part in self.missing for part in name.split("+"))
 
     def get(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Return the positions of a set, or the default where the prompt has none."""
-        return tuple(self.sets.get(name, default))
+        return self[name] if name in self else default  # noqa: SIM401
 
     @property
     def last(self) -> int:
@@ -86,8 +92,9 @@ class PositionSets:
 
     def why_missing(self, name: str) -> str:
         """Return why the prompt has no set of that name."""
-        reason = self.missing.get(name)
-        return f"{name}: {reason}" if reason else f"no position set {name!r}; this prompt has {', '.join(self.sets)}"
+        part = next((part for part in name.split("+") if part not in self.sets), name)
+        reason = self.missing.get(part)
+        return f"{part}: {reason}" if reason else f"no position set {part!r}; this prompt has {', '.join(self.sets)}"
 
     def with_(self, **sets: Iterable[int]) -> "PositionSets":
         """Return a copy with some sets added or replaced."""

@@ -31,6 +31,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
 # What changes neither a sample nor a probability: where results go, where and in which shares they are
 # computed, how they are summarized.
 NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "shard", "n_boot"})
+# Parameters that came later: told only where they are set, so that results from before stay results of this run.
+LATER = {"needs_picture": False}
 KEY = b"mmflow_manifest"
 # Where the checksum of a file stands in it. It is taken with zeros in its own place.
 MARK, BLANK = b'"sha256": "', b"0" * 64
@@ -53,6 +55,7 @@ def manifest(
     """
     names = set(type(params).model_fields) - NOT_OF_THE_RESULT if fields is None else set(fields)
     depends_on = params.model_dump(mode="json", include=names)
+    depends_on = {name: value for name, value in depends_on.items() if value != LATER.get(name, ...)}
     files = sorted(params.path("checkpoint").glob("*.safetensors"))
     commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
     depends_on["weights_sha256"] = sha256(*files) if files else commit
@@ -115,9 +118,10 @@ def load_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> p
 def read_frame(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the frame and the manifest of one file; a ValueError where it was altered or cut short."""
     try:
-        return unpack(path.read_bytes())
+        frame, manifest = unpack(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}: delete it and run again.") from None
+    return frame.astype(dict.fromkeys(frame.select_dtypes("float32"), float)), manifest  # what was stored compactly
 
 
 def find_frame(path: str | Path, expected: Mapping[str, Any] | None = None) -> Path:
@@ -186,7 +190,10 @@ def pack(frame: pd.DataFrame, manifest: Mapping[str, Any]) -> bytes:
     """Turn a frame and its manifest into the bytes of a parquet file that holds its own checksum."""
     table, file = pa.Table.from_pandas(frame), io.BytesIO()
     text = json.dumps({**manifest, "sha256": BLANK.decode()}, indent=2, default=str)
-    with pq.ParquetWriter(file, table.schema) as writer:
+    measured = [name for name in frame.select_dtypes("float") if frame[name].nunique() > len(frame) / 4]
+    labels = [name for name in table.column_names if name not in measured]
+    small = {"compression": "zstd", "use_dictionary": labels, "use_byte_stream_split": measured}
+    with pq.ParquetWriter(file, table.schema, **small) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({KEY: text.encode()})
     before, _, after = file.getvalue().rpartition(MARK + BLANK)
@@ -206,7 +213,7 @@ def unpack(content: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Name what a manifest depends on otherwise than expected, one clause each."""
-    was, now = (json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
+    was, now = (LATER | json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
     pairs = [(key, was.get(key), now[key]) for key in now if key != "arguments"]
     # A call's arguments are compared one by one; those that are parameters too are named once.
     given, asked = (m.get("arguments", {}) if "arguments" in now else {} for m in (was, now))

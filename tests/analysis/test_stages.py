@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import combinations
 from math import inf
 
 import numpy as np
@@ -377,6 +378,14 @@ def test_what_has_no_stage_is_said():
     assert any("no stage" in text.get_text() and "Other image" in text.get_text() for text in axis.texts)
 
 
+def test_numbers_and_words_of_stages_that_end_together_do_not_meet():
+    together = {OTHER: bump(8, 60), RELATED: bump(8, 50), "Question -> Last": bump(8, 40), "Image -> Last": bump(8, 30)}
+    figure = drawn(together | {"Noncapitalized answer": bump(8, 50), "Capitalized answer": bump(9, 60)})
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == 3 + 4 + 2 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 def test_each_model_has_a_panel_and_its_own_depth():
     effects = pd.concat([as_drawn(AS_IN_THE_PAPER, model=name) for name in "abcd"])
     figure = plot_stages(stage_layers(effects, **QUICK), find_stages(effects, **QUICK))
@@ -402,3 +411,12 @@ def test_a_task_that_a_model_was_not_asked_leaves_its_panel_empty():
         "ChooseCat · a": True,
         "ChooseCat · b": False,
     }
+
+
+def test_what_a_model_has_nothing_of_is_read_from_the_next_folder(tmp_path):
+    for place, model, n in (("here", "a", 1), ("there", "a", 2), ("there", "b", 3)):
+        frame = pd.DataFrame({"layer": range(n)})
+        save_frame(frame, tmp_path / place / model / "flow_to_last.parquet", {"depends_on": {}})
+    (tmp_path / "here" / "b").mkdir()
+    found = read_results(tmp_path / "here", tmp_path / "there")["flow_to_last"]
+    assert found.groupby("model").size().to_dict() == {"a": 1, "b": 3}

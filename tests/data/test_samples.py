@@ -1,6 +1,7 @@
 """Reading GQA's files and the authors' CSV: the true layout, and everything that may be wrong with a file."""
 
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,15 @@ from PIL import Image
 from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.fields import clipped_box
 from mmflow_utils.data.gqa import read_gqa
-from mmflow_utils.data.sample import Box, Sample, SceneObject, frame_to_samples, load_image, samples_to_frame
+from mmflow_utils.data.sample import (
+    Box,
+    Sample,
+    SceneObject,
+    exchange_pictures,
+    frame_to_samples,
+    load_image,
+    samples_to_frame,
+)
 from mmflow_utils.data.tasks import TASKS
 from mmflow_utils.prompts.positions import find_objects, find_options
 
@@ -453,3 +462,22 @@ def test_the_authors_files_are_read_whole(tmp_path):
     assert any(o.object_id is None for s in read["LogicalObj"] for o in s.objects)
     together = sum(read.values(), [])
     assert frame_to_samples(samples_to_frame(together)) == together
+
+
+def test_exchanged_pictures_are_anothers_whoever_else_is_asked(tmp_path):
+    shapes = {"a": (20, 10), "b": (10, 20), "c": (9, 9)}
+    asked = []
+    for name, size in shapes.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        about = {"sample_id": f"{name}1", "image_id": name, "image": tmp_path / f"{name}.png", "image_size": size}
+        said = {"question": "Is it?", "answer": "yes", "task": None, "structural": "", "semantic": "", "detailed": ""}
+        thing = SceneObject(name="cup", box=Box(x=0.0, y=0.0, w=2.0, h=2.0))
+        asked.append(Sample(**about, **said, objects=(thing,)))
+    gone = dataclasses.replace(asked[0], image_id="bb", image=tmp_path / "gone.png")
+    other = exchange_pictures(asked, [*asked, gone])
+    assert [(s.sample_id, s.image_id) for s in other] == [(s.sample_id, s.image_id) for s in asked]
+    assert all(load_image(new).size == new.image_size != old.image_size for old, new in zip(asked, other, strict=True))
+    assert {thing.box for s in other for thing in s.objects} == {None}
+    assert exchange_pictures(asked[1:2], asked) == other[1:2]
+    with pytest.raises(ValueError, match="got 1 picture"):
+        exchange_pictures(asked, asked[:1])

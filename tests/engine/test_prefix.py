@@ -140,3 +140,21 @@ def test_a_model_whose_stored_keys_do_not_fit_is_run_in_full(monkeypatch, starts
     assert prefixes._PROVEN[model.hf] is False
     alone = [greedy_answer(model, encoded) for encoded in prompts]
     assert answer_together(model, prompts, prefix) == alone
+
+
+def test_answers_are_given_together_within_the_room_of_one_pass(monkeypatch):
+    model, prompts = setting("llava")
+    monkeypatch.setattr(answers, "_FEW_ROWS", 0)
+    counted, read = [], answers._SideBySide.read_prompts
+
+    def counting(side_by_side):
+        counted.append(len(side_by_side.prompts))
+        return read(side_by_side)
+
+    monkeypatch.setattr(answers._SideBySide, "read_prompts", counting)
+    many = [*prompts, *prompts]
+    said = answer_together(model, many, Prefix(), max_new_tokens=3)
+    assert said == [greedy_answer(model, encoded, max_new_tokens=3) for encoded in many]
+    assert len(counted) > 1
+    most = max(encoded.positions.n_tokens for encoded in many)
+    assert max(counted) * min(len(e.inputs["input_ids"][0]) - e.positions["image"][-1] - 1 for e in many) <= most

@@ -13,6 +13,7 @@ from tiny import tiny_sample, tiny_vlm
 
 from miniature.dataset import write_split
 from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.experiments import curation
 from mmflow_utils.experiments.curation import (
     answer,
@@ -24,7 +25,8 @@ from mmflow_utils.experiments.curation import (
 )
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import encode
-from mmflow_utils.results.frames import load_frame, manifest
+from mmflow_utils.prompts.flows import Variant
+from mmflow_utils.results.frames import differences, load_frame, manifest
 from mmflow_utils.results.resume import measure_in_parts
 
 TASKS = ["ChooseAttr", "QueryAttr"]
@@ -67,12 +69,12 @@ def asked(monkeypatch):
     """Let the model answer every second question (by its id) as labeled; note which were asked."""
     heard = []
 
-    def knows(model, encoded, **_):
-        sample = encoded.sample
-        heard.append(sample.sample_id)
-        return sample.answer.capitalize() if int(sample.sample_id) % 2 else "Nonsense"
+    def knows(model, prompts, prefix):
+        samples = [encoded.sample for encoded in prompts]
+        heard.extend(sample.sample_id for sample in samples)
+        return [sample.answer.capitalize() if int(sample.sample_id) % 2 else "Nonsense" for sample in samples]
 
-    monkeypatch.setattr(curation, "answer", knows)
+    monkeypatch.setattr(curation, "_ask", knows)
     return heard
 
 
@@ -148,7 +150,7 @@ def test_curation_stops_when_it_has_enough(params, asked):
     samples, _ = read_questions(params, tasks=TASKS)
     kept, record = curate(model(), iter(samples), tasks=TASKS, n_samples=3, seed=0)
     assert [s.task for s in kept] == [task for task in TASKS for _ in range(3)]
-    assert record.sample_id.tolist() == asked and len(set(asked)) == len(asked)
+    assert sorted(record.sample_id) == sorted(asked) and len(set(asked)) == len(asked)
     assert record[record.correct].sample_id.tolist() == [s.sample_id for s in kept]
     for task in TASKS:
         mine = record[record.task == task]
@@ -222,20 +224,65 @@ def test_a_killed_curation_asks_on_where_it_stopped(params, asked, monkeypatch, 
     def parts_of_one(*arguments, **options):
         return measure_in_parts(*arguments, **options, part_size=1)
 
-    def killed(model, encoded, knows=curation.answer):
+    def killed(model, prompts, prefix, knows=curation._ask):
         if len(asked) == n_before:
             raise KeyboardInterrupt
-        return knows(model, encoded)
+        return knows(model, prompts, prefix)
 
     monkeypatch.setattr(curation, "measure_in_parts", parts_of_one)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(curation, "answer", killed)
+        patch.setattr(curation, "_ask", killed)
         load_samples(model(), again)
     assert load_samples(model(), again) == expected and asked == whole  # each once, in the same order
     assert load_frame(again.folder / "samples" / f"{TASKS[0]}_asked.parquet").equals(record)
     assert not [path for path in (again.folder / "samples").iterdir() if path.is_dir()]
     load_samples(model(), again.model_copy(update={"shard": "2/2", "outputs": f"{params.outputs}-shard"}))
     assert asked == whole * 2  # a share of a sweep needs all of its samples
+
+
+def test_only_samples_that_need_the_picture_are_kept_where_that_is_asked(params, asked, monkeypatch):
+    every = load_samples(model(), params)
+    needs = params.model_copy(update={"needs_picture": True})
+    monkeypatch.setattr(curation, "needs_picture", lambda model, encoded, prefix: int(encoded.sample.sample_id) % 3 == 0)
+    some = load_samples(model(), needs)
+    assert {s.task for s in some} == set(TASKS) and some != every
+    assert all(int(s.sample_id) % 3 == 0 for s in some)
+    folder = params.folder / "samples"
+    record = load_frame(folder / f"{TASKS[0]}_asked.parquet", manifest(needs, model(), fields=curation.DEPENDS_ON))
+    assert list(record) == [*curation.COLUMNS, "answered_without_picture"]
+    assert record.answered_without_picture.isna().equals(~record.correct)
+    kept = record[record.correct & record.answered_without_picture.eq(False)]
+    assert kept.sample_id.tolist() == [s.sample_id for s in some if s.task == TASKS[0]]
+    n_asked = len(asked)
+    assert load_samples(model(), params) == every and load_samples(model(), needs) == some
+    assert len(asked) == n_asked  # both are kept
+    monkeypatch.setattr(curation, "needs_picture", lambda *_: False)
+    with pytest.raises(ValueError, match="correctly, and needs the picture for it: leave"):
+        load_samples(model(), needs.model_copy(update={"seed": 5}))
+
+
+def test_a_parameter_that_came_later_leaves_earlier_results_what_they_were(params):
+    needs = params.model_copy(update={"needs_picture": True})
+    before, after = manifest(params)["depends_on"], manifest(needs)["depends_on"]
+    assert "needs_picture" not in before and after == before | {"needs_picture": True}
+    for a, b in ((params, needs), (needs, params)):
+        assert differences(manifest(a), manifest(b)) and not differences(manifest(a), manifest(a))
+
+
+def test_the_picture_is_needed_where_the_answer_changes_without_it(split, params):
+    samples, _ = read_questions(params, tasks=TASKS)
+    vlm = model()
+    for sample in samples[:4]:
+        encoded = encode(vlm, sample)
+        image, after = (encoded.positions[name] for name in ("image", "after_image"))
+        run = run_reference(vlm, encoded, [Variant(layers=range(vlm.n_layers), source=image, target=after)])
+        assert curation.needs_picture(vlm, encoded) == bool(run.base.argmax() != run.variants[0].argmax())
+    record = ask_questions(vlm, samples[:4], without_picture=True, progress=False)
+    assert list(record)[-1] == "answered_without_picture" and len(record) == 4
+    with pytest.raises(ValueError, match="shows no picture"):
+        curation.needs_picture(
+            tiny_vlm("llama", prompt="{question}"), encode(tiny_vlm("llama", prompt="{question}"), samples[0])
+        )
 
 
 def test_another_file_of_questions_curates_anew(params, asked, tmp_path):

@@ -9,6 +9,7 @@ from cells import NOTEBOOKS, code_cells, declared, parameters_cell, read
 
 from mmflow_utils.params import Params
 from mmflow_utils.results.version import VERSIONS
+from workflow.graph import opens_with
 from workflow.run_notebook import find_problems
 
 LONGEST_CELL = 25
@@ -61,7 +62,7 @@ def test_it_declares_its_model_and_what_it_alone_has(path):
     notebook = read(path)
     cell = parameters_cell(notebook)
     (model, kind_and_value), *own = declared(cell).items()
-    assert (model, kind_and_value) == ("model", ("str", "mini"))
+    assert (model, kind_and_value) == ("model", ("str", opens_with(path.stem)))
     assert {name for name, _ in own} & set(Params.model_fields) == set()
     assert [name for name, (kind, _) in own if kind is None] == []
     lines = cell.source.splitlines()

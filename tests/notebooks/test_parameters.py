@@ -9,6 +9,7 @@ from nbformat.v4 import new_code_cell
 from papermill.cli import papermill
 
 from mmflow_utils.params import ROOT, Params
+from workflow.graph import opens_with
 
 pytestmark = pytest.mark.notebook
 
@@ -28,6 +29,9 @@ def cut(tmp_path):
         return tmp_path / "in.ipynb"
 
     return cut
+
+
+OPENED = ROOT / "params" / f"{opens_with('02_flow_to_last')}.yaml"  # what 02 studies where nothing else is asked
 
 
 def run(path, *options):
@@ -68,7 +72,7 @@ def test_a_file_of_params_and_an_option_over_it(cut):
 
 def test_a_readers_own_file_changes_one_field(cut, tmp_path):
     (tmp_path / "own.yaml").write_text("n_samples: 5\n")
-    assert run(cut(), "-f", tmp_path / "own.yaml") == Params(n_samples=5)
+    assert run(cut(), "-f", tmp_path / "own.yaml") == Params.from_yaml(OPENED, n_samples=5)
 
 
 def test_a_readers_own_file_names_a_model_and_fields(cut, tmp_path):
@@ -80,9 +84,9 @@ def test_a_readers_own_file_names_a_model_and_fields(cut, tmp_path):
 
 def test_a_line_added_by_hand_counts_and_an_option_wins_over_it(cut):
     path = cut(line="n_samples = 5\nwindow = 2")
-    assert prepare(path).model_dump() == Params(n_samples=5, window=2).model_dump()
-    assert run(path, "-r", "revision", "1234567", "-p", "window", 1) == Params(
-        n_samples=5, window=1, revision="1234567"
+    assert prepare(path).model_dump() == Params.from_yaml(OPENED, n_samples=5, window=2).model_dump()
+    assert run(path, "-r", "revision", "1234567", "-p", "window", 1) == Params.from_yaml(
+        OPENED, n_samples=5, window=1, revision="1234567"
     )
 
 

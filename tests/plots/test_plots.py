@@ -211,6 +211,43 @@ def test_all_panels_share_one_range_that_holds_zero_and_a_zero_line():
         assert any(line.get_label() == "_zero" and set(line.get_ydata()) == {0} for line in axis.lines)
 
 
+def test_the_floor_of_each_task_is_a_dashed_level_within_every_panels_range():
+    floor = pd.DataFrame({"task": TASKS[:3], "flow": "Image -> All after the image", "mean": [-97.0, -80.0, -96.5]})
+    figure = plot_flow(summary(TASKS[:2]), floor=floor)
+    for axis, level in zip(figure.axes, (-97, -80), strict=True):
+        (line,) = [line for line in axis.lines if line.get_label() == "_Image → All after the image in all layers"]
+        assert set(line.get_ydata()) == {level} and line.get_linestyle() == "--"
+        assert axis.get_ylim()[0] < -97
+    assert figure.legends[0].texts[-1].get_text() == "Image → All after the image in all layers"
+
+
+def test_a_change_in_percent_is_seen_on_at_least_ten_percent_up_and_down():
+    frame = summary(TASKS[:1]).assign(mean=-2.0, ci_low=-2.5, ci_high=-1.5)
+    low, high = plot_flow(frame).axes[0].get_ylim()
+    assert low < -10 and high > 10
+    assert plot_flow(frame, y_label="Change in log-probability (nats)").axes[0].get_ylim()[0] > -3
+    assert plot_curves(frame).axes[0].get_ylim()[0] > -3
+
+
+def test_tasks_in_which_nothing_happens_are_a_line_of_text_unless_there_is_nothing_else():
+    frame = summary()
+    still = frame["task"].isin(TASKS[1:3])
+    frame.loc[still, "mean"] /= 100
+    figure = plot_flow(frame)
+    assert [axis.get_title("left") for axis in figure.axes] == [TASKS[0], *TASKS[3:]]
+    said = " ".join(texts(figure).split())
+    assert f"no change of 1 % in any layer: {TASKS[1]}, {TASKS[2]}" in said
+    assert len(plot_flow(frame, y_label="Change in log-probability (nats)").axes) == len(TASKS)
+    assert [axis.get_title("left") for axis in plot_flow(frame[still]).axes] == list(TASKS[1:3])
+
+
+def test_the_title_names_the_flows_where_they_are_few():
+    assert "blocking Image → Last" in texts(plot_flow(summary(names=TO_LAST[1:2])))
+    assert "blocking Question → Last, Image → Last, Last → Last" in " ".join(texts(plot_flow(summary())).split())
+    many = plot_flow(summary(TASKS[:1], [str(flow) for flow in flows.PARTS_TO_LAST]))
+    assert "blocking a flow of information" in texts(many)
+
+
 def test_missing_and_boundless_intervals_do_not_swallow_the_curves():
     frame = summary()
     frame.loc[0, ["ci_low", "ci_high"]] = [np.nan, np.nan]
@@ -273,6 +310,15 @@ def test_learning_curves_lay_stages_end_to_end(restart):
     assert [line.get_xdata()[0] for line in loss.lines if line.get_label() == "_stage"] == [40]
 
 
+def test_names_of_short_stages_do_not_meet():
+    lengths = {"tower": 1000, "text": 1000, "align": 100, "joint": 15_000}
+    rows = [(stage, step, "loss", None, 1.0) for stage, n in lengths.items() for step in (0, n)]
+    figure = plot_learning_curves(pd.DataFrame(rows, columns=["stage", "step", "metric", "task", "value"]))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 4 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 def test_accuracy_prints_each_group_once_with_n():
     frame = pd.DataFrame(
         {
@@ -324,6 +370,8 @@ def test_a_contact_sheet_keeps_pictures_and_captions_together():
     figure = plot_contact_sheet(pictures, [f"picture {i}" for i in range(5)], columns=3)
     drawn = [(int(a.images[0].get_array()[0, 0, 0]), a.texts[0].get_text()) for a in figure.axes if a.images]
     assert drawn == [(i, f"picture {i}") for i in range(5)]
+    (axis,) = plot_contact_sheet(pictures[:1], ["red square cup\nblue round car"]).axes
+    assert axis.texts[0].get_text() == "red square cup\nblue round car"
     with pytest.raises(ValueError, match="got 5 and 2"):
         plot_contact_sheet(pictures, ["one", "two"])
     with pytest.raises(ValueError, match="expected pictures"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import IMAGE_SIZE, PATCH_SIZE, PROMPT, QUESTION, tiny_sample, tiny_vlm
+from tiny_families import FAMILIES as NEW
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmflow_utils.data.sample import Box, SceneObject
@@ -148,13 +149,38 @@ def test_any_boxes_can_be_looked_up_later(family, tmp_path):
     assert find_image_patches(model, encoded, [beyond]) == encoded.positions["image"]
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *NEW, "llama"])
+def test_every_position_of_a_prompt_has_one_set(family, tmp_path):
+    options = {"prompt": "Picture: {caption}\n{question} ASSISTANT:"} if family == "llama" else {}
+    encoded = encode(tiny_vlm(family, **options), tiny_sample(tmp_path))
+    found = encoded.positions
+    parts = ("system", "image", "image_newline", "captions", "question", "template", "last")
+    assert sorted(p for name in parts for p in found.get(name)) == list(range(found.n_tokens))
+    begin, end = found["question"][0], found["question"][-1]
+    assert max(found["system"]) < begin and end < min(found["template"]) and max(found["template"]) < found.last
+    assert found["question+template"] == found["question"] + found["template"]
+    assert found["after_question"] == found["template+last"] == tuple(range(end + 1, found.n_tokens))
+    said = "".join(encoded.tokens[end + 1 :]).strip()
+    assert said == ("ASSISTANT:" if family == "llama" else PROMPT.partition("{question}")[2].strip())
+    if "image" in found:
+        first = found["image"][0]
+        assert sorted(found["after_image"] + found["image"]) == list(range(first, found.n_tokens))
+        assert set(found.get("image_newline")) <= set(found["after_image"])  # they would pass the picture on
+    else:
+        assert "no picture" in found.why_missing("after_image")
+
+
 def test_answered_tokens_move_last_and_nothing_else(tmp_path):
     model, sample = tiny_vlm("llava_next"), tiny_sample(tmp_path)
     plain, longer = encode(model, sample), encode(model, sample, answer_prefix=[7, 9])
     assert longer.positions.last == plain.positions.last + 2
     assert longer.inputs["input_ids"][0, -2:].tolist() == [7, 9]
     assert longer.inputs["attention_mask"].shape == longer.inputs["input_ids"].shape
-    assert longer.positions.with_(last=[plain.positions.last]).sets == plain.positions.sets
+    new = {name: longer.positions[name] for name in ("last", "template", "after_image", "after_question")}
+    for name in ("template", "after_image", "after_question"):  # what is answered comes after all of these begin
+        ends_at = plain.positions.last + (1 if name == "template" else 2)
+        assert new[name] == (*plain.positions[name], *range(plain.positions[name][-1] + 1, ends_at + 1))
+    assert longer.positions.with_(**{name: plain.positions[name] for name in new}).sets == plain.positions.sets
     written = encode(model, sample, answer_prefix=" Left")
     assert written.tokens[-1] == " Left" and written.positions["question"] == plain.positions["question"]
 

@@ -87,6 +87,26 @@ def test_flows_that_cannot_be_blocked_are_refused_with_the_reason(flow, reason):
         variants(POSITIONS, [flow], window=3, n_layers=4)
 
 
+def test_a_union_of_sets_is_cut_together():
+    flow = Flow(source="image+last", target="question+last")
+    (cut,) = variants(POSITIONS, [flow], n_layers=5, **flows.whole_depth(5))
+    assert (cut.source, cut.target, cut.layers) == ((1, 2, 3, 8), (5, 6, 7, 8), range(5))
+    assert str(flow) == "Image + Last -> Question + Last"
+    assert "image+question" in POSITIONS and "image+objects" not in POSITIONS
+    assert POSITIONS.get("image+objects") == () and POSITIONS.knows("image+objects")
+    assert not POSITIONS.knows("image+objcts")
+    for name, reason in (("last+objects", "'phone' is not a whole"), ("last+objcts", "no position set 'objcts'")):
+        assert reason in flow_problem(POSITIONS, Flow(source="image", target=name))
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 7])
+@pytest.mark.parametrize("intervention", ["mask", "mlp_output"])
+def test_the_whole_depth_is_every_layer(n_layers, intervention):
+    options = {"n_layers": n_layers, "intervention": intervention, **flows.whole_depth(n_layers)}
+    (cut,) = variants(POSITIONS, flows.FLOW_TO_LAST[:1], **options)
+    assert cut.layers == range(n_layers)
+
+
 def test_a_flow_that_is_partly_causal_is_kept():
     assert flow_problem(POSITIONS, Flow(source="question", target="option_true")) is None
     assert flow_problem(POSITIONS, Flow(source="last", target="last")) is None

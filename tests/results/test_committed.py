@@ -1,11 +1,14 @@
 """A result that comes with the project is taken where it is of this very run, and never unseen."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from killed_runs import PARAMS, SAMPLES, measure
 
+from mmflow_utils.prompts.flows import Flow
 from mmflow_utils.results import committed
 from mmflow_utils.results.frames import load_frame, read_frame, save_frame
+from mmflow_utils.results.record import Result
 from mmflow_utils.results.resume import measure_in_parts
 
 FEW = SAMPLES[:10]
@@ -41,7 +44,7 @@ def run(tmp_path, monkeypatch):
 def test_it_is_taken_once_three_samples_measured_anew_agree(run, capsys):
     first = run.commit()
     taken = run()
-    assert run.asked == [(3, ["q000", "q001", "q002"])]  # each of them checked against plain passes, too
+    assert run.asked == [(1, [f"q00{n}"]) for n in range(3)]  # each of them checked against plain passes, too
     assert taken.frame.equals(first.frame) and taken.skipped == first.skipped
     assert load_frame(run.folder / "outputs" / "flow.parquet", taken.manifest).equals(first.frame)
     assert "3 samples measured anew gave the same within 0.0001" in capsys.readouterr().out
@@ -71,7 +74,7 @@ def test_other_rows_stop_the_run(run, change, said):
 
 def test_rounding_is_no_difference(run):
     run.commit(lambda frame: frame.assign(p=frame.p + 5e-5))
-    assert len(run().frame) and len(run.asked) == 1
+    assert len(run().frame) and len(run.asked) == 3
 
 
 @pytest.mark.parametrize("other", [{"window": 2}, {"samples": SAMPLES[1:11]}, {"fresh": True}])
@@ -86,6 +89,51 @@ def test_a_damaged_file_is_measured_anew(run):
     file = run.folder / "assets" / PARAMS.model / "flow.parquet"
     file.write_bytes(file.read_bytes()[:-20])
     assert len(run().frame) and sum(len(ids) for _, ids in run.asked) == 10
+
+
+FLOWS = [Flow(source=f"s{n}", target="last") for n in range(8)]
+
+
+def frame_of(samples, flows, layers):
+    """Return rows in the order of a sweep; sample n loses most in layer n + 2."""
+    rows = [
+        {"sample_id": sample.sample_id, "flow": str(flow), "layer": layer, "p_knockout": float(layer != n + 2)}
+        for n, sample in enumerate(samples)
+        for flow in flows
+        for layer in layers
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("flows", "kept"), [(FLOWS, [3, 3, 2]), (FLOWS[:3], [3, 3, 3]), (FLOWS[:1], [1, 1, 1])])
+def test_of_a_sweep_the_layers_that_change_most_are_measured_and_of_many_flows_some(
+    tmp_path, monkeypatch, flows, kept, capsys
+):
+    monkeypatch.setattr(committed, "FOLDER", tmp_path)
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    whole = {"depends_on": {"model": "tiny", "experiment": "knockout_sweep"}}
+    stored = frame_of(SAMPLES[:5], flows, range(9)).astype({"p_knockout": "float32"})
+    save_frame(stored, tmp_path / "tiny" / "flow.parquet", whole)
+    asked = []
+
+    def anew(some, **narrow):
+        asked.append(narrow)
+        every = frame_of(SAMPLES[:5], narrow.get("flows", flows), narrow["layers"])
+        return Result(every[every.sample_id == some[0].sample_id])
+
+    taken = committed.take_committed(tmp_path / "flow.parquet", whole, SAMPLES[:5], anew, flows)
+    assert taken.frame.p_knockout.dtype == "float64" and len(taken.frame) == 5 * len(flows) * 9
+    assert [len(one.get("flows", flows)) for one in asked] == kept
+    assert all(n + 2 in one["layers"] for n, one in enumerate(asked))
+    assert {len(one["layers"]) for one in asked} == {committed.N_PLAIN // len(flows) or 1}
+    assert {flow for one in asked for flow in one.get("flows", flows)} == set(flows)
+
+    def other(some, **narrow):
+        found = anew(some, **narrow).frame
+        return Result(found.assign(p_knockout=found.p_knockout + 2e-4))
+
+    with pytest.raises(ValueError, match=r"sample q000, p_knockout differs by 2.0e-04"):
+        committed.take_committed(tmp_path / "flow.parquet", whole, SAMPLES[:5], other, flows)
 
 
 def test_what_comes_with_the_project_is_whole():

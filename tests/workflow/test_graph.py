@@ -39,7 +39,8 @@ def project(tmp_path, monkeypatch):
 
 def test_each_notebook_of_the_miniature_is_in_its_batch_after_those_it_reads():
     batch = notebooks_of("mini")
-    assert sorted(batch) == graph.names() and batch[0] == "01_dataset_curation"
+    others = {"91_train_llava"}
+    assert {*batch} | others == {*graph.names()} and not others & {*batch} and batch[0] == "01_dataset_curation"
     for name in batch:
         assert set(reads(name)) <= set(batch[: batch.index(name)])
     assert [name[:2] for name in reads("11_unimodal_llm")] == ["01", "02", "03"]
@@ -57,7 +58,7 @@ def test_what_can_run_at_once_reads_nothing_of_one_another():
 
 def test_what_measures_sample_by_sample_can_be_shared_among_runs():
     others = [name[:2] for name in graph.names() if not graph.in_parts(name)]
-    assert others == ["00", graph.COMPARISON, "15", "90"]  # the tour of one sample, comparison, timings, training
+    assert others == ["00", graph.COMPARISON, "15", "90", "91"]  # the tour of one sample, comparison, timings, training
 
 
 def test_each_model_is_asked_what_it_can_be():
@@ -65,13 +66,19 @@ def test_each_model_is_asked_what_it_can_be():
     assert numbers("mini-next") == everything
     assert numbers("mini-text") == numbers("vicuna-13b-v1.5") == ["01", "11"]
     assert numbers("planted") == [number for number in everything if number not in ("11", "12", "90")]
+    assert sorted(numbers("llava-smollm2")) == sorted({*everything, "91"} - {"11", "90"})
     for model in ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"):
-        assert numbers(model) == [number for number in everything if number not in ("11", "90")]
+        assert numbers(model) == [number for number in everything if number not in ("11", "18", "90")]
 
 
 @pytest.mark.parametrize(
     ("model", "missing"),
-    [("mini", {"11"}), ("planted", {"11", "12", "90"}), ("llava-1.5-13b", {"11", "90"})],
+    [
+        ("mini", {"11", "18", "91"}),
+        ("planted", {"11", "12", "18", "90", "91"}),
+        ("llava-smollm2", {"11", "18", "90"}),
+        ("llava-1.5-13b", {"11", "18", "90", "91"}),
+    ],
 )
 def test_another_name_changes_nothing_but_the_pair_that_names_it(project, model, missing):
     project(model, "nobody-knows-me", model="nobody-knows-me")
@@ -98,7 +105,7 @@ def test_the_reasons_are_sentences(capsys):
     assert [line.split(", since ")[0] for line in said] == [
         "Not run for planted: 11_unimodal_llm",
         "Not run for planted: 12_factual_tasks",
-        "Not run for planted: 90_train_miniature",
+        "Not run for planted: 90_train_miniature, 91_train_llava",
     ]
     assert describe_left_out("planted", but=["11_unimodal_llm"]) == said[1:]
     (text_only,) = describe_left_out("mini-text")
@@ -107,6 +114,18 @@ def test_the_reasons_are_sentences(capsys):
     printed = capsys.readouterr()
     assert printed.out.splitlines()[0].split()[0] == "notebooks/01_dataset_curation.ipynb"
     assert printed.err.splitlines() == [f"mmflow: {line}" for line in said]
+
+
+def test_each_notebook_opens_with_the_model_that_it_is_about():
+    for name in graph.names():
+        other = {graph.AROUND: "llava-smollm2"}.get(name[:2], "mini")
+        assert graph.opens_with(name) == (graph.SUBJECT if name.startswith(graph.OF_SUBJECT) else other)
+
+
+def test_all_notebooks_can_be_listed(capsys):
+    assert main(["--all"]) == 0
+    printed = capsys.readouterr()
+    assert sorted(printed.out.split()) == [f"notebooks/{name}.ipynb" for name in graph.names()] and not printed.err
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [", "just words\n"])

@@ -1,0 +1,110 @@
+"""Take a model's finished results to assets/results/, in small files that notebooks load in place of hours of work.
+
+    python -m workflow.commit_results llava-smollm2                     # from outputs/llava-smollm2
+    python -m workflow.commit_results llava-smollm2 --outputs DIR       # from DIR/llava-smollm2
+
+Each file holds what `measure_in_parts` stored, numbers in four bytes, and the manifest of the run that made it; the
+answers by which samples were chosen come along. Whoever loads one measures three of its samples anew.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.experiments.curation import ask_questions, curate, read_questions
+from mmflow_utils.params import OUTPUTS, ROOT, Params
+from mmflow_utils.results.committed import FOLDER
+from mmflow_utils.results.frames import differences, manifest, pack, read_frame, write_whole
+from mmflow_utils.results.record import Result
+from mmflow_utils.results.version import describe_call
+
+__all__ = ["commit_results"]
+
+Found = tuple[str, Result]
+LIMIT_MB = 25.0  # of all models together
+
+
+def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path]:
+    """Store a model's finished results compactly in `to`/<model>/, and return the files.
+
+    Args:
+        params: the model's parameters, with which its notebooks ran.
+        folder: what these stored, outputs/<model>/.
+        to: the folder of all models' results.
+
+    Raises:
+        ValueError: there is nothing to take, or more than what the project may carry.
+    """
+    files = []
+    for name, result in [*_measured(params, folder), *_asked(params, folder / "samples")]:
+        files.append(to / params.model / f"{name}.parquet")
+        halves = dict.fromkeys(result.frame.select_dtypes("float64"), "float32")
+        write_whole(files[-1], pack(result.frame.astype(halves), result.manifest))
+    size = sum(file.stat().st_size for file in to.glob("*/*.parquet")) / 1e6
+    if not files or size > LIMIT_MB:
+        raise ValueError(f"Expected results of {params.model} in {folder}, {LIMIT_MB:g} MB in all, got {size:.1f} MB.")
+    return files
+
+
+def _measured(params: Params, folder: Path) -> Iterator[Found]:
+    """Give what was measured in parts with these parameters; what notebooks made of it is made anew from it."""
+    now = manifest(params)["depends_on"]
+    for file in sorted(folder.glob("*.parquet")):
+        frame, made_from = read_frame(file)
+        run = made_from["depends_on"]
+        if "experiment" not in run:
+            continue
+        shared = {"depends_on": {name: value for name, value in now.items() if name in run}}
+        if differ := differences(made_from, shared):
+            print(f"{file.name} is left out: {'; '.join(differ)}.")
+        else:
+            yield file.name.split(".")[0], Result.of(frame, made_from)
+
+
+def _asked(params: Params, folder: Path) -> Iterator[Found]:
+    """Give the answers of each round in which a task's samples were chosen, as `load_samples` asks for them."""
+    for task in params.tasks:
+        if not (folder / f"{task}_asked.parquet").is_file():
+            print(f"{task} is left out: its samples were not chosen yet.")
+            continue
+        record = read_frame(folder / f"{task}_asked.parquet")[0]
+        rounds: list[Found] = []
+
+        def answer(_: Any, some: Sequence[Sample], record=record, rounds=rounds, task=task) -> pd.DataFrame:
+            start = sum(len(result.frame) for _, result in rounds)
+            rows = record.iloc[start : start + len(some)].reset_index(drop=True)
+            whole = manifest(params)
+            more = {"without_picture": True} if params.needs_picture else {}
+            whole["depends_on"] |= describe_call(ask_questions, some, more)
+            rounds.append((f"{task}_asked_{len(rounds)}", Result(rows).with_manifest(whole)))
+            return rows
+
+        questions, _ = read_questions(params, tasks=[task])
+        curate(None, questions, tasks=[task], n_samples=params.n_samples, seed=params.seed, ask=answer)
+        yield from rounds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m workflow.commit_results", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="the name of a file in params/")
+    parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder with the models' results")
+    given = parser.parse_args(arguments)
+    try:
+        params = Params.from_yaml(ROOT / "params" / f"{given.model}.yaml")
+        files = commit_results(params, given.outputs / given.model)
+    except ValueError as error:
+        print(f"mmflow: {error}", file=sys.stderr)
+        return 1
+    for file in files:
+        print(f"{file.relative_to(ROOT)}: {file.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
