@@ -93,7 +93,7 @@ def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
 
 def test_a_sweep_that_gives_no_numbers_is_caught(tmp_path, monkeypatch):
     right = sweep.run_sweep
-    monkeypatch.setattr(sweep, "run_sweep", lambda *a: replace(right(*a), variants=right(*a).variants * math.nan))
+    monkeypatch.setattr(sweep, "run_sweep", lambda *a, **_: replace(right(*a), variants=right(*a).variants * math.nan))
     with pytest.raises(ValueError, match="differ by nan"):
         run(tiny_vlm(), samples_of(tmp_path))
 
