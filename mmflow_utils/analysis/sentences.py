@@ -9,7 +9,7 @@ from math import isfinite
 import numpy as np
 import pandas as pd
 
-from mmflow_utils.analysis.stats import curves, need_columns
+from mmflow_utils.analysis.stats import SMALLEST, curves, need_columns
 
 TIE = 0.05  # of what is printed with one decimal: means that differ by less are equally strong
 
@@ -21,21 +21,20 @@ def strongest_layer(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"),
         summary: from `summarize`.
         by: the columns that make a curve; those that the summary lacks are passed over.
         tie: layers whose mean is this close to the lowest (unit of the mean) count as equally strong, and the
-            first is taken: else differences at the level of float rounding would choose. For the same reason
-            a mean this close to 0 counts as 0.
+            first is taken: else differences at the level of float rounding would choose.
 
     Returns:
-        One row of `summary` per curve, with layers (all the tied ones, such as "3-5") and below_zero (the
-        layers whose whole interval is below 0, and their mean by more than `tie`, or "").
+        One row of `summary` per curve, with layers (all the tied ones, such as "3-5") and dropped (the layers
+        whose whole interval lies below the smallest effect that counts, `SMALLEST`, or "").
     """
     by = [column for column in by if column in summary]
     need_columns(summary, ["layer", "mean", "ci_low", "ci_high", "n"])
     found = []
     for _, curve in curves(summary.dropna(subset="mean").sort_values("layer", kind="stable"), by):
         tied = curve[curve["mean"] <= curve["mean"].min() + tie]
-        below = curve.loc[(curve["ci_high"] < 0) & (curve["mean"] < -tie), "layer"]
-        found.append({**tied.iloc[0], "layers": layer_ranges(tied["layer"]), "below_zero": layer_ranges(below)})
-    return pd.DataFrame(found, columns=[*summary.columns, "layers", "below_zero"])
+        dropped = curve.loc[curve["ci_high"] <= -SMALLEST, "layer"]
+        found.append({**tied.iloc[0], "layers": layer_ranges(tied["layer"]), "dropped": layer_ranges(dropped)})
+    return pd.DataFrame(found, columns=[*summary.columns, "layers", "dropped"])
 
 
 def describe_strongest(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow")) -> list[str]:
@@ -54,10 +53,10 @@ def describe_strongest(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow
         name = ", ".join(str(row[column]) for column in by if column in row)
         where = _layers(row["layers"])
         effect = f"{format_number(row['mean'])} % ({_evidence(row)})"
-        if row["below_zero"] and row["ci_high"] < 0:
-            text = f"largest drop at {where}, {effect}; interval below 0 in {_layers(row['below_zero'])}"
+        if row["dropped"] and row["ci_high"] <= -SMALLEST:
+            text = f"largest drop at {where}, {effect}; at least {SMALLEST:g} % for sure in {_layers(row['dropped'])}"
         elif isfinite(row["ci_high"]):
-            text = f"no drop that the interval tells from 0; lowest at {where}, {effect}"
+            text = f"no drop that surely reaches {SMALLEST:g} %; lowest at {where}, {effect}"
         else:
             text = f"lowest at {where}, {effect}; too few images for an interval"
         sentences.append(f"{name}: {text}." if name else f"{text[0].upper()}{text[1:]}.")
@@ -86,17 +85,18 @@ def describe_highest(summary: pd.DataFrame, by: Sequence[str] = ("task",)) -> li
 def describe_differences(table: pd.DataFrame, by: Sequence[str] = ("task",), *, over: str = "layer") -> list[str]:
     """Write one finding per curve of `paired_difference`: which layers (or `over`) differ, and the largest effect.
 
-    A mean difference below `TIE`, which would be printed as 0.0, is not claimed, however sure it is.
+    A mean difference below `SMALLEST`, the smallest effect that counts, is not claimed, however sure it is.
     """
     by, sentences = [column for column in by if column in table], []
     for _, curve in curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
         size = curve["mean"].abs()
         row = curve[size >= size.max() - TIE].iloc[0].to_dict()
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
-        differs = curve.loc[(curve["p_holm"] < 0.05) & (size >= TIE), over]
+        differs = curve.loc[(curve["p_holm"] < 0.05) & (size >= SMALLEST), over]
         claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
         effect = f"{format_number(row['mean'])} percentage points ({_evidence(row)})"
-        sentences.append(f"{name}: {claim} (Holm p < 0.05); largest at {over} {row[over]}, {effect}.")
+        rule = f"Holm p < 0.05, by {SMALLEST:g} or more"
+        sentences.append(f"{name}: {claim} ({rule}); largest at {over} {row[over]}, {effect}.")
     return sentences
 
 

@@ -1,7 +1,7 @@
 """From tidy frames to means with intervals, paired differences and corrected tests.
 
 Half of GQA's questions share their image with another question, so rows are not independent: every
-interval and test here resamples images (clusters), never rows. Knows no model and draws nothing.
+interval and test here goes by images (clusters), never by rows. Knows no model and draws nothing.
 
     summary = summarize(frame)  # one row per task, flow and layer
 """
@@ -14,7 +14,9 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr, ndtri
+
+from mmflow_utils.analysis import intervals
 
 # Columns that set an experiment apart. Averaging over two values of one of these is always a mistake.
 SETTINGS = ("model", "window", "intervention", "protocol")
@@ -22,10 +24,6 @@ SETTINGS = ("model", "window", "intervention", "protocol")
 # below. What varies by less is not told from the machine's rounding.
 SMALLEST = 0.5
 SMALLEST_OF = {"logprob_change": 5e-3, "logit_diff_change": 5e-3, "probability": 5e-3, "jaccard": 5e-3}
-# The values that a measure can take; no interval reaches beyond them.
-BOUNDS = {"rel_change_pct": (-100.0, np.inf), "effect": (-np.inf, 100.0)}
-BOUNDS |= dict.fromkeys(("probability", "jaccard"), (0.0, 1.0))
-BOUNDS |= dict.fromkeys(("probability_pct", "accuracy_pct", "correct_pct", "share_pct"), (0.0, 100.0))
 
 
 def summarize(
@@ -39,12 +37,15 @@ def summarize(
     level: float = 0.95,
     simultaneous_over: str | None = None,
     smallest: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> pd.DataFrame:
-    """Average `value` in every group, with a bootstrap interval over clusters.
+    """Average `value` in every group, with an interval over clusters.
 
-    Curves measured on the same images share their resamples. Quantiles are widened for the number of
-    clusters (Hesterberg 2015, expanded percentiles; clusters of unequal size count for fewer, by Kish's
-    formula): with a few dozen images plain ones cover too little.
+    A measure with limits, such as a share of questions or a relative change of probability, has Wilson's score
+    interval, which never leaves them and allows for what a few samples don't show. Others have the bootstrap's
+    percentiles. Both are widened for the number of clusters (Hesterberg 2015, expanded percentiles; clusters of
+    unequal size count for fewer, by Kish's formula): with a few dozen images plain ones cover too little. Curves
+    measured on the same images share their resamples.
 
     Args:
         frame: one row per measurement; rows whose `value` is NaN are left out and not counted.
@@ -59,6 +60,7 @@ def summarize(
         smallest: the smallest effect that counts (unit of `value`); by default half a percentage point,
             or what `SMALLEST_OF` names. A band is at least that wide on either side, and points that vary by
             much less don't widen it elsewhere.
+        limits: what one sample can show; by default what `intervals.RANGES` names, if anything.
 
     Returns:
         A frame with `by`, mean, ci_low, ci_high (unit of `value`), n (samples), n_clusters, and interval, the
@@ -78,24 +80,30 @@ def summarize(
         raise ValueError(f"expected n_boot >= 100 and 0 < level < 1, got n_boot={n_boot} and level={level}")
     if simultaneous_over is not None and simultaneous_over not in by:
         raise ValueError(f"simultaneous_over={simultaneous_over!r} is not one of the grouping columns {by}: add it")
-    table, sums, counts, clusters = _cluster_table(frame, value, by, cluster)
-    low, high = (np.full(len(table), np.nan) for _ in range(2))
-    resampled = np.full((n_boot, len(table)), np.nan)
-    patterns, which = np.unique(counts > 0, axis=0, return_inverse=True)
-    for n in np.flatnonzero(patterns.any(1)):  # the groups that have the very same clusters
-        rows, columns = np.flatnonzero(which == n), np.flatnonzero(patterns[n])
-        # A set of clusters always gets the same draws.
-        seeds = [seed, crc32("\n".join(clusters[columns]).encode())]
-        resampled[:, rows] = resample_means(sums[rows][:, columns], counts[rows][:, columns], n_boot, seeds)
-        tails = ndtr(_t_quantile(counts[rows], (1 - level) / 2))
-        for tail in set(tails) if len(columns) > 1 and not simultaneous_over else ():
-            alike = rows[tails == tail]
-            low[alike], high[alike] = np.quantile(resampled[:, alike], [tail, 1 - tail], axis=0)
-    if simultaneous_over is not None:
-        smallest = SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest
-        along = [column for column in by if column != simultaneous_over]
-        low, high = _simultaneous(table, counts, resampled, along, level, smallest)
-    low, high = np.clip([low, high], *BOUNDS.get(value, (-np.inf, np.inf)))
+    table, sums, counts, clusters, seen = _cluster_table(frame, value, by, cluster)
+    limits = intervals.RANGES.get(value) if limits is None else limits
+    smallest = SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest
+    mean, error = table["mean"].to_numpy(), intervals.standard_error(sums, counts)
+    z, resampled = np.full(len(table), -ndtri((1 - level) / 2)), np.empty((0, len(table)))
+    if simultaneous_over or limits is None:
+        resampled = _resample_groups(sums, counts, clusters, n_boot, seed)
+    if simultaneous_over:
+        error = resampled.std(0)
+        curve = curves(table, [column for column in by if column != simultaneous_over]).ngroup().to_numpy()
+        deviation = np.abs(resampled - mean) / np.hypot(error, smallest)
+        most = intervals.greatest_deviation(deviation, curve, level)
+        z = most if limits is None else np.maximum(most, z)
+    z = -intervals.widened(ndtr(-z), counts)
+    if limits is not None:
+        floors = np.array([z * smallest * (bool(simultaneous_over) or np.isinf(limit)) for limit in limits])
+        n = intervals.clusters_that_count(counts)
+        low, high = intervals.score_interval(mean, error, z, n, limits, seen, floors)
+    elif simultaneous_over:
+        half = np.maximum(z * np.hypot(error, smallest), smallest)
+        low, high = mean - half, mean + half
+    else:
+        low, high = intervals.percentile_interval(resampled, ndtr(-z))
+    low, high = (np.where(table["n_clusters"] > 1, end, np.nan) for end in (low, high))
     table.insert(len(by) + 1, "ci_low", low)
     table.insert(len(by) + 2, "ci_high", high)
     return table.assign(interval=f"{100 * level:g} %{' simultaneous' if simultaneous_over else ''} interval")
@@ -157,9 +165,11 @@ def paired_difference(
     if pairs.empty:
         raise ValueError(f"no row of {a!r} pairs with one of {b!r} in {keys}: were both run on the same samples?")
     pairs["difference"] = pairs[f"{value}_a"] - pairs[f"{value}_b"]
-    table = summarize(pairs, "difference", by, n_boot=n_boot, seed=seed)
-    _, sums, counts, _ = _cluster_table(pairs, "difference", by, "image_id")
-    slack = (SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest) * counts.sum(1)
+    most = np.diff(intervals.RANGES.get(value, (-np.inf, np.inf)))[0]
+    smallest = SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest
+    table = summarize(pairs, "difference", by, n_boot=n_boot, seed=seed, smallest=smallest, limits=(-most, most))
+    _, sums, counts, *_ = _cluster_table(pairs, "difference", by, "image_id")
+    slack = smallest * counts.sum(1)
     table.insert(0, "contrast", f"{a} minus {b}")
     table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, slack, n_flips, seed), np.nan)
     table["p_holm"] = curves(table, list(family))["p"].transform(holm)
@@ -201,8 +211,8 @@ def curves(table: pd.DataFrame, by: list[str]) -> Any:
 
 def _cluster_table(
     frame: pd.DataFrame, value: str, by: list[str], cluster: str | None
-) -> tuple[pd.DataFrame, Float[np.ndarray, "groups clusters"], Float[np.ndarray, "groups clusters"], np.ndarray]:
-    """Table of groups (means and counts), each group's sum and count of `value` in each cluster, their names."""
+) -> tuple[pd.DataFrame, intervals.Cells, intervals.Cells, np.ndarray, intervals.Ends]:
+    """Table of groups, sum and count of `value` in each of their clusters, the clusters' names, curves' extremes."""
     need_columns(frame, [*by, value, *([cluster] if cluster else [])])
     if frame.empty:
         raise ValueError(f"expected rows to average {value!r} over, got an empty frame: was every sample skipped?")
@@ -227,7 +237,9 @@ def _cluster_table(
         samples = frame["sample_id"].where(kept).groupby(group).nunique()
         table["n"] = samples.to_numpy()
     table["n_clusters"] = (counts > 0).sum(1)
-    return table, sums, counts, np.asarray(names).astype(str)
+    extremes = groups[value].agg(["min", "max"]).reset_index()
+    seen = [curves(extremes, [c for c in by if c != "layer"])[end].transform(end) for end in ("min", "max")]
+    return table, sums, counts, np.asarray(names).astype(str), np.array(seen, dtype=float)
 
 
 def sums_and_counts(
@@ -237,6 +249,19 @@ def sums_and_counts(
     cell, size = np.ravel_multi_index((row, column), shape), shape[0] * shape[1]
     sums, counts = np.bincount(cell, values, minlength=size), np.bincount(cell, minlength=size)
     return sums.reshape(shape), counts.reshape(shape).astype(float)
+
+
+def _resample_groups(
+    sums: intervals.Cells, counts: intervals.Cells, clusters: np.ndarray, n_boot: int, seed: int
+) -> Float[np.ndarray, "n_boot groups"]:
+    """Return each group's mean in every resample; a set of clusters always gets the same draws, one alone none."""
+    resampled = np.full((n_boot, len(sums)), np.nan)
+    patterns, which = np.unique(counts > 0, axis=0, return_inverse=True)
+    for n in np.flatnonzero(patterns.sum(1) > 1):  # the groups that have the very same clusters
+        rows, columns = np.flatnonzero(which == n), np.flatnonzero(patterns[n])
+        seeds = [seed, crc32("\n".join(clusters[columns]).encode())]
+        resampled[:, rows] = resample_means(sums[rows][:, columns], counts[rows][:, columns], n_boot, seeds)
+    return resampled
 
 
 def resample_means(
@@ -250,36 +275,6 @@ def resample_means(
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
     with np.errstate(invalid="ignore"):
         return (weights @ sums.T) / (weights @ counts.T)
-
-
-def _t_quantile(sizes: Float[np.ndarray, "groups clusters"], tail: float) -> Float[np.ndarray, " groups"]:
-    """Lower normal score of the expanded percentile: t in place of z, n - 1 in place of n."""
-    n = np.maximum(2.0, sizes.sum(1) ** 2 / (sizes**2).sum(1))  # Kish's effective number of clusters
-    return np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail)
-
-
-def _simultaneous(
-    table: pd.DataFrame, counts: np.ndarray, resampled: np.ndarray, by: list[str], level: float, smallest: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bands whose greatest standardized deviation along a curve stays inside in `level` of the resamples.
-
-    The sup-t band of Montiel Olea and Plagborg-Møller (2019), which holds for any widths that the deviations
-    are divided by. Here these are the bootstrap's standard errors with `smallest` added in quadrature, as
-    Tusher, Tibshirani and Chu (2001) steady their statistic: where all images agree, or nothing but the
-    machine's rounding varies, the quotient goes to 0 instead of to noise over noise, and the band is a
-    continuous function of the data.
-    """
-    half = np.full(len(table), np.nan)
-    for _, curve in curves(table.reset_index(drop=True), by):
-        rows = curve.index.to_numpy()[curve["n_clusters"].to_numpy() > 1]
-        if not len(rows):
-            continue
-        width = np.hypot(resampled[:, rows].std(0), smallest)
-        deviation = np.abs(resampled[:, rows] - table["mean"].to_numpy()[rows]) / width
-        tail = float(ndtr(-np.quantile(deviation.max(1), level)))
-        half[rows] = np.maximum(-width * _t_quantile(counts[rows], tail), smallest)
-    mean = table["mean"].to_numpy()
-    return mean - half, mean + half
 
 
 def _sign_flip_p(
