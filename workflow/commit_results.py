@@ -67,26 +67,25 @@ def _measured(params: Params, folder: Path) -> Iterator[Found]:
 
 
 def _asked(params: Params, folder: Path) -> Iterator[Found]:
-    """Give the answers of each round in which a task's samples were chosen, as `load_samples` asks for them."""
-    for task in params.tasks:
-        if not (folder / f"{task}_asked.parquet").is_file():
-            print(f"{task} is left out: its samples were not chosen yet.")
-            continue
-        record = read_frame(folder / f"{task}_asked.parquet")[0]
-        rounds: list[Found] = []
+    """Give the answers of each round in which samples were chosen, as `load_samples` asks for them."""
+    if missing := [task for task in params.tasks if not (folder / f"{task}_asked.parquet").is_file()]:
+        print(f"The choice of samples is left out: not made yet for {', '.join(missing)}.")
+        return
+    records = [read_frame(folder / f"{task}_asked.parquet")[0] for task in params.tasks]
+    said = pd.concat(records).set_index("sample_id", drop=False)
+    rounds: list[Found] = []
 
-        def answer(_: Any, some: Sequence[Sample], record=record, rounds=rounds, task=task) -> pd.DataFrame:
-            start = sum(len(result.frame) for _, result in rounds)
-            rows = record.iloc[start : start + len(some)].reset_index(drop=True)
-            whole = manifest(params)
-            more = {"without_picture": True} if params.needs_picture else {}
-            whole["depends_on"] |= describe_call(ask_questions, some, more)
-            rounds.append((f"{task}_asked_{len(rounds)}", Result(rows).with_manifest(whole)))
-            return rows
+    def answer(_: Any, some: Sequence[Sample]) -> pd.DataFrame:
+        rows = said.loc[[sample.sample_id for sample in some]].reset_index(drop=True)
+        whole = manifest(params)
+        more = {"without_picture": True} if params.needs_picture else {}
+        whole["depends_on"] |= describe_call(ask_questions, some, more)
+        rounds.append((f"asked_{len(rounds)}", Result(rows).with_manifest(whole)))
+        return rows
 
-        questions, _ = read_questions(params, tasks=[task])
-        curate(None, questions, tasks=[task], n_samples=params.n_samples, seed=params.seed, ask=answer)
-        yield from rounds
+    questions, _ = read_questions(params, tasks=params.tasks)
+    curate(None, questions, tasks=params.tasks, n_samples=params.n_samples, seed=params.seed, ask=answer)
+    yield from rounds
 
 
 def main(arguments: list[str] | None = None) -> int:
