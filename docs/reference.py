@@ -103,7 +103,7 @@ def own_parameters(notebook: Path) -> Iterator[tuple[str, str, Any, str]]:
     (source,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     for node in ast.parse(source).body:
         if (name := node.target.id) not in Params.model_fields:
-            comment = source.splitlines()[node.end_lineno - 1][node.end_col_offset :]
+            comment = source.splitlines()[node.end_lineno - 1][node.end_col_offset :].split("  # fmt:")[0]
             kind = ast.unparse(node.annotation)
             yield name, kind, ast.literal_eval(node.value), comment.strip().removeprefix("#").strip()
 
