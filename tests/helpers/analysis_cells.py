@@ -102,7 +102,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
     n_layers = int(pd.read_parquet(FRAMES / model / "flow_to_last.parquet", columns=["layer"]).layer.max()) + 1
     stub = SimpleNamespace(n_layers=n_layers, name=model, model=model, folder=Path(model))
     reader = SimpleNamespace(**vars(stub) | {"model": f"{model}-text"})
-    names: dict[str, Any] = {"In": []}
+    names: dict[str, Any] = {"In": [], "studied": []}
 
     def needs_a_model(*_, **__):
         raise RuntimeError("this needs a model, or its data")
@@ -134,6 +134,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
                 names |= {"boot": {"n_boot": 100, "seed": 0}, "options": {}, "is_alone": False}
                 names |= {"asked": stored(ASKED[notebook.stem])} if notebook.stem in ASKED else {}
                 names |= {"vlm": stub, "llm": reader, "seer": stub, "reader": reader, "samples": []}
+                names |= {"exchanged": [], "studied": ["a sample"]}
                 names |= {"frame": stored(given)} if given else {}
             _run_cell(source, names, run if number >= first else Run())
     return run
