@@ -20,8 +20,6 @@ from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
 
 __all__ = ["SINK_FLOWS", "NormThreshold", "encode_by_norm", "find_norm_threshold", "measure_norms", "patch_norms"]
 
-PAPER_SHARE = 3.3 / 576  # of the patches lie above the paper's threshold of 57, in CLIP-L at 336 pixels
-
 _BY_NORM = ("image_related_low_norm", "image_other_low_norm", "image_high_norm")
 SINK_FLOWS = (*IMAGE_PATCHES_TO_QUESTION, *(Flow(source=name, target="question") for name in _BY_NORM))
 """App. E, Fig. 16: Fig. 5 with and without the patches of high norm, and these patches alone."""
@@ -29,10 +27,11 @@ SINK_FLOWS = (*IMAGE_PATCHES_TO_QUESTION, *(Flow(source=name, target="question")
 
 @dataclass(frozen=True, kw_only=True)
 class NormThreshold:
-    """A norm above which an image patch counts as high-norm, and the rule that it comes from."""
+    """A norm above which an image patch counts as high-norm, the rule that it comes from, and whether any is above."""
 
     value: float
     rule: str
+    has_outliers: bool
 
 
 def patch_norms(model: VLM, encoded: Encoded) -> Float[np.ndarray, " image_patches"]:
@@ -68,8 +67,7 @@ def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, give
     """Find the norm above which patches are outliers, or take the one `given`.
 
     The paper reads 57 off its distribution for CLIP-L-336. Without such a reading: Tukey's outer fence of the log
-    norms, log Q3 + 3 (log Q3 - log Q1), if a patch lies beyond it. If none does, there are no outliers; so that the
-    experiment can be made all the same, the threshold then lies where the paper's share of patches is above it.
+    norms, log Q3 + 3 (log Q3 - log Q1).
 
     Args:
         norms: Of all patches.
@@ -88,14 +86,14 @@ def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, give
     if given < 0:
         raise ValueError(f"A norm's threshold is above 0, or 0 to find one; got {given}.")
     if given:
-        return NormThreshold(value=float(given), rule="given")
+        return NormThreshold(value=float(given), rule="given", has_outliers=bool(norms[-1] > given))
     low, high = np.quantile(np.log(norms), [0.25, 0.75])
     fence = float(np.exp(high + 3 * (high - low)))
-    if norms[-1] > fence * (1 + 1e-6):  # norms that are all alike have no outliers, but for rounding
-        return NormThreshold(value=fence, rule="Tukey's outer fence of the log norms")
-    n_above = min(max(1, round(PAPER_SHARE * len(norms))), len(norms) - 1)
-    value = norms[-1] if len(norms) == 1 else norms[-n_above - 1 : len(norms) - n_above + 1].mean()
-    return NormThreshold(value=float(value), rule="no patch beyond Tukey's outer fence; the paper's share of patches")
+    # Norms that are all alike have no outliers, but for rounding.
+    found, rule = bool(norms[-1] > fence * (1 + 1e-6)), "Tukey's outer fence of the log norms"
+    if not found:
+        fence, rule = max(fence, float(norms[-1])), f"no patch beyond {rule}"
+    return NormThreshold(value=fence, rule=rule, has_outliers=found)
 
 
 def encode_by_norm(model: VLM, sample: Sample, *, threshold: float) -> Encoded:

@@ -9,7 +9,6 @@ from mmflow_utils.experiments.knockout import knockout_sweep
 from mmflow_utils.models.adapter import picture_features, text_inputs
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.norms import (
-    PAPER_SHARE,
     SINK_FLOWS,
     encode_by_norm,
     find_norm_threshold,
@@ -56,22 +55,21 @@ def test_outliers_are_parted_off_by_the_fence():
     rng = np.random.default_rng(0)
     bulk, sinks = rng.lognormal(3, 0.2, 5000), rng.uniform(150, 200, 30)
     cut = find_norm_threshold([*bulk, *sinks])
-    assert bulk.max() < cut.value < sinks.min() and "Tukey" in cut.rule
+    assert bulk.max() < cut.value < sinks.min() and "Tukey" in cut.rule and cut.has_outliers
 
 
-def test_without_outliers_the_papers_share_is_taken_and_the_rule_says_so():
+def test_without_outliers_no_patch_is_above_the_threshold_and_the_rule_says_so():
     norms = np.random.default_rng(0).normal(40, 3, 5760)
-    cut = find_norm_threshold(norms)
-    assert (norms > cut.value).sum() == round(5760 * PAPER_SHARE) == 33
-    assert cut.rule.startswith("no patch beyond")
-    few = find_norm_threshold([10.0, 11.0, 12.0])
-    assert few.value == 11.5
-    assert find_norm_threshold([5.0]).value == 5.0  # nothing is above a norm that stands alone
+    for some in (norms, [10.0, 11.0, 12.0], [5.0], [3.0] * 9):
+        cut = find_norm_threshold(some)
+        assert not cut.has_outliers and cut.rule == "no patch beyond Tukey's outer fence of the log norms"
+        assert np.max(some) <= cut.value
 
 
 def test_a_given_threshold_is_used_as_it_is():
     cut = find_norm_threshold([1.0, 2.0], given=57.0)
-    assert (cut.value, cut.rule) == (57.0, "given")
+    assert (cut.value, cut.rule, cut.has_outliers) == (57.0, "given", False)
+    assert find_norm_threshold([1.0, 58.0], given=57.0).has_outliers
 
 
 @pytest.mark.parametrize(
