@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, strongest_index, with_interval
+from mmflow_utils.analysis.sentences import format_number
 
 NOTHING = (float("nan"),) * 3
 
@@ -22,6 +23,14 @@ class Line:
     has_stage: bool
     n: int
     n_clusters: int
+
+
+def strongest(line: Line) -> str:
+    """Write the strongest effect with its band's ends, its layer, and how deep that lies: 0 first, 1 last."""
+    at = strongest_index(line.draws[:1])[0]
+    effect, *ends = (format_number(numbers[at]) for numbers in (line.draws[0], line.low, line.high))
+    deep = format_number((line.layers[at] + 0.5) / line.n_layers, 2)
+    return f"{effect} ({' to '.join(ends)}) at layer {line.layers[at]:.0f} of {line.n_layers}, depth {deep}"
 
 
 def _center(line: Line) -> Float[np.ndarray, " draws"]:
@@ -50,12 +59,6 @@ def on_average(first: Line, second: Line) -> Measured:
     return with_interval(first.draws.mean(1) - second.draws.mean(1))
 
 
-def in_second_half(line: Line) -> Measured:
-    """The effect at the first layer of the second half."""
-    second_half = np.flatnonzero(line.layers >= line.n_layers / 2)
-    return with_interval(line.draws[:, second_half[0]]) if len(second_half) else NOTHING
-
-
 # The greatest of many noisy layers is too great, in the data and in resamples. What follows takes its
 # interval from the band that holds for all layers at once, which is not misled.
 
@@ -66,8 +69,14 @@ def stronger(first: Line, second: Line) -> Measured:
     return value, first.low.max() - second.high.max(), first.high.max() - second.low.max()
 
 
-def largest(line: Line) -> Measured:
-    """The largest effect at any layer, of either sign."""
+def in_second_half(line: Line) -> Measured:
+    """The effect at the first layer of the second half."""
+    at = np.flatnonzero(line.layers >= line.n_layers / 2)[:1]
+    return (line.draws[0, at[0]], line.low[at[0]], line.high[at[0]]) if len(at) else NOTHING
+
+
+def largest(line: Line, *_: Line) -> Measured:
+    """The largest effect of the first line at any layer, of either sign."""
     nearest = np.maximum(np.maximum(line.low, -line.high), 0.0)  # of the band to 0
     furthest = np.maximum(np.abs(line.low), np.abs(line.high))
     return np.abs(line.draws[0]).max(), nearest.max(), furthest.max()

@@ -1,201 +1,274 @@
-"""The paper's claims as numbers, and what was measured of them in each model."""
+"""The paper's claims as numbers, and what was measured of them in each model: task by task, then all together."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
 import pandas as pd
 
 from mmflow_utils.analysis import claim_measures as measures
-from mmflow_utils.analysis.collect import REMOVED, WRITTEN_BY
+from mmflow_utils.analysis.collect import LEAD, REMOVED, WRITTEN_BY
 from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample, stage_layers
 from mmflow_utils.analysis.sentences import format_number
+
+POOLED = "all tasks"
+VERDICTS = ("holds", "does not hold", "undecided", "not applicable", "not measured")
+APART = 1.0  # layers between the centers of what comes first and what comes second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim of the paper as a number, and the open range in which the number must lie."""
+    """A claim of the paper as a number, and the range in which the number must lie."""
 
     text: str
     paper: str  # where it is made
+    says: str  # the paper's own number; how deep a layer lies: 0 first, 1 last of the 40 of LLaVA-1.5-13b
     lines: Mapping[str, str]  # those that it is about, in the order in which `measure` takes them, to their results
     measure: Callable[..., Measured]  # from lines to the number and its 95 % interval
     measured: str  # what the number is, with its unit
-    holds: tuple[float, float] = (0.0, inf)  # the range
-    of_stages: bool = True  # it is about where stages are, so each line must have one
+    holds: tuple[float, float]  # the range
+    of_stages: bool = False  # it is about where effects are, so each line must have one
+    leads: str = ""  # a difference of two lines that must be above 0 at some layer
 
 
-def check_claims(effects: pd.DataFrame, *, by_task: bool = False, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Say for each model which of the paper's claims hold.
+def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Say for each model which of the paper's claims hold, in each task and in all tasks together.
 
-    A claim **holds** if the whole 95 % interval of its number (bootstrap over images) lies in the claimed
-    range, **does not hold** if all of it lies outside, and is **undecided** otherwise. A claim about the
-    place of a stage that isn't there does not hold if the band of `stage_layers` excludes every effect that
-    counts, and is undecided otherwise. What a model hasn't stored is **not measured**.
+    A claim **holds** if the whole 95 % interval of its number lies in the claimed range, **does not hold** if all of it
+    lies outside, and is **undecided** otherwise. So an order needs centers that are surely a layer apart, and "no
+    effect" a band inside ±5 %: an interval that is merely wide shows neither. A claim about an effect that surely
+    isn't there is **not applicable**; what a model hasn't stored is **not measured**.
 
     Args:
         effects: from `collect_effects`.
-        by_task: a row for each task; by default all tasks are taken together.
-        n_boot, seed: of the bootstrap.
+        n_boot, seed: of the bootstrap over images.
 
     Returns:
-        One row per model, (task,) and claim: claim, paper, measured, value, ci_low, ci_high, n, n_clusters,
-        verdict, and why, where there is no number.
+        One row per model, task (the last is `POOLED`) and claim: model, task, claim, paper, says (the paper's number),
+        measured, value, ci_low, ci_high, n, n_clusters, verdict, why (where there is no number), here (effects).
     """
-    by = ["model", "task"] if by_task else ["model"]
     if effects.empty:
-        return pd.DataFrame(columns=[*by, *_judge(CLAIMS[0], {})])
+        return pd.DataFrame(columns=["model", "task", *_judge(CLAIMS[0], {})])
     rows = []
-    for key, part in effects.groupby(by, dropna=False):
-        images, lines = sorted(part["image_id"].unique()), {}
-        bands = stage_layers(part, ["line"], n_boot=n_boot, seed=seed)
-        for (name, mine), (_, band) in zip(part.groupby("line"), bands.groupby("line"), strict=True):
-            draws = resample(mine, images=images, n_boot=n_boot, seed=seed)
-            low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
-            counted = (int(band[column].min()) for column in ("n", "n_clusters"))
-            n_layers, has_stage = int(mine["n_layers"].max()), bool(band["in_stage"].any())
-            lines[name] = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
-        rows += [dict(zip(by, key, strict=True)) | _judge(claim, lines) for claim in CLAIMS]
+    for model, mine in effects.groupby("model"):
+        for task, part in [*mine.groupby("task", dropna=False), (POOLED, mine)]:
+            lines = _lines(part, n_boot, seed)
+            rows += [{"model": model, "task": task} | _judge(claim, lines) for claim in CLAIMS]
     return pd.DataFrame(rows)
 
 
+def tally_claims(table: pd.DataFrame) -> pd.DataFrame:
+    """Bring `check_claims` to a row per model and claim: verdicts by task, then all together, beside the paper."""
+    pooled = table[table["task"] == POOLED].set_index(["model", "claim"])
+    by_task = table[table["task"] != POOLED].groupby(["model", "claim"])
+    said = by_task[["task", "verdict"]].apply(lambda rows: _count(dict(rows.itertuples(index=False))))
+    return pooled.assign(tasks=said).rename(columns={"verdict": POOLED})[
+        ["tasks", POOLED, "measured", "value", "ci_low", "ci_high", "n", "n_clusters", "why", "here", "says", "paper"]
+    ]
+
+
 def describe_claims(table: pd.DataFrame) -> list[str]:
-    """Write one sentence per row of `check_claims`: the verdict, the number, its interval, n."""
+    """Write one sentence per model and claim of `check_claims`: by task, all together, the paper's number."""
     sentences = []
-    for row in table.to_dict("records"):
-        name = ", ".join(str(row[column]) for column in ("model", "task") if column in row)
+    for (model, claim), row in tally_claims(table).iterrows():
         evidence = row["why"]
         if not evidence:
-            interval = f"95 % interval {format_number(row['ci_low'], 2)} to {format_number(row['ci_high'], 2)}"
-            evidence = f"{row['measured']}: {format_number(row['value'], 2)}, {interval}"
+            interval = f"95 % interval {format_number(row['ci_low'])} to {format_number(row['ci_high'])}"
+            evidence = f"{row['measured']}: {format_number(row['value'])}, {interval}"
         if row["n"]:
-            evidence += f", {row['n']} samples on {row['n_clusters']} images"
-        sentences.append(f"{name}: {row['claim']}: {row['verdict']} ({evidence}).")
+            evidence += f", {row['n']} samples on {row['n_clusters']} images; {row['here']}"
+        together = f"all together: {row[POOLED]} ({evidence})"
+        sentences.append(f"{model}: {claim}: {row['tasks']}; {together}. Paper ({row['paper']}): {row['says']}.")
     return sentences
 
 
+def _count(verdicts: Mapping[str, str]) -> str:
+    """Count tasks by verdict.
+
+    >>> _count({"A": "holds", "B": "undecided", "C": "undecided"})
+    'holds in 1 of 3 tasks (A), undecided in 2 (B, C)'
+    """
+    parts = []
+    for verdict in VERDICTS:
+        tasks = [str(task) for task, found in verdicts.items() if found == verdict]
+        of = f" of {len(verdicts)} task{'s' * (len(verdicts) != 1)}" if verdict == "holds" else ""
+        named = f" ({', '.join(tasks)})" if tasks else ""
+        parts += [f"{verdict} in {len(tasks)}{of}{named}"] if tasks or of else []
+    return ", ".join(parts)
+
+
+def _lines(part: pd.DataFrame, n_boot: int, seed: int) -> dict[str, measures.Line]:
+    images, lines = sorted(part["image_id"].unique()), {}
+    bands = stage_layers(part, ["line"], n_boot=n_boot, seed=seed)
+    for (name, mine), (_, band) in zip(part.groupby("line"), bands.groupby("line"), strict=True):
+        draws = resample(mine, images=images, n_boot=n_boot, seed=seed)
+        low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
+        counted = (int(band[column].min()) for column in ("n", "n_clusters"))
+        n_layers, has_stage = int(mine["n_layers"].max()), bool(band["in_stage"].any())
+        lines[name] = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
+    return lines
+
+
 def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:
-    missing = [name for line, name in claim.lines.items() if line not in lines]
-    found = [lines[name] for name in claim.lines if name in lines]
+    needed = {**claim.lines, claim.leads: claim.lines[next(iter(claim.lines))]} if claim.leads else claim.lines
+    missing = [name for line, name in needed.items() if line not in lines]
+    found = {name: lines[name] for name in claim.lines if name in lines}
     value, low, high = measures.NOTHING
     if missing:
         numbers = ", ".join(dict.fromkeys(WRITTEN_BY[name] for name in missing))
         verdict, why = "not measured", f"run notebook {numbers} for this model"
     else:
-        verdict, why = _absent(claim, found)
+        verdict, why = _without_number(claim, found, lines.get(claim.leads))
         if not verdict:
-            value, low, high = claim.measure(*found)
+            value, low, high = claim.measure(*found.values())
             verdict = _verdict(low, high, claim.holds)
     return {
         "claim": claim.text,
         "paper": claim.paper,
+        "says": claim.says,
         "measured": claim.measured,
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        "n": 0 if missing else min(line.n for line in found),
-        "n_clusters": 0 if missing else min(line.n_clusters for line in found),
+        "n": 0 if missing else min(line.n for line in found.values()),
+        "n_clusters": 0 if missing else min(line.n_clusters for line in found.values()),
         "verdict": verdict,
         "why": why,
+        "here": "; ".join(f"{name} {measures.strongest(line)}" for name, line in found.items()),
     }
 
 
-def _absent(claim: Claim, lines: Sequence[measures.Line]) -> tuple[str, str]:
-    """Judge a claim about stages of which one isn't there; ("", "") where nothing is wanting."""
-    named_lines = zip(claim.lines, lines, strict=True)
-    wanting = {name: line for name, line in named_lines if claim.of_stages and not line.has_stage}
-    if not wanting:
-        return "", ""
-    named = " and ".join(wanting)
-    if any(line.high.max() < NEGLIGIBLE for line in wanting.values()):
-        return "does not hold", f"{named}: no layer with an effect of {NEGLIGIBLE:g} or more"
-    return "undecided", f"{named}: no stage that the interval tells from 0"
+def _without_number(claim: Claim, lines: Mapping[str, measures.Line], lead: measures.Line | None) -> tuple[str, str]:
+    """Judge a claim about effects of which one isn't there; ("", "") where nothing is wanting."""
+    none = [name for name, line in lines.items() if line.high.max() < NEGLIGIBLE]
+    if none and (claim.of_stages or len(none) == len(lines)):
+        return "not applicable", f"{' and '.join(none)}: no layer with an effect of {NEGLIGIBLE:g} or more"
+    if lead and lead.low.max() <= 0:
+        most = f"{claim.leads}: at most {measures.strongest(lead)}"
+        return ("does not hold", most) if lead.high.max() <= 0 else ("undecided", most)
+    unsure = [name for name, line in lines.items() if claim.of_stages and not line.has_stage]
+    if unsure:
+        return "undecided", f"{' and '.join(unsure)}: no layer whose effect surely exceeds {NEGLIGIBLE:g}"
+    return "", ""
 
 
 def _verdict(low: float, high: float, holds: tuple[float, float]) -> str:
     """Judge an interval.
 
-    >>> _verdict(0.1, 3.0, (0.0, inf)), _verdict(-2.0, 0.0, (0.0, inf)), _verdict(-1.0, 1.0, (0.0, inf))
+    >>> _verdict(1.0, 3.0, (1.0, inf)), _verdict(-2.0, 0.9, (1.0, inf)), _verdict(-1.0, 2.0, (1.0, inf))
     ('holds', 'does not hold', 'undecided')
     """
-    if low > holds[0] and high < holds[1]:
+    if low >= holds[0] and high <= holds[1]:
         return "holds"
-    return "does not hold" if high <= holds[0] or low >= holds[1] else "undecided"
+    return "does not hold" if high < holds[0] or low > holds[1] else "undecided"
 
 
+MORE, LESS = (NEGLIGIBLE, inf), (-inf, NEGLIGIBLE)
+QUESTION, IMAGE = {"Question -> Last": "flow_to_last"}, {"Image -> Last": "flow_to_last"}
+PICTURE = {"Image -> Question": "image_to_question"}
 CLAIMS = (
     Claim(
         text="The picture enters the question in two separate stages",
         paper="§5, Fig. 4",
-        lines={"Image -> Question": "image_to_question"},
+        says="-60 % on average in layers 0-4 (depth 0.01 to 0.11), then -21 % around layer 10 (0.26) in ChooseAttr, "
+        "ChooseCat, ChooseRel and QueryAttr, less in the other two",
+        lines=PICTURE,
         measure=measures.two_drops,
-        measured=f"fall of the effect between its two peaks (%; separate: above {NEGLIGIBLE:g})",
-        holds=(NEGLIGIBLE, inf),
+        measured=f"fall of the effect between its two peaks (%; separate: {NEGLIGIBLE:g} or more)",
+        holds=MORE,
+        of_stages=True,
     ),
     Claim(
         text="Image -> Question acts before Question -> Last",
         paper="§5, Figs 3-4",
-        lines={"Image -> Question": "image_to_question", "Question -> Last": "flow_to_last"},
+        says="layers 0-4 and around 10 (depth 0.01 to 0.11, 0.26) before the middle layers",
+        lines=PICTURE | QUESTION,
         measure=measures.later,
-        measured="how much later the center of Question -> Last lies (layers)",
+        measured=f"how much later the center of Question -> Last lies (layers; before: {APART:g} or more)",
+        holds=(APART, inf),
+        of_stages=True,
     ),
     Claim(
         text="Question -> Last is strongest in the middle layers",
         paper="§5, Fig. 3",
-        lines={"Question -> Last": "flow_to_last"},
+        says="up to -30 % in ChooseAttr, in the middle layers",
+        lines=QUESTION,
         measure=measures.depth,
         measured="depth of its strongest layer (0 first, 1 last; middle: 0.25 to 0.75)",
         holds=(0.25, 0.75),
+        of_stages=True,
     ),
     Claim(
-        text="The last position draws on the question, not directly on the image",
+        text="The last position draws on the question more than on the image",
         paper="§5, Fig. 3",
-        lines={"Question -> Last": "flow_to_last", "Image -> Last": "flow_to_last"},
+        says="the question's role is predominant: up to -30 % in ChooseAttr",
+        lines=QUESTION | IMAGE,
         measure=measures.stronger,
-        measured="largest effect of Question -> Last minus that of Image -> Last (percentage points)",
-        of_stages=False,
+        measured="largest effect of Question -> Last minus that of Image -> Last (percentage points; "
+        f"more: {NEGLIGIBLE:g} or more)",
+        holds=MORE,
+    ),
+    Claim(
+        text="The last position takes nothing from the image directly",
+        paper="§5, Fig. 3",
+        says="no significant impact in most tasks, a slight one in QueryAttr",
+        lines=IMAGE | QUESTION,
+        measure=measures.largest,
+        measured=f"largest effect of Image -> Last at any layer (%; nothing: within ±{NEGLIGIBLE:g})",
+        holds=LESS,
     ),
     Claim(
         text="Last -> Last is negligible",
         paper="§5, Fig. 3",
-        lines={"Last -> Last": "flow_to_last"},
+        says="negligible change in all tasks",
+        lines={"Last -> Last": "flow_to_last"} | QUESTION,
         measure=measures.largest,
-        measured=f"its largest effect at any layer (%; negligible: below {NEGLIGIBLE:g})",
-        holds=(-inf, NEGLIGIBLE),
-        of_stages=False,
+        measured=f"its largest effect at any layer (%; negligible: within ±{NEGLIGIBLE:g})",
+        holds=LESS,
     ),
     Claim(
         text="Other image patches act first, related ones second",
         paper="§6, Fig. 5",
+        says="other patches dominate the first drop, related ones the second, around layer 10 (depth 0.26)",
         lines={
             "Other image patches -> Question": "image_patch_knockout",
             "Related image patches -> Question": "image_patch_knockout",
         },
         measure=measures.later,
-        measured="how much later the center of the related patches lies (layers)",
+        measured=f"how much later the center of the related patches lies (layers; second: {APART:g} or more)",
+        holds=(APART, inf),
+        of_stages=True,
     ),
     Claim(
         text="The answer comes in lower case before it is capitalized",
         paper="§7, Fig. 6",
+        says="in lower case from near 0 to 20-70 % around the middle layers, then down to nearly 0; the capitalized "
+        "form starts to rise after layer 20 (depth 0.51)",
         lines={"Noncapitalized answer": "logit_lens", "Capitalized answer": "logit_lens"},
         measure=measures.later,
-        measured="how much later the center of the capitalized answer lies (layers)",
+        measured=f"how much later the center of the capitalized answer lies (layers; before: {APART:g} or more)",
+        holds=(APART, inf),
+        of_stages=True,
+        leads=LEAD,
     ),
     Claim(
         text="MLPs shape the question's meaning more than attention",
         paper="App. D, Figs 12-13",
+        says="similarity falls by 90 % without the MLP at the first layer and by 25 % at the last, without attention "
+        "by 60 % and 10 %",
         lines={"MLP": "module_knockout", "Attention": "module_knockout"},
         measure=measures.on_average,
-        measured="words lost without the MLP minus without attention, mean of all layers (percentage points)",
-        of_stages=False,
+        measured="words lost without the MLP minus without attention, mean of all layers (percentage points; "
+        f"more: {NEGLIGIBLE:g} or more)",
+        holds=MORE,
     ),
     Claim(
         text="The second half of the layers can do without the image tokens",
         paper="App. F, Fig. 14",
+        says="in the last 20 of 40 layers of LLaVA-v1.6-13B (from depth 0.5 on), in about 40 % less time",
         lines={REMOVED: "efficiency"},
         measure=measures.in_second_half,
         measured=f"loss of accuracy (percentage points; intact: below {NEGLIGIBLE:g})",
-        holds=(-inf, NEGLIGIBLE),
-        of_stages=False,
+        holds=LESS,
     ),
 )

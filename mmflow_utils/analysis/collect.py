@@ -20,6 +20,8 @@ WRITTEN_BY = {
 """The results that are read, and the number of the notebook that writes each."""
 
 REMOVED = "No image in the last layers"  # the paper's way to save work, among its rivals in App. F
+CASES = {"Noncapitalized answer": 1, "Capitalized answer": -1}
+LEAD = "Lower case over capitals"  # how much likelier the lens finds the answer in lower case
 # What the results of one model must have in common to be compared: the rest is each notebook's own.
 IN_COMMON = {*Params.model_fields, "weights_sha256", "data_sha256"}
 COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers", "window", "effect")
@@ -79,10 +81,10 @@ def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "cor
     Returns:
         One row per model, sample, line and layer. `line` is a flow, a module, or a word that the lens
         follows; `effect` is the loss of the answer's probability in % of what it was (flows), the loss of
-        the question's words in percentage points of Jaccard similarity (modules), the word's probability in %
-        (lens), or the loss of accuracy in percentage points (image tokens removed from `layer` on); `window`
-        is in layers, NaN for the lens and the removal. The control of random image patches is left out: the
-        paper claims nothing about it.
+        the question's words in percentage points of Jaccard similarity (modules), the word's probability in %, or
+        how much likelier lower case is than capitals (lens), or the loss of accuracy in percentage points (image
+        tokens removed from `layer` on); `window` is in layers, NaN for the lens and the removal. The control of
+        random image patches is left out: the paper claims nothing about it.
 
     Raises:
         ValueError: an unknown result, or one that lacks a column.
@@ -103,7 +105,11 @@ def _lines_of(name: str, frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
     if name == "logit_lens":
         need_columns(frame, ["word", "protocol", "probability"])
         mine = frame[frame["protocol"] == protocol]
-        return mine.assign(line=mine["word"], effect=100 * mine["probability"])
+        mine = mine.assign(line=mine["word"], effect=100 * mine["probability"])
+        signed = mine.assign(effect=mine["effect"] * mine["word"].map(CASES).astype(float)).dropna(subset="effect")
+        keys = ["model", "task", "sample_id", "image_id", "layer"]
+        lead = signed.groupby(keys, dropna=False)["effect"].agg(["sum", "size"]).query("size == 2")["sum"]
+        return pd.concat([mine, lead.rename("effect").reset_index().assign(line=LEAD)], ignore_index=True)
     if name == "module_knockout":
         need_columns(frame, ["knockout", "jaccard"])
         return frame.assign(line=frame["knockout"], effect=100 * (1 - frame["jaccard"]))

@@ -28,8 +28,8 @@ def stage_layers(
 ) -> pd.DataFrame:
     """Say which layers of each curve belong to its stage.
 
-    They are those where the 95 % band that holds for all layers at once lies above 0 and the effect is at
-    least `share` of the curve's strongest and at least `negligible`.
+    They are those where the 95 % band that holds for all layers at once lies above `negligible` and the effect is
+    at least `share` of the curve's strongest.
 
     Args:
         effects: from `collect_effects`.
@@ -49,8 +49,7 @@ def stage_layers(
     by = list(by)
     band = summarize(effects, "effect", [*by, "layer"], n_boot=n_boot, seed=seed, simultaneous_over="layer")
     strongest = band.groupby(by, dropna=False)["mean"].transform("max")
-    enough = band["mean"] >= np.maximum(share * strongest, negligible)
-    return band.assign(in_stage=(band["ci_low"] > 0) & enough)
+    return band.assign(in_stage=(band["ci_low"] > negligible) & (band["mean"] >= share * strongest))
 
 
 def find_stages(
@@ -108,7 +107,7 @@ def _edges(
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """First, strongest and last layer of the stage in every draw; NaN where there is none."""
     strongest = draws.max(1, keepdims=True)
-    inside = (draws >= np.maximum(share * strongest, negligible)) & (draws > half_width)
+    inside = (draws >= share * strongest) & (draws > half_width + negligible)
     index = {
         "begins": inside.argmax(1),
         "strongest": strongest_index(draws),

@@ -46,21 +46,21 @@ def percentile_interval(resampled: Float[np.ndarray, "n_boot groups"], tails: Pe
 
 
 def score_interval(
-    mean: PerGroup, error: PerGroup, z: PerGroup, n: PerGroup, limits: tuple[float, float], seen: Ends, floors: Ends
+    mean: PerGroup, width: PerGroup, k: PerGroup, limits: tuple[float, float], seen: Ends, floors: Ends
 ) -> Ends:
-    """Find the means that are `z` standard errors away from those observed, with the error that they would have.
+    """Find the means that are z standard errors away from those observed, with the error that they would have.
 
-    Were a share s of the images at a limit, `room` away, the mean would be off by d = s room, and its variance
+    Were a share s of the n images at a limit, `room` away, the mean would be off by d = s room, and its variance
     (1 - s) error**2 + s (1 - s) room**2 / n. Both ends solve d**2 = z**2 times that. Of samples at 0 and 100 this is
     Wilson's interval (1927).
 
     Args:
-        mean, error: as observed.
-        z, n: how many errors; how many clusters.
+        mean, width: as observed; z errors, with z widened for few images.
+        k: z**2 / n.
         limits: what one sample can show; infinite: as much as `seen`, the extremes of the whole curve.
         floors: the least distance of either end.
     """
-    ends, k, variance = [], z**2 / n, (z * error) ** 2
+    ends, variance = [], width**2
     for sign, limit, most, floor in zip((-1, 1), limits, seen, floors, strict=True):
         furthest = np.fmax(sign * most, 0.0 if np.isinf(limit) else sign * limit)
         room = np.maximum(furthest - sign * mean, 1e-9)

@@ -93,16 +93,16 @@ def summarize(
         deviation = np.abs(resampled - mean) / np.hypot(error, smallest)
         most = intervals.greatest_deviation(deviation, curve, level)
         z = most if limits is None else np.maximum(most, z)
-    z = -intervals.widened(ndtr(-z), counts)
+    wide = -intervals.widened(ndtr(-z), counts)
     if limits is not None:
-        floors = np.array([z * smallest * (bool(simultaneous_over) or np.isinf(limit)) for limit in limits])
-        n = intervals.clusters_that_count(counts)
-        low, high = intervals.score_interval(mean, error, z, n, limits, seen, floors)
+        floors = np.array([wide * smallest * (bool(simultaneous_over) or np.isinf(limit)) for limit in limits])
+        share = z**2 / intervals.clusters_that_count(counts)
+        low, high = intervals.score_interval(mean, wide * error, share, limits, seen, floors)
     elif simultaneous_over:
-        half = np.maximum(z * np.hypot(error, smallest), smallest)
+        half = np.maximum(wide * np.hypot(error, smallest), smallest)
         low, high = mean - half, mean + half
     else:
-        low, high = intervals.percentile_interval(resampled, ndtr(-z))
+        low, high = intervals.percentile_interval(resampled, ndtr(-wide))
     low, high = (np.where(table["n_clusters"] > 1, end, np.nan) for end in (low, high))
     table.insert(len(by) + 1, "ci_low", low)
     table.insert(len(by) + 2, "ci_high", high)
