@@ -75,7 +75,9 @@ def test_questions_about_one_picture_give_the_reference_numbers(kind, interventi
     model, prompts = setting(kind)
     prefix = Prefix()
     for encoded in prompts:
-        flows = [flow for flow in (FLOWS if kind == "llava" else FLOWS[::2]) if flow.source in encoded.positions and flow.target in encoded.positions]
+        wanted = FLOWS if kind == "llava" else FLOWS[::2]
+        held = encoded.positions
+        flows = [flow for flow in wanted if flow.source in held and flow.target in held]
         some = variants(encoded.positions, flows, window=2, n_layers=N_LAYERS, intervention=intervention)
         assert_same(run_sweep(model, encoded, some, prefix=prefix), run_reference(model, encoded, some))
     assert starts[0] == 0
