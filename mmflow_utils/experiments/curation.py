@@ -25,6 +25,7 @@ from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, pictu
 from mmflow_utils.engine.answers import answer_together, greedy_answer
 from mmflow_utils.engine.prefix import Prefix
 from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.experiments.knockout import stays_first
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import Encoded, encode
@@ -61,10 +62,9 @@ def _as_text(model: VLM, tokens: Sequence[int]) -> str:
 
 
 def needs_picture(model: VLM, encoded: Encoded, prefix: Prefix | None = None) -> bool:
-    """Return whether the answer begins with another token once nothing behind the picture may look at it."""
+    """Return whether the answer's first token falls behind once nothing after the picture may look at it."""
     cut = variants(encoded.positions, NO_PICTURE, n_layers=model.n_layers, **whole_depth(model.n_layers))
-    run = run_sweep(model, encoded, cut, prefix=prefix)
-    return bool(run.base.argmax() != run.variants[0].argmax())
+    return not any(stays_first(model, run_sweep(model, encoded, cut, prefix=prefix)))
 
 
 def ask_questions(

@@ -2,10 +2,11 @@
 
 result = knockout_sweep(model, samples, FLOW_TO_LAST, window=9)
 result.frame, result.skipped
+knockout_sweep(model, samples, IMAGE_ROUTES, window="all").frame    # which way does the answer need at all?
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,15 +18,16 @@ from mmflow_utils.engine.reference import Run
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
-from mmflow_utils.prompts.flows import Flow, Intervention, Variant
+from mmflow_utils.prompts.flows import Flow, Intervention, Variant, whole_depth
 from mmflow_utils.results.record import Result
 
-__all__ = ["COLUMNS", "knockout_sweep"]
+__all__ = ["COLUMNS", "knockout_sweep", "stays_first"]
 
 COLUMNS = (
     "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", "token",
     "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
 )  # fmt: skip
+WHOLE_DEPTH_COLUMNS = (*COLUMNS, "correct_pct")
 
 
 def knockout_sweep(
@@ -33,7 +35,7 @@ def knockout_sweep(
     samples: Iterable[Sample],
     flows: Flow | Sequence[Flow],
     *,
-    window: int,
+    window: int | Literal["all"],
     intervention: Intervention = "mask",
     method: str = "sweep",
     layers: Sequence[int] | None = None,
@@ -51,10 +53,10 @@ def knockout_sweep(
         model: the model.
         samples: questions.
         flows: what to block.
-        window: width in layers; the paper's is 9.
+        window: width in layers; the paper's is 9. `all` blocks each flow in every layer at once, in one row.
         intervention: what is done at a flow's edges, or to the modules at its target (App. D).
         method: `sweep` packs all variants into one clean pass; `reference` runs the model in full for each row.
-        layers: the layers to visit, every one by default.
+        layers: the layers to visit, every one by default; of no use with `all`.
         encoder: makes the prompt and its positions; replace it for other positions or a longer prompt
             (App. C, App. E).
         n_check: how many samples the sweep is held against the reference on.
@@ -65,7 +67,8 @@ def knockout_sweep(
     Returns:
         A frame of one row per sample, flow and layer, with `COLUMNS`: probabilities `p_base` and `p_knockout` of
         that token, `rel_change_pct` = 100 (p_knockout - p_base) / p_base, `logprob_change` (nats), and the logit
-        difference of the true and false option's first tokens, clean and its change, NaN without options.
+        difference of the true and false option's first tokens, clean and its change, NaN without options. Where
+        all layers are blocked at once, also `correct_pct`: 100 if that token is still the most probable, else 0.
         `skipped` lists `{sample_id, flow, reason}` where a flow isn't in a prompt; `max_check_diff` is the
         check's largest difference in probability, None if none was made.
 
@@ -81,9 +84,13 @@ def knockout_sweep(
     wanted = [(str(flow), flow, intervention) for flow in flows]
     tolerance = rounding(model.dtype) if tolerance is None else tolerance
     loop = Loop(model, encoder, method, n_check)
+    where: dict[str, Any] = {"window": window, "layers": layers}
+    columns, width = COLUMNS, window
+    if window == "all":
+        where, columns, width = whole_depth(model.n_layers), WHOLE_DEPTH_COLUMNS, model.n_layers
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
-        planned = [variant for _, variant in loop.plan(encoded, wanted, window=window, layers=layers)]
+        planned = [variant for _, variant in loop.plan(encoded, wanted, **where)]
         if not planned:
             return []
 
@@ -91,9 +98,16 @@ def knockout_sweep(
             return loop.engine(method)(model, encoded, planned)
 
         run = loop.run(encoded, compute, _every_probability, tolerance=tolerance)
-        return [row | {"window": window} for row in _rows(model, encoded.sample, planned, run)]
+        return [row | {"window": width} for row in _rows(model, encoded.sample, planned, run)]
 
-    return loop.over(samples, measure, COLUMNS, name="Knockout", progress=progress)
+    return loop.over(samples, measure, columns, name="Knockout", progress=progress)
+
+
+def stays_first(model: VLM, run: Run) -> list[bool]:
+    """Return for each variant whether the intact model's token is still ahead of all others, by more than rounding."""
+    token, changed = int(run.base.argmax()), probabilities(run.variants)
+    others = changed.index_fill(1, torch.tensor([token]), 0)
+    return (changed[:, token] - others.amax(1) > rounding(model.dtype)).tolist()
 
 
 def _every_probability(run: Run) -> Float[Tensor, "rows vocab"]:
@@ -107,7 +121,7 @@ def _rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> l
     logprob_change = (changed[:, token] - base[token]).tolist()
     text = model.tokenizer.decode([token])
     diff_base, diff_change = _logit_differences(model, sample, run, text)
-    p_base = base[token].exp().item()
+    p_base, stays = base[token].exp().item(), stays_first(model, run)
     rows = []
     for n, variant in enumerate(planned):
         assert variant.flow is not None  # `variants` labels each
@@ -126,6 +140,7 @@ def _rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> l
                 "logprob_change": logprob_change[n],
                 "logit_diff_base": diff_base,
                 "logit_diff_change": diff_change[n],
+                "correct_pct": 100.0 * stays[n],
             }
         )
     return rows

@@ -1,6 +1,6 @@
 """Curves over layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mmflow_utils.plots import style
 
+LEAST, NOTHING = 10.0, 1.0  # %: what an axis shows at least; what isn't worth a panel
+
 
 def plot_flow(
     summary: pd.DataFrame,
@@ -20,27 +22,36 @@ def plot_flow(
     window: int | None = None,
     model: str | None = None,
     y_label: str = "Change in probability (%)",
+    floor: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw what blocking each flow does to the answer's probability, by layer (paper, Figs 3 to 5).
 
     Args:
         summary: From `summarize`, with columns task, flow, layer, mean, ci_low, ci_high (%) and n.
-        title: In place of the usual one.
+        title: In place of the usual one, which names the flows.
         window, model: Layers blocked at once and the model's name, for the subtitle.
         y_label: What the mean is, for another measure than the paper's.
+        floor: As for `plot_curves`.
 
     Returns:
-        A figure with one panel per task, in the paper's order; tasks without rows have no panel.
+        A figure with one panel per task, in the paper's order; tasks without rows have no panel. Of a change in %, the
+        axis reaches at least `LEAST` up and down, and tasks whose means all lie within `NOTHING` are named in the
+        subtitle instead, as long as any other is left.
 
     Raises:
         ValueError: A column is missing or nothing is left to draw.
     """
     window_text = f"window of {window} layer{'s' * (window != 1)}" if window else None
     kind = summary["interval"].iloc[0] if "interval" in summary and len(summary) else "95 % interval"
-    bands = f"bands: {kind.replace('interval', 'bootstrap intervals')} over images"
-    subtitle = " · ".join(part for part in (model, window_text, bands) if part)
-    title = title or "Effect on the answer of blocking a flow of information"
-    return plot_curves(summary, title=title, subtitle=subtitle, y_label=y_label)
+    bands = f"bands: {kind}s over images"
+    least, flat = 0.0, ""
+    if "(%)" in y_label or "percentage" in y_label:
+        least, (summary, flat) = LEAST, _fold(summary)
+    subtitle = " · ".join(part for part in (model, window_text, bands, flat) if part)
+    flows = style.ordered(summary["flow"], tuple(style.FLOW_COLORS)) if "flow" in summary else []
+    what = ", ".join(map(style.shown, flows)) if 0 < len(flows) < 4 else "a flow of information"
+    title = title or f"Effect on the answer of blocking {what}"
+    return plot_curves(summary, title=title, subtitle=subtitle, y_label=y_label, floor=floor, least=least)
 
 
 @style.styled
@@ -56,6 +67,8 @@ def plot_curves(
     title: str = "",
     subtitle: str = "",
     colors: Mapping[str, str] | None = None,
+    floor: pd.DataFrame | None = None,
+    least: float = 0.0,
 ) -> Figure:
     """Draw a summary: a panel per value of `panel`, in it a curve with its interval per value of `line`.
 
@@ -68,6 +81,9 @@ def plot_curves(
         x, x_label: The column of the horizontal axis, whole numbers from 0, and its label.
         y_label: Label of the mean, with its unit.
         colors: Colors by value of `line`, in place of the flows' own; their order is the legend's.
+        floor: From `summarize`, by `panel` and flow: levels that the curves are compared with, dashed, such as what a
+            flow costs that is cut in all layers.
+        least: How far the vertical axis reaches at least, up and down.
 
     Raises:
         ValueError: A column is missing or nothing is left to draw.
@@ -76,8 +92,11 @@ def plot_curves(
     panels = style.ordered(data[panel], (*style.TASK_ORDER, *style.FLOW_COLORS))
     aside = style.ordered(data[across], ()) if across else [None]
     lines = style.line_looks(data[line], colors, (*(colors or {}), *style.FLOW_COLORS))
-    limits = _limits(data)
-    handles = [style.legend_handle(*look) for look in lines.values()]
+    floors = [] if floor is None else floor[floor[panel].isin(panels)].to_dict("records")
+    limits = _limits(data, [*(row["mean"] for row in floors), least, -least])
+    cuts = zip(dict.fromkeys(row["flow"] for row in floors), ("--", ":", "-."), strict=False)
+    levels = {flow: (style.shown(flow), "#555555", dashes) for flow, dashes in cuts}
+    handles = [style.legend_handle(*look) for look in (*lines.values(), *levels.values())]
     columns = len(aside) if across else None
     figure, axes = style.panel_grid(len(panels) * len(aside), title, subtitle, handles, columns=columns)
     for axis, (name, other) in zip(axes, product(panels, aside), strict=True):
@@ -90,6 +109,10 @@ def plot_curves(
             curve = part[part[line] == value].sort_values(x)
             if len(curve):
                 _draw_curve(axis, curve, x, label, color, dashes)
+        for row in floors:
+            if row[panel] == name:
+                label, color, dashes = levels[row["flow"]]
+                axis.axhline(row["mean"], color=color, linestyle=dashes, linewidth=1.2, zorder=1.6, label=f"_{label}")
         axis.set(xlim=(-0.5, data[x].max() + 0.5), ylim=limits)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     style.label_outside(figure, axes, x_label, y_label)
@@ -119,14 +142,26 @@ def _draw_curve(axis: plt.Axes, curve: pd.DataFrame, x: str, label: str, color: 
     axis.plot(curve[x], curve["mean"], color=color, linestyle=dashes, label=label, **marker)
 
 
-def _limits(data: pd.DataFrame) -> tuple[float, float]:
-    """Return one vertical range for all panels, with 0; a band far wider than the curves is cut, not followed."""
+def _limits(data: pd.DataFrame, more: Sequence[float]) -> tuple[float, float]:
+    """Return one vertical range for all panels, with 0 and `more`; a band far wider than the curves is cut."""
     ends = data[["ci_low", "ci_high", "mean"]].replace([np.inf, -np.inf], np.nan)
     low, high = min(0.0, data["mean"].min()), max(0.0, data["mean"].max())
     reach = (high - low) or float(ends.abs().max(axis=None)) or 1.0
     low, high = (max(min(low, ends.min(axis=None)), low - reach), min(max(high, ends.max(axis=None)), high + reach))
+    low, high = min(low, *more), max(high, *more)
     margin = 0.06 * (high - low)
     return float(low - margin), float(high + margin)
+
+
+def _fold(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Leave out the tasks in which nothing happens, if others are left, and say which they are."""
+    if not {"task", "mean"} <= {*summary}:
+        return summary, ""
+    most = summary["mean"].abs().groupby(summary["task"]).max()
+    flat = [task for task in style.ordered(summary["task"], style.TASK_ORDER) if most[task] < NOTHING]
+    if not flat or len(flat) == len(most):
+        return summary, ""
+    return summary[~summary["task"].isin(flat)], f"no change of {NOTHING:g} % in any layer: {', '.join(flat)}"
 
 
 def _n_text(part: pd.DataFrame) -> str:

@@ -19,7 +19,7 @@ def plot_prompt(tokens: Sequence[str], positions: Any) -> HTML:
     """Show a prompt's tokens, colored by position set, with a legend.
 
     A token has the color of the smallest set that holds it (an option within the question). Sets that are
-    mere remainders (question_without_...) or unions (options) aren't drawn. A run of image tokens is a chip.
+    mere remainders (question_without_..., after_...) or unions (options) aren't drawn. A run of image tokens is a chip.
 
     Args:
         tokens: The prompt's tokens as text, one per position.
@@ -32,7 +32,8 @@ def plot_prompt(tokens: Sequence[str], positions: Any) -> HTML:
         ValueError: A set holds a position that the tokens don't have.
     """
     sets = {name: tuple(at) for name, at in getattr(positions, "sets", positions).items()}
-    drawn = [n for n in sets if sets[n] and "_without_" not in n and (n != "options" or "option_true" not in sets)]
+    remainders = ("options",) * ("option_true" in sets) + ("after_image", "after_question")
+    drawn = [n for n in sets if sets[n] and "_without_" not in n and n not in remainders]
     if (furthest := max((p for name in drawn for p in sets[name]), default=-1)) >= len(tokens):
         raise ValueError(f"a set holds position {furthest}, but there are {len(tokens)} tokens: are images expanded?")
     owner: dict[int, str] = {}

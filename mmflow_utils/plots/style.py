@@ -28,6 +28,7 @@ SET_COLORS = {  # one color per position set, the same in prompts, pictures and 
     "image": "#D55E00",
     "last": "#333333",
     "captions": "#A0522D",
+    "template": "#E08ACB",
     "image_related": "#882255",
     "image_other": "#C98500",
     "image_random": "#8A8A8A",

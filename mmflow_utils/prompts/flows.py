@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = [
-    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOW_TO_LAST", "Flow", "IMAGE_PATCHES_TO_QUESTION", "IMAGE_ROUTES",
-    "IMAGE_TO_PARTS", "IMAGE_TO_QUESTION", "Intervention", "MODULE_INTERVENTIONS", "NO_PICTURE", "NO_QUESTION",
-    "OTHER_PATCHES_TO_PARTS", "PARTS_TO_LAST", "PARTS_TO_PARTS", "RELATED_PATCHES_TO_PARTS", "TEMPLATE_TO_LAST",
-    "Variant", "flow_problem", "pretty_name", "variants", "whole_depth", "window_layers", "window_sizes",
+    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOORS", "Flow", "flow_problem", "FLOW_TO_LAST",
+    "IMAGE_PATCHES_TO_QUESTION", "IMAGE_ROUTES", "IMAGE_TO_PARTS", "IMAGE_TO_QUESTION", "Intervention",
+    "MODULE_INTERVENTIONS", "NO_PICTURE", "NO_QUESTION", "OTHER_PATCHES_TO_PARTS", "PARTS_TO_LAST", "PARTS_TO_PARTS",
+    "pretty_name", "QUESTION_ROUTES", "RELATED_PATCHES_TO_PARTS", "TEMPLATE_TO_LAST", "Variant", "variants",
+    "whole_depth", "window_layers", "window_sizes",
 ]  # fmt: skip
 
 Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
@@ -252,10 +253,6 @@ TEMPLATE_TO_LAST = _each("template", "last")
 """What stands between the question and the last position, as a way to it."""
 IMAGE_TO_QUESTION = _each("image", "question")
 """Experiment 2, Fig. 4."""
-IMAGE_ROUTES = _each("image", "last question template question+last after_image")
-"""The picture's ways to the answer, one by one and together: where two can each carry it, only both cut show it."""
-NO_PICTURE, NO_QUESTION = IMAGE_ROUTES[-1:], _each("question", "after_question")
-"""Cut in all layers, what no flow from the picture, or from the question, can exceed."""
 IMAGE_PATCHES_TO_QUESTION = _each("image_related image_other", "question")
 """§6, Fig. 5."""
 CAPTIONS_TO_LAST = _each("captions question", "last")
@@ -272,3 +269,10 @@ OTHER_PATCHES_TO_PARTS = _each("image_other", _PARTS)
 """App. J.4, Fig. 35."""
 RELATED_PATCHES_TO_PARTS = _each("image_related", _PARTS)
 """App. J.5, Fig. 36."""
+NO_PICTURE, NO_QUESTION = _each("image", "after_image"), _each("question", "after_question")
+"""Cut in all layers, what no flow from the picture, or from the question, can exceed."""
+FLOORS = {str(NO_PICTURE[0]): "No picture at all", str(NO_QUESTION[0]): "No question at all"}
+"""How a figure calls them."""
+IMAGE_ROUTES = _each("image", "last question template question+last") + NO_PICTURE
+QUESTION_ROUTES = _each("question", "last template") + NO_QUESTION + PARTS_TO_LAST + _each("options+objects", "last")
+"""Ways to the answer, to be cut in all layers, alone and together: where each of two carries it, only both show it."""

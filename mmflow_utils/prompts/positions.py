@@ -29,6 +29,11 @@ _PLURALS += [(r"goose\Z", "geese"), (r"mouse\Z", "mice"), (r"ox\Z", "oxen"), (r"
 _PLURALS += [(r"tooth\Z", "teeth")]
 
 
+class _Reasons(dict[str, str]):
+    def __contains__(self, name: object) -> bool:  # a union is missing where one of its sets is
+        return any(super(_Reasons, self).__contains__(part) for part in str(name).split("+"))
+
+
 @dataclass(frozen=True)
 class PositionSets:
     """The position sets of one prompt.
@@ -67,7 +72,7 @@ class PositionSets:
                 )
         empty = {name: "this prompt has no such token" for name, held in sets.items() if not held}
         object.__setattr__(self, "sets", {name: positions for name, positions in sets.items() if positions})
-        object.__setattr__(self, "missing", {**empty, **self.missing})
+        object.__setattr__(self, "missing", _Reasons({**empty, **self.missing}))
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self:
@@ -76,10 +81,6 @@ class PositionSets:
 
     def __contains__(self, name: str) -> bool:
         return all(part in self.sets for part in name.split("+"))
-
-    def knows(self, name: str) -> bool:
-        """Return whether the prompt has a set, or a reason why not: else the name is none."""
-        return all(part in self.sets or part in self.missing for part in name.split("+"))
 
     def get(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Return the positions of a set, or the default where the prompt has none."""

@@ -25,12 +25,16 @@ from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_ROUTES,
     IMAGE_TO_QUESTION,
+    NO_QUESTION,
+    TEMPLATE_TO_LAST,
     Flow,
     Intervention,
     Variant,
     flow_problem,
     variants,
+    whole_depth,
     window_layers,
 )
 from mmflow_utils.prompts.positions import PositionSets
@@ -167,6 +171,24 @@ def test_all_flows_and_layers_in_one_go(intervention, window):
     run = run_sweep(model, encoded, some)
     assert_same(run, run_reference(model, encoded, some))
     assert farthest(run.variants, run.base) > 1e-3  # and the knockouts bite
+
+
+@pytest.mark.parametrize(
+    ("kind", "intervention"),
+    [*product(("llava", "llava_next"), ("mask", "zero_value", "mean_value"))]
+    + [
+        pytest.param(kind, "mask", marks=pytest.mark.slow) for kind in ("sliding", "idefics3", "qwen2_5_vl", "internvl")
+    ],
+)
+def test_routes_cut_together_and_in_all_layers_are_the_references(kind, intervention):
+    model, encoded = setting(kind)
+    flows = (*IMAGE_ROUTES, *NO_QUESTION, *TEMPLATE_TO_LAST)
+    some = variants(encoded.positions, flows, n_layers=N_LAYERS, intervention=intervention, **whole_depth(N_LAYERS))
+    assert [v.layers for v in some] == [range(N_LAYERS)] * len(flows)
+    run = run_sweep(model, encoded, some)
+    assert_same(run, run_reference(model, encoded, some))
+    bites = (probs(run.variants) - probs(run.base)).abs().amax(1)
+    assert bites.max() > 1e-3 and (kind == "sliding" or bites.min() > 1e-6)  # where nothing reaches so far back
 
 
 @pytest.mark.parametrize("intervention", get_args(Intervention))

@@ -11,14 +11,20 @@ from tiny import tiny_sample, tiny_vlm
 
 from mmflow_utils.engine import sweep
 from mmflow_utils.engine.reference import run_reference
-from mmflow_utils.experiments.knockout import COLUMNS, knockout_sweep
+from mmflow_utils.experiments import curation
+from mmflow_utils.experiments.knockout import COLUMNS, WHOLE_DEPTH_COLUMNS, knockout_sweep
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_ROUTES,
     IMAGE_TO_QUESTION,
+    NO_PICTURE,
+    NO_QUESTION,
     Flow,
+    Variant,
     variants,
+    whole_depth,
 )
 
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION
@@ -144,6 +150,52 @@ def test_without_two_options_there_is_no_logit_difference(options, tmp_path):
     frame = run(model, [sample], FLOW_TO_LAST[0])
     assert frame.logit_diff_base.isna().all() and frame.logit_diff_change.isna().all()
     assert frame.p_knockout.notna().all()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_routes_are_cut_together_and_in_all_layers(family, tmp_path):
+    model, samples = tiny_vlm(family, n_kv_heads=2), samples_of(tmp_path)
+    result = sweep_of(model, samples, (*IMAGE_ROUTES, *NO_QUESTION), window="all", n_check=9)
+    assert result.max_check_diff < 1e-5 and not result.skipped
+    frame = result.frame
+    assert tuple(frame) == WHOLE_DEPTH_COLUMNS and len(frame) == 2 * 6
+    assert set(frame.n_layers_blocked) == set(frame.window) == {model.n_layers} and set(frame.layer) == {0}
+    slow = sweep_of(model, samples, (*IMAGE_ROUTES, *NO_QUESTION), window="all", method="reference").frame
+    assert np.allclose(frame.p_knockout, slow.p_knockout, atol=1e-5)
+    assert frame.correct_pct.tolist() == slow.correct_pct.tolist() and set(frame.correct_pct) <= {0.0, 100.0}
+    for sample in samples:
+        encoded = encode(model, sample)
+        image, after = (encoded.positions[name] for name in ("image", "after_image"))
+        cut = Variant(layers=range(model.n_layers), source=image, target=after)
+        run = run_reference(model, encoded, [cut])
+        row = frame[(frame.sample_id == sample.sample_id) & (frame.flow == str(NO_PICTURE[0]))].iloc[0]
+        assert (row.correct_pct == 0) == curation.needs_picture(model, encoded)
+        token = run.base.argmax()
+        assert np.isclose(row.p_knockout, run.variants[0].softmax(-1)[token], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_without_the_picture_no_picture_matters(family, tmp_path):
+    """What is left once all after the image is cut off from it: the same for any other picture of that size."""
+    model, (one, other) = tiny_vlm(family), samples_of(tmp_path)
+    other = replace(one, image=tiny_sample(tmp_path, sample_id="other", seed=5, size=(30, 30)).image)
+    found = []
+    for sample in (one, other):
+        encoded = encode(model, sample)
+        cut = variants(encoded.positions, NO_PICTURE, n_layers=model.n_layers, **whole_depth(model.n_layers))
+        run = run_reference(model, encoded, cut)
+        found.append((run.base.softmax(-1), run.variants[0].softmax(-1)))
+    (base, blind), (other_base, other_blind) = found
+    assert (base - other_base).abs().max() > 1e-3 and (blind - other_blind).abs().max() < 1e-6
+
+
+def test_a_union_of_which_a_prompt_lacks_a_part_is_skipped(tmp_path):
+    samples = samples_of(tmp_path)
+    samples[1] = replace(samples[1], objects=())
+    result = sweep_of(tiny_vlm(), samples, Flow(source="image", target="objects+last"), window="all")
+    assert [s["sample_id"] for s in result.skipped] == ["q1"] and "names no object" in result.skipped[0]["reason"]
+    with pytest.raises(ValueError, match="objcts"):
+        run(tiny_vlm(), samples, Flow(source="image", target="objcts+last"))
 
 
 def test_layers_and_encoder_can_be_chosen(tmp_path):

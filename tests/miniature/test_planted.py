@@ -9,16 +9,19 @@ from miniature.planted import ANSWER, PICK_UP, build_planted
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.engine.sweep import run_sweep
-from mmflow_utils.experiments.curation import answer
+from mmflow_utils.experiments.curation import answer, needs_picture
 from mmflow_utils.models.load import load_model
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_ROUTES,
     IMAGE_TO_QUESTION,
+    NO_QUESTION,
     Flow,
     variants,
+    whole_depth,
 )
 
 pytestmark = pytest.mark.slow
@@ -33,7 +36,10 @@ ROUTES = {
     Flow(source="question", target="last"): {ANSWER},
     Flow(source="image", target="last"): set(),
     Flow(source="last", target="last"): set(),
+    Flow(source="template", target="last"): set(),
 }
+# Cut in all layers: whether the answer needs it.
+NEEDED = {"last": False, "question": True, "template": False, "question+last": True, "after_image": True}
 
 
 @cache
@@ -55,10 +61,10 @@ def answered():
     return right, sure
 
 
-def effects(encoded, *, window, intervention="mask", flows=tuple(ROUTES), engine=run_sweep):
+def effects(encoded, *, intervention="mask", flows=tuple(ROUTES), engine=run_sweep, **where):
     """Give the change in the answer's probability (%), flow by flow, for each layer."""
     model, _ = planted()
-    some = variants(encoded.positions, flows, window=window, n_layers=model.n_layers, intervention=intervention)
+    some = variants(encoded.positions, flows, n_layers=model.n_layers, intervention=intervention, **where)
     run = engine(model, encoded, some)
     base, token = run.base.softmax(-1).max(-1)
     change = 100 * (run.variants.softmax(-1)[:, token] / base - 1)
@@ -93,6 +99,17 @@ def test_a_window_of_one_layer_finds_the_planted_layers_and_no_others(engine):
             # A second thing of that color can stand in for the related one.
             if flow.source != "image_related":
                 assert bites == ROUTES[flow] and all(found[layer] < -95 for layer in bites), flow
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_cut_in_all_layers_the_answer_needs_the_planted_routes_and_no_others(engine):
+    depth, prompts = whole_depth(planted()[0].n_layers), answered()[1]
+    assert {flow.target for flow in IMAGE_ROUTES} == NEEDED.keys()
+    for encoded in prompts[:12] if engine == "sweep" else prompts[:2]:
+        found = effects(encoded, flows=(*IMAGE_ROUTES, *NO_QUESTION), engine=ENGINES[engine], **depth)
+        for flow, (change,) in found.items():
+            assert change < -95 if NEEDED.get(flow.target, True) else abs(change) < 1, flow
+        assert needs_picture(planted()[0], encoded)  # where it answers by more than luck
 
 
 def test_the_related_patches_carry_the_answer():

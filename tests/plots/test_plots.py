@@ -66,7 +66,7 @@ def test_panels_stand_in_the_papers_order_whatever_the_order_of_rows():
     assert {axis.get_title("right") for axis in figure.axes} == {"n = 24"}
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (-(-len(TASKS) // 3), 3)
     assert figure.get_size_inches()[0] == 10
-    assert "mini · window of 3 layers · bands: 95 % bootstrap intervals over images" in texts(figure)
+    assert "mini · window of 3 layers · bands: 95 % intervals over images" in texts(figure)
 
 
 def test_curves_and_bands_are_the_summary():
@@ -212,13 +212,13 @@ def test_all_panels_share_one_range_that_holds_zero_and_a_zero_line():
 
 
 def test_the_floor_of_each_task_is_a_dashed_level_within_every_panels_range():
-    floor = pd.DataFrame({"task": TASKS[:3], "flow": "Image -> All after the image", "mean": [-97.0, -80.0, -96.5]})
+    floor = pd.DataFrame({"task": TASKS[:3], "flow": "No picture at all", "mean": [-97.0, -80.0, -96.5]})
     figure = plot_flow(summary(TASKS[:2]), floor=floor)
     for axis, level in zip(figure.axes, (-97, -80), strict=True):
-        (line,) = [line for line in axis.lines if line.get_label() == "_Image → All after the image in all layers"]
+        (line,) = [line for line in axis.lines if line.get_label() == "_No picture at all"]
         assert set(line.get_ydata()) == {level} and line.get_linestyle() == "--"
         assert axis.get_ylim()[0] < -97
-    assert figure.legends[0].texts[-1].get_text() == "Image → All after the image in all layers"
+    assert figure.legends[0].texts[-1].get_text() == "No picture at all"
 
 
 def test_a_change_in_percent_is_seen_on_at_least_ten_percent_up_and_down():

@@ -93,8 +93,8 @@ def test_a_union_of_sets_is_cut_together():
     assert (cut.source, cut.target, cut.layers) == ((1, 2, 3, 8), (5, 6, 7, 8), range(5))
     assert str(flow) == "Image + Last -> Question + Last"
     assert "image+question" in POSITIONS and "image+objects" not in POSITIONS
-    assert POSITIONS.get("image+objects") == () and POSITIONS.knows("image+objects")
-    assert not POSITIONS.knows("image+objcts")
+    assert POSITIONS.get("image+objects") == () and "image+objects" in POSITIONS.missing
+    assert "image+objcts" not in POSITIONS.missing
     for name, reason in (("last+objects", "'phone' is not a whole"), ("last+objcts", "no position set 'objcts'")):
         assert reason in flow_problem(POSITIONS, Flow(source="image", target=name))
 
