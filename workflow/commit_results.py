@@ -27,6 +27,7 @@ __all__ = ["commit_results"]
 
 Found = tuple[str, Result]
 LIMIT_MB = 25.0  # of all models together
+ASKED_OTHERWISE = ("prompt", "data_sha256")  # by a notebook that shows captions in place of the picture
 
 
 def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path]:
@@ -54,6 +55,7 @@ def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path
 def _measured(params: Params, folder: Path) -> Iterator[Found]:
     """Give what was measured in parts with these parameters; what notebooks made of it is made anew from it."""
     now = manifest(params)["depends_on"]
+    now = {name: value for name, value in now.items() if name not in ASKED_OTHERWISE}
     for file in sorted(folder.glob("*.parquet")):
         frame, made_from = read_frame(file)
         run = made_from["depends_on"]
