@@ -134,7 +134,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
                 names |= {"boot": {"n_boot": 100, "seed": 0}, "options": {}, "is_alone": False}
                 names |= {"asked": stored(ASKED[notebook.stem])} if notebook.stem in ASKED else {}
                 names |= {"vlm": stub, "llm": reader, "seer": stub, "reader": reader, "samples": []}
-                names |= {"exchanged": [], "studied": ["a sample"]}
+                names |= {"exchanged": [], "studied": ["a sample"], "n_spelled": 1}
                 names |= {"frame": stored(given)} if given else {}
             _run_cell(source, names, run if number >= first else Run())
     return run
