@@ -35,7 +35,8 @@ CHECKS = {
     "13": ["for held in spans.values():"],
     "14": ['assert "torch" not in sys.modules, "nothing here needs a model"'],
 }
-WORD = re.compile(r"[-−+]?\d+\.\d+|\S+")
+DECIMAL = re.compile(r"[-−+]?\d+\.\d+")
+WORD = re.compile(rf"{DECIMAL.pattern}|\S+")
 CASES = [
     (name, model)
     for name in NOTEBOOKS
@@ -49,14 +50,20 @@ def differences(plain, other) -> list[str]:
     found = []
     for said, says in zip_longest("\n".join(plain.text).split("\n"), "\n".join(other.text).split("\n"), fillvalue=""):
         for a, b in zip_longest(WORD.findall(said), WORD.findall(says), fillvalue=""):
-            digits = len(a.partition(".")[2])
-            near = digits and digits == len(b.partition(".")[2]) and abs(_number(a) - _number(b)) < 1.01 * 10**-digits
-            if a != b and not near:
+            if a != b and not near(a, b):
                 found.append(f"{said} | {says}")
                 break
     for table, changed in zip_longest(plain.tables, other.tables):
         found += table_differences(table, changed)
     return found
+
+
+def near(a: str, b: str) -> bool:
+    """Return whether two words are decimals that differ by no more than a last digit."""
+    if not (DECIMAL.fullmatch(a) and DECIMAL.fullmatch(b)):
+        return False
+    digits = len(a.partition(".")[2])
+    return digits == len(b.partition(".")[2]) and abs(_number(a) - _number(b)) < 1.01 * 10**-digits
 
 
 def _number(text: str) -> float:
