@@ -9,14 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from miniature.planted import ANSWER, PICK_UP
 from mmflow_utils.analysis.claim_measures import _valley
 from mmflow_utils.analysis.claims import CLAIMS, POOLED, VERDICTS, check_claims, describe_claims, tally_claims
 from mmflow_utils.analysis.collect import LEAD, REMOVED, WRITTEN_BY, collect_effects, read_results
 from mmflow_utils.analysis.flow_stages import find_stages, resample, stage_layers, tabulate_stages
 from mmflow_utils.analysis.stats import summarize
-from mmflow_utils.params import ROOT, Params
+from mmflow_utils.experiments.curation import read_questions
+from mmflow_utils.experiments.knockout import knockout_sweep
+from mmflow_utils.models.load import load_model
+from mmflow_utils.params import ROOT, Params, load_params
 from mmflow_utils.plots.curves import plot_curves
 from mmflow_utils.plots.flow_stages import plot_stages
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION
 from mmflow_utils.results.frames import manifest, save_frame
 
 L = 20
@@ -112,7 +117,7 @@ def test_the_table_gives_layers_with_their_intervals_and_nothing_where_there_is_
         "4 (4 to 4)",
         "5 (5 to 5)",
     ]
-    assert table.loc[("m", "a"), "effect"].startswith("50.0 (3") and table.loc[("m", "a"), "n"] == 24
+    assert table.loc[("m", "a"), "effect"].startswith("50.0 (43.0 to 57.") and table.loc[("m", "a"), "n"] == 24
     assert table.loc[("m", "b"), ["layers", "begins", "ends"]].tolist() == ["", "", ""]
 
 
@@ -397,6 +402,30 @@ def test_the_comparison_loads_no_torch(tmp_path):
 def test_the_notebook_loads_no_model():
     text = (ROOT / "notebooks" / "14_compare_models.ipynb").read_text()
     assert not [name for name in ("load_model", "load_samples", "encode(", "_sweep(") if f"mm.{name}" in text]
+
+
+# --- the positive control ---
+
+
+def test_the_control_has_its_two_stages_at_exactly_their_layers():
+    known = {"Image -> Question": str(PICK_UP), "Question -> Last": str(ANSWER)}
+    stages = find_stages(collect_effects(read_results(ROOT / "assets" / "control")), **QUICK).set_index("line")
+    assert stages.layers[stages.layers != ""].drop("Related image patches -> Question").to_dict() == known
+    for name, at in known.items():
+        ends = stages.loc[name, ["begins_low", "begins_high", "strongest_low", "strongest_high", "ends_high"]]
+        assert set(ends) == {int(at)}
+    assert str(known)[:-1] in (ROOT / "notebooks" / "14_compare_models.ipynb").read_text().replace('\\"', "'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flows", [FLOW_TO_LAST, IMAGE_TO_QUESTION], ids=["flow_to_last", "image_to_question"])
+def test_the_control_is_what_planted_does(flows, request):
+    params = load_params({"model": "planted"})
+    stored = read_results(ROOT / "assets" / "control")[request.node.callspec.id]
+    samples = [s for s in read_questions(params, tasks=params.tasks)[0] if s.sample_id in set(stored.sample_id[:30])]
+    anew = knockout_sweep(load_model(params), samples[:2], flows, window=params.window, progress=False).frame
+    both = anew.merge(stored, on=["sample_id", "flow", "layer"])
+    assert len(both) == len(anew) and np.allclose(both["p_knockout_x"], both["p_knockout_y"], atol=1e-5)
 
 
 # --- the drawing ---
