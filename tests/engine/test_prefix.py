@@ -7,8 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
-from transformers import MistralConfig
+from tiny import tiny_sample, tiny_vlm, vlm_of_kind
 
 from mmflow_utils.engine import answers
 from mmflow_utils.engine import prefix as prefixes
@@ -29,21 +28,8 @@ OTHERS = ("Is the cup red or blue?", "Is the cup on the left of the ball or on t
 @cache
 def setting(kind: str):
     """Give a random model and four prompts about one picture."""
-    options = {"n_layers": N_LAYERS}
-    if kind == "sliding":
-        options["text_config"] = MistralConfig(
-            vocab_size=len(tiny_tokenizer()),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=9,
-            pad_token_id=None,
-        )
-    if kind == "llama":
-        options["prompt"] = "USER: {caption} {question} ASSISTANT:"
-    model = tiny_vlm({"sliding": "llava"}.get(kind, kind), **options)
+    options = {"prompt": "USER: {caption} {question} ASSISTANT:"} if kind == "llama" else {}
+    model = vlm_of_kind(kind, n_layers=N_LAYERS, **options)
     with TemporaryDirectory() as folder:
         first = tiny_sample(Path(folder))
         samples = [first, *(replace(first, sample_id=q, question=q, objects=()) for q in OTHERS)]

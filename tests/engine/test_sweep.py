@@ -14,8 +14,7 @@ import torch
 from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
-from transformers import MistralConfig
+from tiny import tiny_sample, vlm_of_kind
 
 from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.plan import count_rows
@@ -49,23 +48,9 @@ TOLERANCE = 1e-5  # in probability: rounding of float32
 def setting(kind: str, dtype: torch.dtype = torch.float32):
     """Give a random model and a prompt for it."""
     options = {"n_layers": N_LAYERS, "dtype": dtype}
-    if kind == "sliding":
-        options["text_config"] = MistralConfig(
-            vocab_size=len(tiny_tokenizer()),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=9,
-            pad_token_id=None,
-        )
-    if kind in ("llava-gqa", "llava_next"):
-        options["n_kv_heads"] = 2
-    family = {"llava-gqa": "llava", "sliding": "llava"}.get(kind, kind)
     if kind == "llama":
         options["prompt"] = "USER: {question} ASSISTANT:"
-    model = tiny_vlm(family, **options)
+    model = vlm_of_kind(kind, **options)
     with TemporaryDirectory() as folder:
         return model, encode(model, tiny_sample(Path(folder)))
 

@@ -26,6 +26,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -168,6 +169,24 @@ def _llava(family: str, text: object, tokenizer: PreTrainedTokenizerFast) -> Bui
         hf = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=GRID, **shared))
         return hf, processor
     raise ValueError(f"family must be llava, llava_next, llama, {', '.join(FAMILIES)}, not {family!r}.")
+
+
+def vlm_of_kind(kind: str, **options) -> VLM:
+    """Build a `tiny_vlm` by its family, or LLaVA's whose decoder slides (`sliding`) or shares keys (`llava-gqa`)."""
+    if kind == "sliding":
+        options["text_config"] = MistralConfig(
+            vocab_size=len(tiny_tokenizer()),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=options["n_layers"],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=9,
+            pad_token_id=None,
+        )
+    if kind in ("llava-gqa", "llava_next"):
+        options["n_kv_heads"] = 2
+    return tiny_vlm({"llava-gqa": "llava", "sliding": "llava"}.get(kind, kind), **options)
 
 
 def tiny_sample(
