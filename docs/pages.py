@@ -3,10 +3,13 @@
 import ast
 import html
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 from nbformat import NotebookNode
@@ -14,6 +17,7 @@ from nbformat import NotebookNode
 from mmflow_utils.params import plain_assignments
 from mmflow_utils.results.frames import find_frame, read_manifest
 
+LINK = re.compile(r"\[([^\]]+)\]\((\w+\.ipynb)(?:#[^)]*)?\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
 
@@ -32,13 +36,31 @@ def write_page(executed: Path, page: Path) -> None:
     if figure := main_figure(notebook):
         cell, number = figure
         cell.metadata["nbsphinx-thumbnail"] = {"output-index": number}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":  # links to notebooks that didn't run for this model are plain text
+            ran = [name for name in LINK.findall(cell.source) if (executed.parent / name[1]).is_file()]
+            cell.source = LINK.sub(lambda link, ran=ran: link[0] if link.groups() in ran else link[1], cell.source)
     first = notebook.cells[0]
     _, _, introduction = first.source.partition("\n")
     first.source = f"# {title_of(notebook, model)}"
     run = nbformat.v4.new_raw_cell(describe_run(notebook, executed), metadata={"raw_mimetype": "text/html"})
     notebook.cells[1:1] = [run, nbformat.v4.new_markdown_cell(introduction)]
     page.parent.mkdir(parents=True, exist_ok=True)
+    _link_frames(notebook, executed.parent, page.parent)
     nbformat.write(notebook, page)
+
+
+def _link_frames(notebook: NotebookNode, folder: Path, beside: Path) -> None:
+    """Put the results that a notebook's code names beside its page, and a link to them below each figure."""
+    files = {name: find_frame(folder / f"{name}.parquet") for name in results_named(notebook, folder)}
+    files |= {file.name: file for file in folder.glob("*.csv") if file.name in strings_of(notebook)}
+    for file in files.values():
+        shutil.copy(file, beside)
+    links = [f"[{name}]({quote(file.name)})" for name, file in files.items()]
+    for cell in code_cells(notebook) if links else ():
+        if any(PICTURES.keys() & output.get("data", {}).keys() for output in cell.outputs):
+            said = "Download the frame" + "s" * (len(links) > 1) + ": " + ", ".join(links)
+            notebook.cells.insert(notebook.cells.index(cell) + 1, nbformat.v4.new_markdown_cell(said))
 
 
 def title_of(notebook: NotebookNode, model: str) -> str:
@@ -113,19 +135,25 @@ def changed_parameters(notebook: NotebookNode) -> dict[str, Any]:
 
 def manifests(notebook: NotebookNode, folder: Path) -> dict[str, dict[str, Any]]:
     """Read what made the results that the notebook's code names: results -> field -> value."""
-    named = {
-        node.value.removesuffix(".parquet")
-        for cell in code_cells(notebook)
-        for node in ast.walk(_parse(cell.source))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
     found = {}
-    for name in sorted(named & {file.name.split(".")[0] for file in folder.glob("*.parquet")}):
+    for name in results_named(notebook, folder):
         try:
             found[name] = _shown(read_manifest(find_frame(folder / f"{name}.parquet")))
         except ValueError as error:
             found[name] = {"no manifest": str(error)}
     return found
+
+
+def results_named(notebook: NotebookNode, folder: Path) -> list[str]:
+    """Name the stored results that the notebook's code names."""
+    named = {text.removesuffix(".parquet") for text in strings_of(notebook)}
+    return sorted(named & {file.name.split(".")[0] for file in folder.glob("*.parquet")})
+
+
+def strings_of(notebook: NotebookNode) -> set[str]:
+    """Collect the strings in the notebook's code."""
+    nodes = [node for cell in code_cells(notebook) for node in ast.walk(_parse(cell.source))]
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def _parse(source: str) -> ast.Module:

@@ -63,6 +63,7 @@ def site(tmp_path_factory):
     put_executed("02_flow_to_last", outputs / "planted", model="planted", window=2, prompt=ALARM)
     made = manifest(Params(), fields=["dtype"], max_check_diff=2e-6)
     save_frame(pd.DataFrame({"layer": [0]}), outputs / "mini" / "flow_to_last.parquet", made)
+    (outputs / "mini" / "effects.csv").write_text("model,mean\nmini,1.0\n")
     (outputs / "mini" / "03_image_to_question.failed.ipynb").write_text("{}")
     docs.mkdir()
     for file in (ROOT / "docs").glob("*.md"):
@@ -175,6 +176,19 @@ def test_the_start_page_shows_the_main_figures_and_leads_on(site, page):
     assert "Not run for mini" not in page.inner_text("article")
     assert "What is found about mini, planted is no finding about the paper’s models" in page.inner_text("article")
     assert page.locator("section#the-models-side-by-side a[href='mini/14_compare_models.html']").count() == 1
+
+
+def test_below_each_figure_its_data_can_be_had(site):
+    for name, file in (("02_flow_to_last", "flow_to_last.parquet"), ("14_compare_models", "effects.csv")):
+        html = (site / "mini" / f"{name}.html").read_text(encoding="utf-8")
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        drawn = [
+            cell for cell in notebook.cells if any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+        ]
+        assert html.count("Download the frame") == len(drawn) > 1
+        links = [target for target in Addresses(html).targets if target.endswith(file)]
+        assert len(links) == len(drawn) and (site / "mini" / unquote(links[0])).is_file()
+    assert "Download the frame" not in (site / "mini" / "00_tour.html").read_text(encoding="utf-8")
 
 
 def test_each_page_has_its_own_title_and_says_what_made_it(site, page):
