@@ -3,10 +3,11 @@
 import ast
 import contextlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -60,6 +61,20 @@ def moved(frame: pd.DataFrame, rng: np.random.Generator, noise: float) -> pd.Dat
     return derive(frame.assign(**{n: v if n == "norm" else v.clip(upper=1.0) for n, v in numbers.items()}))
 
 
+@cache
+def cells_of(notebook: Path) -> list[str]:
+    return [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+
+
+@cache
+def compiled(source: str) -> tuple[CodeType, CodeType | None]:
+    """Return a cell's statements, and its last expression, whose value a notebook shows."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    shown = compile(ast.Expression(last.value), "cell", "eval") if last else None
+    return compile(tree, "cell", "exec"), shown
+
+
 class Run:
     """What a notebook said: the text of each cell, the tables shown, and every summary behind them."""
 
@@ -75,7 +90,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
 
     Cells that need a model or a picture are skipped and listed.
     """
-    code = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+    code = cells_of(notebook)
     begin, given = STORED.get(notebook.stem, (MEASURES, None))
     begins = [begin] if given else begin
     first = next(
@@ -91,7 +106,9 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
     def measure(_, __, ___, path, ____, **_____):
         return Result(stored(Path(path).stem), max_check_diff=0.0)
 
-    def read_results(_):
+    def read_results(outputs):
+        if Path(outputs) == ROOT / "assets" / "control":  # comes with the project: nobody measures it anew
+            return collect.read_results(outputs)
         found = {}
         for name in collect.WRITTEN_BY:
             files = sorted(FRAMES.glob(f"*/{name}.parquet"))
@@ -123,12 +140,13 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
             stack.enter_context(patch.object(mm, name, fake, create=True))
         for module, name in SUMMARIES:
             stack.enter_context(_recording(module, name, run))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())  # for what a cell writes
         for number, source in enumerate(code):
             if number < 3:  # imports, parameters, setup
                 exec(source, names)
                 names["model"] = model
                 if "params" in names:
-                    names["params"] = names["params"].model_copy(update={"n_boot": 100})
+                    names["params"] = names["params"].model_copy(update={"n_boot": 100, "outputs": scratch})
                 continue
             if number == first:
                 names |= {"boot": {"n_boot": 100, "seed": 0}, "options": {}, "is_alone": False}
@@ -155,13 +173,12 @@ def _recording(module, name: str, run: Run) -> Iterator[None]:
 
 
 def _run_cell(source: str, names: dict, run: Run) -> None:
-    tree = ast.parse(source)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    statements, last = compiled(source)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            exec(compile(tree, "cell", "exec"), names)  # noqa: S102
-            shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+            exec(statements, names)
+            shown = eval(last, names) if last else None
     except Exception:
         run.skipped.append(source.splitlines()[0])
         shown = None

@@ -44,13 +44,14 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("place", ["JUPYTER_PATH", "JUPYTER_DATA_DIR", "HOME"])
-def test_another_kernel_of_the_same_name_is_not_started(run, tmp_path, place):
-    data = tmp_path / "elsewhere" / (".local/share/jupyter" if place == "HOME" else "")
-    (data / "kernels" / "python3").mkdir(parents=True)
-    other = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Another", "language": "python"}
-    (data / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
-    (executable, *_), _ = run(**{place: str(tmp_path / "elsewhere")})
+@pytest.mark.parametrize("places", [("JUPYTER_PATH", "JUPYTER_DATA_DIR"), ("JUPYTER_PATH", "HOME")])
+def test_another_kernel_of_the_same_name_is_not_started(run, tmp_path, places):
+    for place in places:
+        data = tmp_path / place / (".local/share/jupyter" if place == "HOME" else "")
+        (data / "kernels" / "python3").mkdir(parents=True)
+        other = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Another", "language": "python"}
+        (data / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
+    (executable, *_), _ = run(**{place: str(tmp_path / place) for place in places})
     assert executable == sys.executable
 
 
