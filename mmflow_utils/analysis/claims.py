@@ -26,9 +26,13 @@ class Claim:
     lines: Mapping[str, str]  # those that it is about, in the order in which `measure` takes them, to their results
     measure: Callable[..., Measured]  # from lines to the number and its 95 % interval
     measured: str  # what the number is, with its unit
-    holds: tuple[float, float]  # the range
-    of_stages: bool = False  # it is about where effects are, so each line must have one
+    holds: tuple[float, float] = (NEGLIGIBLE, inf)  # the range
     leads: str = ""  # a difference of two lines that must be above 0 at some layer
+
+    @property
+    def of_stages(self) -> bool:
+        """Tell whether it is about where effects are, so that each line must have one."""
+        return self.measure in (measures.two_drops, measures.later, measures.depth)
 
 
 def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -110,8 +114,7 @@ def _lines(part: pd.DataFrame, n_boot: int, seed: int) -> dict[str, measures.Lin
 
 
 def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:
-    needed = {**claim.lines, claim.leads: claim.lines[next(iter(claim.lines))]} if claim.leads else claim.lines
-    missing = [name for line, name in needed.items() if line not in lines]
+    missing = [name for line, name in claim.lines.items() if line not in lines]
     found = {name: lines[name] for name in claim.lines if name in lines}
     value, low, high = measures.NOTHING
     if missing:
@@ -163,7 +166,7 @@ def _verdict(low: float, high: float, holds: tuple[float, float]) -> str:
     return "does not hold" if high < holds[0] or low > holds[1] else "undecided"
 
 
-MORE, LESS = (NEGLIGIBLE, inf), (-inf, NEGLIGIBLE)
+SMALL, LATER = (-inf, NEGLIGIBLE), (APART, inf)
 QUESTION, IMAGE = {"Question -> Last": "flow_to_last"}, {"Image -> Last": "flow_to_last"}
 PICTURE = {"Image -> Question": "image_to_question"}
 CLAIMS = (
@@ -175,8 +178,6 @@ CLAIMS = (
         lines=PICTURE,
         measure=measures.two_drops,
         measured=f"fall of the effect between its two peaks (%; separate: {NEGLIGIBLE:g} or more)",
-        holds=MORE,
-        of_stages=True,
     ),
     Claim(
         text="Image -> Question acts before Question -> Last",
@@ -185,8 +186,7 @@ CLAIMS = (
         lines=PICTURE | QUESTION,
         measure=measures.later,
         measured=f"how much later the center of Question -> Last lies (layers; before: {APART:g} or more)",
-        holds=(APART, inf),
-        of_stages=True,
+        holds=LATER,
     ),
     Claim(
         text="Question -> Last is strongest in the middle layers",
@@ -196,7 +196,6 @@ CLAIMS = (
         measure=measures.depth,
         measured="depth of its strongest layer (0 first, 1 last; middle: 0.25 to 0.75)",
         holds=(0.25, 0.75),
-        of_stages=True,
     ),
     Claim(
         text="The last position draws on the question more than on the image",
@@ -206,7 +205,6 @@ CLAIMS = (
         measure=measures.stronger,
         measured="largest effect of Question -> Last minus that of Image -> Last (percentage points; "
         f"more: {NEGLIGIBLE:g} or more)",
-        holds=MORE,
     ),
     Claim(
         text="The last position takes nothing from the image directly",
@@ -215,7 +213,7 @@ CLAIMS = (
         lines=IMAGE | QUESTION,
         measure=measures.largest,
         measured=f"largest effect of Image -> Last at any layer (%; nothing: within ±{NEGLIGIBLE:g})",
-        holds=LESS,
+        holds=SMALL,
     ),
     Claim(
         text="Last -> Last is negligible",
@@ -224,7 +222,7 @@ CLAIMS = (
         lines={"Last -> Last": "flow_to_last"} | QUESTION,
         measure=measures.largest,
         measured=f"its largest effect at any layer (%; negligible: within ±{NEGLIGIBLE:g})",
-        holds=LESS,
+        holds=SMALL,
     ),
     Claim(
         text="Other image patches act first, related ones second",
@@ -236,8 +234,7 @@ CLAIMS = (
         },
         measure=measures.later,
         measured=f"how much later the center of the related patches lies (layers; second: {APART:g} or more)",
-        holds=(APART, inf),
-        of_stages=True,
+        holds=LATER,
     ),
     Claim(
         text="The answer comes in lower case before it is capitalized",
@@ -247,8 +244,7 @@ CLAIMS = (
         lines={"Noncapitalized answer": "logit_lens", "Capitalized answer": "logit_lens"},
         measure=measures.later,
         measured=f"how much later the center of the capitalized answer lies (layers; before: {APART:g} or more)",
-        holds=(APART, inf),
-        of_stages=True,
+        holds=LATER,
         leads=LEAD,
     ),
     Claim(
@@ -260,7 +256,6 @@ CLAIMS = (
         measure=measures.on_average,
         measured="words lost without the MLP minus without attention, mean of all layers (percentage points; "
         f"more: {NEGLIGIBLE:g} or more)",
-        holds=MORE,
     ),
     Claim(
         text="The second half of the layers can do without the image tokens",
@@ -269,6 +264,6 @@ CLAIMS = (
         lines={REMOVED: "efficiency"},
         measure=measures.in_second_half,
         measured=f"loss of accuracy (percentage points; intact: below {NEGLIGIBLE:g})",
-        holds=LESS,
+        holds=SMALL,
     ),
 )
