@@ -96,13 +96,22 @@ def main_figure(notebook: NotebookNode) -> tuple[NotebookNode, int] | None:
 
 def findings(notebook: NotebookNode) -> list[str]:
     """List the sentences that the cells of the section Findings have printed."""
-    printed = "".join(
+    return [" ".join(sentence.split()) for sentence in f"\n{_printed(notebook)}".split("\n- ")[1:]]
+
+
+def short_answer(notebook: NotebookNode) -> str:
+    """Return the answer with which the section Findings begins, beside the paper's: from "Here" on, or ""."""
+    _, here, said = f"\n{_printed(notebook)}".split("\n- ")[0].partition("\nHere")
+    return " ".join(f"{here}{said}".split())
+
+
+def _printed(notebook: NotebookNode) -> str:
+    return "".join(
         output.text
         for cell in cells_below(notebook, "Findings")
         for output in cell.outputs
         if output.output_type == "stream"
     )
-    return [" ".join(sentence.split()) for sentence in f"\n{printed}".split("\n- ")[1:]]
 
 
 def describe_run(notebook: NotebookNode, executed: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pypandoc
 
-from docs.pages import PICTURES, findings, main_figure, title_of
+from docs.pages import PICTURES, findings, main_figure, short_answer, title_of
 from mmflow_utils.params import ROOT
 from workflow.graph import COMPARISON, SHOWN, describe_left_out, read_params
 
@@ -54,7 +54,7 @@ def welcome_of(readme: Path) -> str:
 
 
 def show_figure(pages: Path, notebook: Path) -> str:
-    """Show a notebook's main figure, linked to its page, above the finding that says most of it."""
+    """Show a notebook's main figure, linked to its page, above its short answer or the finding that says most of it."""
     content = nbformat.read(notebook, as_version=4)
     found, said = main_figure(content), findings(content)
     if not found or not said:
@@ -67,10 +67,11 @@ def show_figure(pages: Path, notebook: Path) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(picture.encode() if suffix == ".svg" else base64.b64decode(picture))
     more = f" (One of {len(said)} findings.)" if len(said) > 1 else ""
+    text = short_answer(content) or f"{strongest(said)}{more}"
     return (
         f".. figure:: figures/{file.name}\n   :target: {model}/{notebook.stem}.html\n"
         f"   :alt: Main figure of {name}, {model}\n\n"
-        f"   :doc:`{plain(name)} <{address(notebook)}>`: {plain(strongest(said))}{more}\n"
+        f"   :doc:`{plain(name)} <{address(notebook)}>`: {plain(text)}\n"
     )
 
 
