@@ -50,7 +50,8 @@ def merge_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     from peft import PeftModel  # seconds to import, and few models need it
 
-    if getattr(hf, "is_quantized", False):
+    # Weights of a GGUF file are whole numbers no more once they are loaded.
+    if getattr(hf, "is_quantized", False) and getattr(hf, "quantization_method", None) != "gguf":
         raise ValueError(
             f"The adapter in {folder} can't be merged exactly into quantized weights: set dtype to bfloat16 or float32."
         )
