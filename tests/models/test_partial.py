@@ -111,6 +111,15 @@ def test_every_kind_that_is_taken_merges_exactly(tmp_path, kind):
     assert (library_logits(model.hf, encoded.inputs).softmax(-1) - expected.softmax(-1)).abs().max() < 1e-5
 
 
+def test_an_adapter_over_a_gguf_file_is_merged_since_its_weights_are_plain_by_then(tmp_path):
+    expected = adapter_over_mini(tmp_path).merge_and_unload().state_dict()
+    hf = load_model(wanted(MINI)).hf
+    hf.is_quantized, hf.quantization_method = True, "gguf"  # as the library leaves a model that it read from one
+    merged = partial.merge_adapter(hf, tmp_path).state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
+
+
 def test_what_cannot_be_merged_exactly_is_refused_in_one_sentence(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
