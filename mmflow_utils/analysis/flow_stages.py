@@ -129,7 +129,7 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
         images: the images to draw from, by default those of `effects`. Curves that are given the same ones
             share their draws and can be compared draw by draw; a draw without any image of a curve is NaN.
     """
-    effects = effects.dropna(subset=["effect"])
+    effects = effects[["layer", "image_id", "effect"]].dropna(subset=["effect"])
     images = sorted(effects["image_id"].unique()) if images is None else images
     layer, layers = pd.factorize(effects["layer"], sort=True)
     image = pd.Index(images).get_indexer(effects["image_id"])
