@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import conftest
+from mmflow_utils.models import sources
 from mmflow_utils.params import ROOT
 from workflow import graph
 from workflow.graph import describe_left_out, folder_of, left_out, main, notebooks_of, reads, stages
@@ -150,3 +152,12 @@ def test_results_lie_where_the_parameters_say(project, monkeypatch):
 def test_it_needs_no_more_than_yaml():
     code = "import sys, workflow.graph; sys.exit(bool({'pydantic', 'pandas', 'nbformat', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_notebook_whose_model_cannot_be_had_is_skipped_with_the_reason(monkeypatch):
+    def refuse(_):
+        raise ValueError("no index here")
+
+    monkeypatch.setattr(sources, "find_checkpoint", refuse)
+    lacking = conftest._lacking.__wrapped__
+    assert lacking("91_train_llava") == "no index here" and lacking("07_efficiency_study") == ""
