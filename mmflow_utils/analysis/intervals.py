@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from scipy.special import stdtrit
 
 # What one sample can show of a measure. Where nothing ends a range, it reaches as far as what was seen on the curve.
-RANGES = {"rel_change_pct": (-100.0, np.inf), "change_pct": (-100.0, 0.0), "effect": (-np.inf, 100.0)}
+RANGES = {"rel_change_pct": (-100.0, np.inf), "change": (-100.0, np.inf), "effect": (-np.inf, 100.0)}
 RANGES |= {"logprob_change": (-np.log(1e6), np.inf), "logit_diff_change": (-np.inf, np.inf)}
 RANGES |= dict.fromkeys(("probability", "jaccard"), (0.0, 1.0))
-RANGES |= dict.fromkeys(("probability_pct", "accuracy_pct", "correct_pct", "share_pct"), (0.0, 100.0))
+RANGES |= dict.fromkeys(("probability_pct", "left_pct", "accuracy_pct", "correct_pct", "share_pct"), (0.0, 100.0))
 
 Cells = Float[np.ndarray, "groups clusters"]
 PerGroup = Float[np.ndarray, " groups"]
