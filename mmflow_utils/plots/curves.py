@@ -46,7 +46,7 @@ def plot_flow(
     bands = f"bands: {kind}s over images"
     least, flat = 0.0, ""
     if "(%)" in y_label or "percentage" in y_label:
-        least, (summary, flat) = LEAST, _fold(summary)
+        least, (summary, flat) = LEAST, _fold(summary, floor)
     subtitle = " · ".join(part for part in (model, window_text, bands, flat) if part)
     flows = style.ordered(summary["flow"], tuple(style.FLOW_COLORS)) if "flow" in summary else []
     what = ", ".join(map(style.shown, flows)) if 0 < len(flows) < 4 else "a flow of information"
@@ -153,7 +153,7 @@ def _limits(data: pd.DataFrame, more: Sequence[float]) -> tuple[float, float]:
     return float(low - margin), float(high + margin)
 
 
-def _fold(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def _fold(summary: pd.DataFrame, floor: pd.DataFrame | None) -> tuple[pd.DataFrame, str]:
     """Leave out the tasks in which nothing happens, if others are left, and say which they are."""
     if not {"task", "mean"} <= {*summary}:
         return summary, ""
@@ -161,7 +161,10 @@ def _fold(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     flat = [task for task in style.ordered(summary["task"], style.TASK_ORDER) if most[task] < NOTHING]
     if not flat or len(flat) == len(most):
         return summary, ""
-    return summary[~summary["task"].isin(flat)], f"no change of {NOTHING:g} % in any layer: {', '.join(flat)}"
+    level = {} if floor is None else floor.groupby("task")["mean"].first().to_dict()
+    told = f"means within {NOTHING:g} % of 0 in all layers" + ", in brackets the dashed level" * bool(level)
+    named = (f"{task} (−{abs(level[task]):.0f} %)" if level.get(task, 0) < -NOTHING else task for task in flat)
+    return summary[~summary["task"].isin(flat)], f"{told}: {', '.join(named)}"
 
 
 def _n_text(part: pd.DataFrame) -> str:

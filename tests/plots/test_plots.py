@@ -236,7 +236,12 @@ def test_tasks_in_which_nothing_happens_are_a_line_of_text_unless_there_is_nothi
     figure = plot_flow(frame)
     assert [axis.get_title("left") for axis in figure.axes] == [TASKS[0], *TASKS[3:]]
     said = " ".join(texts(figure).split())
-    assert f"no change of 1 % in any layer: {TASKS[1]}, {TASKS[2]}" in said
+    assert f"means within 1 % of 0 in all layers: {TASKS[1]}, {TASKS[2]}" in said
+    rows = [(task, flow, -level - k) for task in TASKS for k, (flow, level) in enumerate((("A", 50.4), ("B", 80)))]
+    floor = pd.DataFrame(rows, columns=["task", "flow", "mean"])
+    floor.loc[floor["task"] == TASKS[2], "mean"] = -0.3
+    said = " ".join(texts(plot_flow(frame, floor=floor)).split())
+    assert f"in all layers, in brackets the dashed level: {TASKS[1]} (−50 %), {TASKS[2]} |" in said
     assert len(plot_flow(frame, y_label="Change in log-probability (nats)").axes) == len(TASKS)
     assert [axis.get_title("left") for axis in plot_flow(frame[still]).axes] == list(TASKS[1:3])
 
