@@ -63,8 +63,7 @@ def measure_sharing(
 
     Returns:
         A row for each model, number of questions and way: `clean_passes`, the time of one question in clean passes
-        of the whole prompt. Sweeps: `alone`, `shared`, and `later`, each after the first. Answers: `answers alone`,
-        `answers together`.
+        of the whole prompt: of a sweep of the six flows, or of an answer.
     """
     rows = []
     for n_layers, n_image in shapes:
@@ -85,32 +84,31 @@ def measure_sharing(
 
 
 def _round(model: VLM, prompts: list[Encoded], planned: list, n_questions: Sequence[int]) -> dict:
-    """Run each way once, and return its time for one question in clean passes, taken before and after."""
+    """Run each way once, and return its time for one question in clean passes, taken just before and after."""
 
-    def clean() -> float:
-        return _seconds(lambda: model.hf(**prompts[0].inputs, use_cache=False, logits_to_keep=1))
+    def passes(way: Callable) -> float:
+        def clean() -> float:
+            return _seconds(lambda: model.hf(**prompts[0].inputs, use_cache=False, logits_to_keep=1))
 
-    def sweep(some: Sequence[Encoded], prefix: Prefix | None) -> float:
-        return _seconds(lambda: [run_sweep(model, encoded, planned, prefix=prefix) for encoded in some])
+        before, taken = clean(), _seconds(way)
+        return taken / ((before + clean()) / 2)
 
-    before, alone = clean(), sweep(prompts[:1], None)
+    def sweep(encoded: Encoded, prefix: Prefix | None) -> float:
+        return passes(lambda: run_sweep(model, encoded, planned, prefix=prefix))
+
+    def answers(some: Sequence[Encoded]) -> float:
+        return passes(lambda: answer_together(model, some, Prefix(), max_new_tokens=N_NEW))
+
     prefix = Prefix()
-    first = sweep(prompts[:1], prefix)
-    later = [sweep([encoded], prefix) for encoded in prompts[1:]]
-    said_alone = _seconds(lambda: greedy_answer(model, prompts[0], max_new_tokens=N_NEW))
-    unit = median([before, clean()])
-    found = {(1, "sweep alone"): alone, (1, "answers alone"): said_alone}
+    found = {(1, "sweep alone"): sweep(prompts[0], None)}
+    found[1, "answers alone"] = passes(lambda: greedy_answer(model, prompts[0], max_new_tokens=N_NEW))
+    first, *later = [sweep(encoded, prefix) for encoded in prompts]
     if later:
-        found[max(n_questions), "sweep, from the second on"] = sum(later) / len(later)
+        found[len(prompts), "sweep, from the second on"] = sum(later) / len(later)
     for n in n_questions:
         found[n, "sweep shared"] = (first + sum(later[: n - 1])) / n
-        found[n, "answers together"] = (
-            _seconds(
-                lambda: answer_together(model, prompts[:n], Prefix(), max_new_tokens=N_NEW)  # noqa: B023
-            )
-            / n
-        )
-    return {key: seconds / unit for key, seconds in found.items()}
+        found[n, "answers together"] = answers(prompts[:n]) / n
+    return found
 
 
 def main() -> None:
