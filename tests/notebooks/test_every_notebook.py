@@ -16,11 +16,12 @@ from miniature import train
 from mmflow_utils.engine import sweep
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.params import ROOT
+from workflow.graph import notebooks_of
 from workflow.run_notebook import run_notebook
 
 pytestmark = [pytest.mark.notebook, pytest.mark.slow]
 
-NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+NAMES = notebooks_of("mini-next")  # 91, which tells another recipe, has its own tests of training
 FEW = {"model": "mini-next", "tasks": ["ChooseAttr"], "n_samples": 1, "n_boot": 100}
 FEW_OF_ITS_OWN = {
     "01_dataset_curation": {"n_per_group": 2},
@@ -29,6 +30,7 @@ FEW_OF_ITS_OWN = {
     "11_unimodal_llm": {"n_asked": 2},
     "12_factual_tasks": {"n_asked": 6},
     "15_sweep_speed": {"bench_layers": [4], "bench_image_tokens": [64], "bench_rounds": 1},
+    "18_where_routes_come_from": {"models": ["mini-next", "planted"], "n_few": 1},
     "90_train_miniature": {"n_questions": 2},
 }
 ONE_IN = 5  # no divisor of 12 layers: each flow is looked at, in one layer or another
