@@ -22,7 +22,7 @@ NO_SLURM = 77  # its exit code where there can't be a Slurm
 SMALL = {"model": "small", "tasks": "[ChooseAttr, QueryAttr]", "n_samples": "9", "n_boot": "100"}
 # notebook -> what is set otherwise in its parameters cell; 15 can't run so.
 NOTEBOOKS = {
-    "01_dataset_curation": ("n_per_group: int = 40", "n_per_group: int = 1"),
+    "01_dataset_curation": ("n_per_group: int = 50", "n_per_group: int = 1"),
     "02_flow_to_last": None,
     "15_sweep_speed": ("bench_rounds: int = 2", "bench_rounds: int = None"),
 }
