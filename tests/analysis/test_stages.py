@@ -292,7 +292,7 @@ def test_findings_say_tasks_first_then_number_interval_and_n_then_the_papers_num
     assert first.startswith("m: The picture enters the question in two separate stages: holds in ")
     assert "; all together: " in first and "24 samples on 24 images; Image -> Question 60.0 (" in first
     assert first.endswith("ChooseCat, ChooseRel and QueryAttr, less in the other two.")
-    assert "not measured in 1 (T); all together: not measured (run notebook 07 for this model). Paper (App. F" in last
+    assert ": not measured; all together: not measured (run notebook 07 for this model). Paper (App. F" in last
 
 
 def test_an_empty_table_has_the_columns():
