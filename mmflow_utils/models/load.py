@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging
 
 from mmflow_utils.models.adapter import FAMILIES, VLM, compute_device
@@ -41,12 +42,14 @@ __all__ = ["load_model", "pictures_only"]
 @contextmanager
 def _library_quiet() -> Iterator[None]:
     """Keep bars, whose timings would stand in committed notebooks, and long reports from coming before one sentence."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars, verbosity, gguf_bar = logging.is_progress_bar_enabled(), logging.get_verbosity(), gguf_reader.tqdm
     logging.disable_progress_bar()
+    gguf_reader.tqdm = lambda tensors, **_: tensors  # a bar that the library's own switch doesn't reach
     logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        gguf_reader.tqdm = gguf_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -4,8 +4,6 @@ hf = merge_adapter(hf, folder)
 """
 
 import warnings
-from contextlib import redirect_stderr
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +82,7 @@ def language_weights(checkpoint: str, revision: str | None = None) -> dict[str, 
     """
     folder = find_checkpoint(checkpoint, revision)
     options = dict(gguf_file=gguf_file(folder), dtype=torch.float32, local_files_only=True)
-    with redirect_stderr(StringIO()):  # two bars for two seconds
-        alone = AutoModelForCausalLM.from_pretrained(folder, **options)
+    alone = AutoModelForCausalLM.from_pretrained(folder, **options)
     weights = {
         f"model.language_model.{name.removeprefix('model.')}": tensor
         for name, tensor in alone.state_dict().items()
