@@ -84,10 +84,9 @@ def knockout_sweep(
     wanted = [(str(flow), flow, intervention) for flow in flows]
     tolerance = rounding(model.dtype) if tolerance is None else tolerance
     loop = Loop(model, encoder, method, n_check)
-    where: dict[str, Any] = {"window": window, "layers": layers}
-    columns, width = COLUMNS, window
-    if window == "all":
-        where, columns, width = whole_depth(model.n_layers), WHOLE_DEPTH_COLUMNS, model.n_layers
+    whole = window == "all"
+    width = model.n_layers if whole else window
+    where = whole_depth(model.n_layers) if whole else {"window": window, "layers": layers}
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
         planned = [variant for _, variant in loop.plan(encoded, wanted, **where)]
@@ -100,6 +99,7 @@ def knockout_sweep(
         run = loop.run(encoded, compute, _every_probability, tolerance=tolerance)
         return [row | {"window": width} for row in _rows(model, encoded.sample, planned, run)]
 
+    columns = WHOLE_DEPTH_COLUMNS if whole else COLUMNS
     return loop.over(samples, measure, columns, name="Knockout", progress=progress)
 
 
