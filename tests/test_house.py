@@ -1,6 +1,7 @@
 """The house keeps its order: rooms that import only lower ones, small files, a small public face."""
 
 import ast
+import gc
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -104,6 +105,25 @@ def test_what_needs_no_model_loads_no_torch():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="knockout_swep"):
         mmflow_utils.knockout_swep  # noqa: B018
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_an_import_leaves_the_garbage_collector_as_it_was(monkeypatch, is_on):
+    (gc.enable if is_on else gc.disable)()
+    frozen = gc.get_freeze_count()
+    try:
+        mmflow_utils.__getattr__("Params")
+        with pytest.raises(AttributeError):
+            mmflow_utils.__getattr__("Parms")
+        assert gc.isenabled() == is_on and gc.get_freeze_count() == frozen
+        # What comes with torch is never looked through again.
+        monkeypatch.setitem(sys.modules, "torch", None)
+        monkeypatch.delitem(sys.modules, "torch")
+        monkeypatch.setattr(mmflow_utils, "_import", lambda name: sys.modules.setdefault("torch", [[name]]))
+        mmflow_utils.__getattr__("load_model")
+        assert gc.isenabled() == is_on and gc.get_freeze_count() > frozen
+    finally:
+        gc.enable()
 
 
 def test_no_test_imports_a_test():

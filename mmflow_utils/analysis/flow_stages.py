@@ -79,8 +79,8 @@ def find_stages(
     """
     by, rule = list(by), {"share": share, "negligible": negligible}
     table = stage_layers(effects, by, **rule, n_boot=n_boot, seed=seed)
-    found = []
-    for (_, mine), (_, curve) in zip(curves(effects, by), curves(table, by), strict=True):
+    found, used = [], effects[[*by, "layer", "image_id", "effect", "n_layers"]]
+    for (_, mine), (_, curve) in zip(curves(used, by), curves(table, by), strict=True):
         draws = resample(mine, n_boot=n_boot, seed=seed)
         half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
         top = strongest_index(curve["mean"].to_numpy()[None])[0]
@@ -129,11 +129,14 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
         images: the images to draw from, by default those of `effects`. Curves that are given the same ones
             share their draws and can be compared draw by draw; a draw without any image of a curve is NaN.
     """
-    effects = effects[["layer", "image_id", "effect"]].dropna(subset=["effect"])
-    images = sorted(effects["image_id"].unique()) if images is None else images
-    layer, layers = pd.factorize(effects["layer"], sort=True)
-    image = pd.Index(images).get_indexer(effects["image_id"])
-    sums, counts = sums_and_counts(layer, image, effects["effect"], (len(layers), len(images)))
+    values = effects["effect"].to_numpy(float, na_value=np.nan)
+    kept = ~np.isnan(values)  # arrays from here on: this is called for every curve, and a frame's own ways take longer
+    layer, layers = pd.factorize(effects["layer"].to_numpy()[kept], sort=True)
+    image, names = pd.factorize(effects["image_id"].to_numpy()[kept], sort=True)
+    if images is not None:
+        place = {name: n for n, name in enumerate(images)}
+        names, image = images, np.array([place[name] for name in names], dtype=int)[image]
+    sums, counts = sums_and_counts(layer, image, values[kept], (len(layers), len(names)))
     return np.vstack([sums.sum(1) / counts.sum(1), resample_means(sums, counts, n_boot, seed)])
 
 
