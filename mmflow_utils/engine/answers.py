@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from mmflow_utils.engine.closeness import need_numbers
 from mmflow_utils.engine.prefix import Prefix, run_clean
@@ -87,11 +87,7 @@ class _SideBySide:
     def __init__(self, model: VLM, prompts: Sequence[Encoded], prefix: Prefix, shared: int):
         self.model, self.prompts = model, prompts
         self.parts = [prefix.decoder_arguments(model, prompt.inputs, shared) for prompt in prompts]
-        layers = [DynamicLayer() for _ in prefix.layers]
-        for layer, (key, value) in zip(layers, prefix.layers, strict=True):
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key[None, :, :shared], value[None, :, :shared]
-        self.cache = Cache(layers=layers)
+        self.cache = DynamicCache([(key[None, :, :shared], value[None, :, :shared]) for key, value in prefix.layers])
         self.owners = torch.full((shared,), -1)  # whose key each one is; -1: everybody's
 
     def read_prompts(self) -> Float[Tensor, "prompts vocab"]:
@@ -105,8 +101,8 @@ class _SideBySide:
         self.next_place = torch.cat([place[..., -1:] + 1 for place in places], dim=-1)
         tokens = torch.cat([prompt.inputs["input_ids"][:, starts:] for prompt in self.prompts], dim=1)
         owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        embeds = [part.get("inputs_embeds") for part in self.parts]
-        given = {"input_ids": tokens} if embeds[0] is None else {"inputs_embeds": torch.cat(embeds, dim=1)}
+        embeds = [part["inputs_embeds"] for part in self.parts if part.get("inputs_embeds") is not None]
+        given = {"inputs_embeds": torch.cat(embeds, dim=1)} if embeds else {"input_ids": tokens}
         ends = torch.tensor(lengths).cumsum(0) - 1
         return self._run(given, owners, torch.cat(places, dim=-1), ends)
 

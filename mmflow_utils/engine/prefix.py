@@ -58,19 +58,20 @@ class Prefix:
         n_same = int(same.int().cumprod(0).sum())
         return n_same if n_same > len(ids) // 4 else 0
 
-    def decoder_arguments(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> dict[str, Any] | None:
-        """Return what the decoder is called with to go on from position `start`; None where that isn't known.
+    def decoder_arguments(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> dict[str, Any]:
+        """Return what the decoder is called with to go on from position `start`.
 
         The library makes its arguments for the whole prompt, as ever, and the shared positions are cut away.
+
+        Raises:
+            LookupError: An argument of which it isn't known how to cut it.
         """
         # A picture that lies before `start` isn't looked at again.
         again = model.image_token_id in inputs["input_ids"][0, start:].tolist()
         kwargs = decoder_inputs(model, {k: v for k, v in inputs.items() if again or not k.startswith("pixel")})
         n_tokens = inputs["input_ids"].shape[1]
         cut = {name: _from(start, n_tokens, name, value) for name, value in kwargs.items()}
-        if any(value is NotImplemented for value in cut.values()):
-            return None
-        layers = [_Beginning(key[None, :, :start], value[None, :, :start]) for key, value in self.layers]
+        layers: list[Any] = [_Beginning(key[None, :, :start], value[None, :, :start]) for key, value in self.layers]
         return cut | {"past_key_values": Cache(layers=layers), "use_cache": True}
 
     def fits(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> bool:
@@ -111,7 +112,7 @@ def run_clean(model: VLM, encoded: Encoded, prefix: Prefix) -> Run:
         with collect_stream(model, [last]) as stream:
             logits = model.hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]
         check_head(model, encoded, stream[-1], logits)
-        prefix.remember(inputs, [(layer.keys[0], layer.values[0]) for layer in cache.layers])
+        prefix.remember(inputs, [(keys[0], values[0]) for keys, values, *_ in cache])
     return Run.from_parts(encoded, logits.float().cpu(), [], stream, one=True)
 
 
@@ -124,12 +125,12 @@ class _Beginning(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the stored keys and values with the new ones behind them."""
-        both = (self.keys, key_states), (self.values, value_states)
-        return tuple(torch.cat([held, new], dim=-2) for held, new in both)
+        assert self.keys is not None and self.values is not None
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
 def _from(start: int, n_tokens: int, name: str, value: Any) -> Any:
-    """Cut an argument of the decoder down to the positions from `start` on; NotImplemented: it can't be said how."""
+    """Cut an argument of the decoder down to the positions from `start` on."""
     if name == "attention_mask":
         return _mask_from(start, n_tokens, value)
     if name == "inputs_embeds" and value is not None:
@@ -138,7 +139,7 @@ def _from(start: int, n_tokens: int, name: str, value: Any) -> Any:
         return value[..., start:]
     if name == "past_key_values" or not isinstance(value, Tensor | list | tuple | dict):
         return value
-    return NotImplemented
+    raise LookupError(name)
 
 
 def _mask_from(start: int, n_tokens: int, mask: Any) -> Any:

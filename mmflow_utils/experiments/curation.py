@@ -86,7 +86,8 @@ def ask_questions(
         `reason`; a wrong answer has its own words there; a correct one has None. `answered_without_picture`, if
         that was asked too, is None where the answer is wrong.
     """
-    samples, prefix, rows = list(samples), Prefix(), {}
+    samples, prefix = list(samples), Prefix()
+    rows: dict[int, dict] = {}
     with tqdm(total=len(samples), desc="Asking", unit="question", disable=not progress) as bar:
         for _, picture in groupby(picture_by_picture(samples), key=lambda n: samples[n].image_id):
             places = list(picture)
@@ -184,9 +185,10 @@ def curate(
             break
         record = ask(model, asked)
         fits = record.correct & ~record[WITHOUT].eq(True) if WITHOUT in record else record.correct
-        for sample, fit, row in zip(asked, fits, record.to_dict("records"), strict=True):
-            kept[sample.task] += [sample] * bool(fit)
-            rows[sample.task].append(row)
+        whose = [task for task in tasks for _ in now[task]]
+        for task, sample, fit, row in zip(whose, asked, fits, record.to_dict("records"), strict=True):
+            kept[task] += [sample] * bool(fit)
+            rows[task].append(row)
         left = {task: left[task][len(now[task]) :] for task in tasks}
     whole = [row for task in tasks for row in rows[task]]
     return [s for task in tasks for s in kept[task]], pd.DataFrame(whole, columns=list(whole[0] if whole else COLUMNS))

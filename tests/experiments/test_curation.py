@@ -243,7 +243,7 @@ def test_a_killed_curation_asks_on_where_it_stopped(params, asked, monkeypatch, 
 def test_only_samples_that_need_the_picture_are_kept_where_that_is_asked(params, asked, monkeypatch):
     every = load_samples(model(), params)
     needs = params.model_copy(update={"needs_picture": True})
-    monkeypatch.setattr(curation, "needs_picture", lambda model, encoded, prefix: int(encoded.sample.sample_id) % 3 == 0)
+    monkeypatch.setattr(curation, "needs_picture", lambda model, encoded, _: int(encoded.sample.sample_id) % 3 == 0)
     some = load_samples(model(), needs)
     assert {s.task for s in some} == set(TASKS) and some != every
     assert all(int(s.sample_id) % 3 == 0 for s in some)
