@@ -106,7 +106,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
     def measure(_, __, ___, path, ____, **_____):
         return Result(stored(Path(path).stem), max_check_diff=0.0)
 
-    def read_results(outputs):
+    def read_results(outputs, *others):
         if Path(outputs) == ROOT / "assets" / "control":  # comes with the project: nobody measures it anew
             return collect.read_results(outputs)
         found = {}
