@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.params import ROOT
+from mmflow_utils.params import ROOT, Params
 from mmflow_utils.results.frames import find_frame, read_frame
 from mmflow_utils.results.record import Result
 
@@ -17,6 +17,8 @@ N_ANEW, TOLERANCE = 3, 1e-4  # samples that are measured again; how far their pr
 BY_LAYER = {"knockout_sweep": "p_knockout", "module_knockout": "jaccard", "question_semantics": "jaccard"}
 """Experiments that can be asked for some layers alone, and what they measure there."""
 N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass, too
+# What makes a result: what a notebook has of its own comes in through samples and arguments.
+DEPENDS_ON = {*Params.model_fields, "weights_sha256", "data_sha256", "experiment", "version", "samples", "arguments"}
 ROUNDED = {"rank", "top_token"}  # words far down a list, or as likely as the next one, change places
 
 
@@ -52,7 +54,8 @@ def take_committed(
     Raises:
         ValueError: they differ from what is stored.
     """
-    if not (found := find_result(FOLDER / whole["depends_on"].get("model", "") / path.name, whole)):
+    run = {**whole, "depends_on": {key: value for key, value in whole["depends_on"].items() if key in DEPENDS_ON}}
+    if not (found := find_result(FOLDER / run["depends_on"].get("model", "") / path.name, run)):
         return None
     file, result = found
     for sample, stored, narrow in _some_rows(result.frame, samples[:N_ANEW], whole, flows):

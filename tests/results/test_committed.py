@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from killed_runs import PARAMS, SAMPLES, measure
 
+from mmflow_utils.params import Params
 from mmflow_utils.prompts.flows import Flow
 from mmflow_utils.results import committed
 from mmflow_utils.results.frames import load_frame, read_frame, save_frame
@@ -24,10 +25,10 @@ def run(tmp_path, monkeypatch):
         run.asked.append((n_check, [sample.sample_id for sample in some]))
         return measure(model, some, window=window)
 
-    def run(name="flow.parquet", samples=FEW, **options):
+    def run(name="flow.parquet", samples=FEW, params=PARAMS, **options):
         run.asked = []
         path = tmp_path / "outputs" / name
-        return measure_in_parts(noting, None, samples, path, PARAMS, n_check=2, version=1, progress=False, **options)
+        return measure_in_parts(noting, None, samples, path, params, n_check=2, version=1, progress=False, **options)
 
     def commit(change=lambda frame: frame):
         first = run()
@@ -82,6 +83,17 @@ def test_another_run_measures_itself(run, other):
     run.commit()
     run(**other)
     assert sum(len(ids) for _, ids in run.asked) == 10
+
+
+def test_what_a_notebook_has_of_its_own_comes_in_through_samples_and_arguments(run):
+    class Own(Params):
+        n_asked: int = 7
+
+    run.commit()
+    run(params=Own(**PARAMS.model_dump()))
+    assert len(run.asked) == 3
+    run(params=Own(**PARAMS.model_dump() | {"seed": 1}))
+    assert len(run.asked) == 1  # all of them, for another seed
 
 
 def test_a_damaged_file_is_measured_anew(run):
