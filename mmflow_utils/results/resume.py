@@ -87,17 +87,17 @@ def measure_in_parts(
     asked = arguments if n_check is None else arguments | {"n_check": n_check}
     whole["depends_on"] |= describe_call(measure, asked_for, asked, version=version)
 
-    def run(some: Sequence[Sample], **options: int) -> Result:
-        found = measure(model, some, **arguments, **options, progress=False)
+    def run(some: Sequence[Sample], **options: Any) -> Result:
+        found = measure(model, some, **(arguments | options), progress=False)
         return found if isinstance(found, Result) else Result(found)
 
-    def run_checked(some: Sequence[Sample]) -> Result:
-        return run(some, **({} if n_check is None else {"n_check": len(some)}))
+    def run_checked(some: Sequence[Sample], **narrow: Any) -> Result:
+        return run(some, **narrow | ({} if n_check is None else {"n_check": len(some)}))
 
     if not frames.wants_fresh(fresh):
         if finished := _finished(path, whole):
             return finished
-        if committed := take_committed(path, whole, asked_for, run_checked):
+        if committed := take_committed(path, whole, asked_for, run_checked, arguments.get("flows", ())):
             frames.save_frame(committed.frame, path, committed.manifest)
             return committed
 
