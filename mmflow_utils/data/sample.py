@@ -77,12 +77,7 @@ _RECORD = TypeAdapter(Sample)
 
 
 def picture_by_picture(samples: Sequence[Sample]) -> list[int]:
-    """Return the order, by index, in which questions about one picture follow each other; the first seen comes first.
-
-    >>> from types import SimpleNamespace
-    >>> picture_by_picture([SimpleNamespace(image_id=name) for name in "abca"])
-    [0, 3, 1, 2]
-    """
+    """Return the order, by index, in which questions about one picture follow each other, the first seen first."""
     first: dict[str, int] = {}
     for n, sample in enumerate(samples):
         first.setdefault(sample.image_id, n)

@@ -5,6 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 
 from benchmarks.baselines import BASELINES, has_nnsight
 from benchmarks.plots import plot_costs
@@ -86,8 +87,8 @@ def test_costs_are_drawn_with_their_bound(measured):
     some = frame[(frame.way != "clean pass") & (frame.n_tokens == 38)]
     figure = plot_costs(some, title="Cost")
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["2 layers", "3 layers"]
-    lengths = [bar.get_width() for bar in figure.axes[0].patches]
-    assert lengths == pytest.approx(some[some.n_layers == 2].clean_passes.tolist())
+    (dots,) = [found for found in figure.axes[0].collections if isinstance(found, PathCollection)]
+    assert dots.get_offsets()[:, 0].tolist() == pytest.approx(some[some.n_layers == 2].clean_passes.tolist())
     (mark,) = figure.axes[0].lines
     assert mark.get_xdata()[0] == pytest.approx(some.bound.dropna().iloc[0])
     assert math.isclose(figure.axes[0].get_xlim()[1], figure.axes[1].get_xlim()[1])

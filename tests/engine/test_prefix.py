@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm, vlm_of_kind
 
+from mmflow_utils.data.sample import picture_by_picture
 from mmflow_utils.engine import answers
 from mmflow_utils.engine import prefix as prefixes
 from mmflow_utils.engine.answers import answer_together, greedy_answer
@@ -16,6 +17,7 @@ from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.prefix import Prefix, run_clean
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.engine.sweep import run_sweep
+from mmflow_utils.experiments.knockout import knockout_sweep
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow, variants
 
@@ -107,6 +109,22 @@ def test_edits_within_the_picture_share_what_comes_before_them_or_nothing(starts
         some = variants(encoded.positions, [flow], window=1, n_layers=N_LAYERS)
         assert_same(run_sweep(model, encoded, some, prefix=prefix), run_reference(model, encoded, some))
     assert starts[1] <= prompts[1].positions["image"][0]
+
+
+def test_questions_are_visited_picture_by_picture_and_their_rows_come_as_given(tmp_path, starts):
+    model, _ = setting("llava")
+    pictures = {name: tiny_sample(tmp_path, sample_id=name, seed=seed) for seed, name in enumerate("ab")}
+    wanted = [("a", OTHERS[0]), ("b", OTHERS[1]), ("a", OTHERS[1]), ("b", OTHERS[0])]
+    samples = [
+        replace(pictures[name], sample_id=f"{name}{n}", question=question, objects=())
+        for n, (name, question) in enumerate(wanted)
+    ]
+    assert picture_by_picture(samples) == [0, 2, 1, 3]
+    found = knockout_sweep(model, samples, FLOW_TO_LAST, window=1, n_check=0, progress=False)
+    assert list(dict.fromkeys(found.frame.sample_id)) == [sample.sample_id for sample in samples]
+    assert [start > 0 for start in starts] == [False, True, False, True]
+    alone = [knockout_sweep(model, [sample], FLOW_TO_LAST, window=1, progress=False).frame for sample in samples]
+    assert found.frame.p_knockout.tolist() == pytest.approx([p for frame in alone for p in frame.p_knockout], abs=1e-5)
 
 
 def test_a_model_whose_stored_keys_do_not_fit_is_run_in_full(monkeypatch, starts):
