@@ -1,6 +1,6 @@
-"""Draw the README's first figure: Experiment 1 on the model that the notebooks open with, from its stored frame.
+"""Draw the README's first figure: Experiment 1 on the model that notebook 18's rule chooses, from its stored frame.
 
-    python -m docs.first_figure          # writes assets/flow_to_last.png
+    python -m docs.first_figure llava-smollm2          # writes assets/flow_to_last.png
 
 The frame is the one that comes with the project (assets/results/<model>/), or else what notebook 02 stored last.
 """
