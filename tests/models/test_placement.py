@@ -1,5 +1,6 @@
 """Where weights lie and how long anything stays in memory: disk, one copy, nothing kept of a sweep."""
 
+import gc
 import subprocess
 import sys
 
@@ -112,8 +113,10 @@ def test_weights_are_in_memory_once(dtype, tmp_path):
 
 def still_held(call):
     """Give what a call returns, and how many bytes of tensors are held more after it than before."""
+    gc.collect()  # what earlier tests left would be freed in between, and counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         found = call()
+        gc.collect()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
