@@ -270,7 +270,7 @@ OTHER_PATCHES_TO_PARTS = _each("image_other", _PARTS)
 RELATED_PATCHES_TO_PARTS = _each("image_related", _PARTS)
 """App. J.5, Fig. 36."""
 NO_PICTURE, NO_QUESTION = _each("image", "after_image"), _each("question", "after_question")
-"""Cut in all layers, what no flow from the picture, or from the question, can exceed."""
+"""Cut in all layers: no picture, or no question, at all; what a flow from it can be expected to cost at most."""
 FLOORS = {str(NO_PICTURE[0]): "No picture at all", str(NO_QUESTION[0]): "No question at all"}
 """How a figure calls them."""
 IMAGE_ROUTES = _each("image", "last question template question+last") + NO_PICTURE
