@@ -74,9 +74,7 @@ class PackedPass:
         if prefix and start and prefix.fits(self.model, inputs, start):
             self.start = start
             with self._hooked():
-                kwargs = prefix.decoder_arguments(self.model, inputs, start)
-                states = self.model.text(**kwargs).last_hidden_state[0]
-            return self.model.unembed(states.to(compute_device(self.model.unembed)))
+                return prefix.go_on(self.model, inputs, start, slice(None))
         with self._hooked():
             out = self.model.hf(**inputs, use_cache=False)
         check_head(self.model, encoded, self.resid_post[-1], out.logits[0])

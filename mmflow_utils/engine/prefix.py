@@ -74,6 +74,11 @@ class Prefix:
         layers: list[Any] = [_Beginning(key[None, :, :start], value[None, :, :start]) for key, value in self.layers]
         return cut | {"past_key_values": Cache(layers=layers), "use_cache": True}
 
+    def go_on(self, model: VLM, inputs: Mapping[str, Tensor], start: int, rows: slice) -> Tensor:
+        """Run a prompt from position `start` on, and return the logits at some of the decoder's rows."""
+        states = model.text(**self.decoder_arguments(model, inputs, start)).last_hidden_state[0, rows]
+        return model.unembed(states.to(compute_device(model.unembed)))
+
     def fits(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> bool:
         """Tell whether going on from stored keys gives this model's own output; tried once for each model."""
         if model.hf not in _PROVEN:
@@ -105,8 +110,7 @@ def run_clean(model: VLM, encoded: Encoded, prefix: Prefix) -> Run:
     start = prefix.common(inputs, last)
     if start and prefix.fits(model, inputs, start):
         with collect_stream(model, [last - start]) as stream:
-            states = model.text(**prefix.decoder_arguments(model, inputs, start)).last_hidden_state[0, [last - start]]
-        logits = model.unembed(states.to(compute_device(model.unembed)))
+            logits = prefix.go_on(model, inputs, start, slice(last - start, last - start + 1))
     else:
         cache = DynamicCache()
         with collect_stream(model, [last]) as stream:
