@@ -34,6 +34,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from mmflow_utils.data.sample import Box, Sample, SceneObject
 from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.positions import PositionSets
 
 PROMPT = "USER: <image>\n{question} \nAnswer the question using a single word or phrase. ASSISTANT:"
 QUESTION = "Is the cup to the left or to the right of the green ball?"
@@ -230,6 +231,13 @@ def tiny_sample(
         caption="A red cup stands to the left of a green ball.",
     )
     return Sample(**{**fields, **changes})
+
+
+def assert_partition(positions: PositionSets) -> None:
+    """Hold that each position of a prompt belongs to exactly one of the sets that make it up."""
+    parts = ("system", "image", "image_newline", "captions", "question", "template", "last")
+    assert sorted(p for name in parts for p in positions.get(name)) == list(range(positions.n_tokens))
+    assert {"system", "question", "template", "last"} <= set(positions.sets)
 
 
 def wanted(folder: Path, **changes) -> SimpleNamespace:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from tiny import assert_partition
 
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.engine.sweep import run_sweep
@@ -55,6 +56,7 @@ def test_it_answers_as_it_did_when_it_was_trained(params, model, samples):
 
 def test_the_sweep_equals_plain_passes(model, samples):
     encoded = encode(model, samples[0])
+    assert_partition(encoded.positions)
     flows = dict.fromkeys((*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *CAPTIONS_TO_LAST))
     flows = [flow for flow in flows if flow.source in encoded.positions]
     every = variants(encoded.positions, flows, window=7, n_layers=model.n_layers)[::19]

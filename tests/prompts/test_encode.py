@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import IMAGE_SIZE, PATCH_SIZE, PROMPT, QUESTION, tiny_sample, tiny_vlm
+from tiny import IMAGE_SIZE, PATCH_SIZE, PROMPT, QUESTION, assert_partition, tiny_sample, tiny_vlm
 from tiny_families import FAMILIES as NEW
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mmflow_utils.data.sample import Box, SceneObject
+from mmflow_utils.experiments.curation import read_questions, stratified_sample
 from mmflow_utils.models.adapter import text_inputs
+from mmflow_utils.models.load import load_model
+from mmflow_utils.params import ROOT, Params
 from mmflow_utils.prompts.encoding import encode, find_image_patches
 
 FAMILIES = ["llava", "llava_next"]
@@ -149,13 +152,21 @@ def test_any_boxes_can_be_looked_up_later(family, tmp_path):
     assert find_image_patches(model, encoded, [beyond]) == encoded.positions["image"]
 
 
+@pytest.mark.parametrize("name", ["mini", "mini-next", "planted"])
+def test_every_position_of_a_trained_models_prompts_has_one_set(name):
+    params = Params.from_yaml(ROOT / "params" / f"{name}.yaml")
+    model, questions = load_model(params), read_questions(params, tasks=params.tasks)[0]
+    for sample in stratified_sample(questions, n=1, seed=0, by=lambda sample: sample.task):
+        assert_partition(encode(model, sample).positions)
+        assert_partition(encode(model, sample, answer_prefix=[7, 8]).positions)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *NEW, "llama"])
 def test_every_position_of_a_prompt_has_one_set(family, tmp_path):
     options = {"prompt": "Picture: {caption}\n{question} ASSISTANT:"} if family == "llama" else {}
     encoded = encode(tiny_vlm(family, **options), tiny_sample(tmp_path))
     found = encoded.positions
-    parts = ("system", "image", "image_newline", "captions", "question", "template", "last")
-    assert sorted(p for name in parts for p in found.get(name)) == list(range(found.n_tokens))
+    assert_partition(found)
     begin, end = found["question"][0], found["question"][-1]
     assert max(found["system"]) < begin and end < min(found["template"]) and max(found["template"]) < found.last
     assert found["question+template"] == found["question"] + found["template"]
