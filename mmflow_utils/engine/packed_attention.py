@@ -6,7 +6,7 @@ down to its attention function: so nothing is stored on the model.
 
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Block:
     low: int  # keys of positions below are the clean run's
     keys: int | None = None  # where those from `low` on begin among the own ones; None: they too are the clean run's
     edit: tuple[tuple[int, ...], str] | None = None  # source positions and intervention
+    heads: tuple[int, ...] | None = None  # the query heads in which it holds; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,9 @@ class Attend:
     def __init__(self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict):
         self.clean, self.own, self.layer_mask, self.known = clean, own, mask, known
         self.groups = defaultdict(list)
-        for block in blocks:
+        # First all that attend as ever: where an edit holds in some heads, the row's others do so, too.
+        others = [replace(block, edit=None, heads=None) for block in blocks if block.heads is not None]
+        for block in sorted([*others, *blocks], key=lambda block: block.edit is not None):
             self.groups[block.positions, block.low, block.edit, block.keys is None].append(block)
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -104,12 +107,15 @@ class Attend:
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [rows, heads, d_head]
         for blocks in self.groups.values():
             keys = self._keys(blocks[0], key.device)
-            for rows, mixed in self._group(blocks, keys, query[0], own, scaling):
-                out[rows] = mixed.transpose(0, 1)
+            for some, rows, mixed in self._group(blocks, keys, query[0], own, scaling):
+                mixed = mixed.transpose(0, 1)
+                if any(block.heads is not None for block in some):
+                    mixed = torch.where(_held(some, out), mixed, out[rows])
+                out[rows] = mixed
         return out[None], None
 
     def _group(self, blocks: list[Block], keys: _Keys, query: Tensor, own: Capture, scaling: float):
-        """Attend, a few blocks at a time: their packed rows and mixed values [heads, rows, d_head]."""
+        """Attend, a few blocks at a time: which, their packed rows and mixed values [heads, rows, d_head]."""
         n_prefix, n_own = keys.n_prefix, len(keys.own)
         room = max(_OWN_KEYS, blocks[0].low // 8, n_own)
         together = room // max(1, n_own) if keys.touched is None else 1
@@ -127,7 +133,7 @@ class Attend:
             mixed = mix(folded, k, v, keys, len(some), scaling).reshape(len(query), -1, v.shape[-1])
             if keys.deaf is not None:
                 mixed = mixed.masked_fill(keys.deaf.repeat(len(some))[:, None], 0)
-            yield rows, mixed
+            yield some, rows, mixed
 
     def _with_room(self, keys: _Keys, low: int, room: int) -> list[Tensor]:
         """Lay out the shared clean keys and values with room for more; once for all groups that need no more."""
@@ -171,6 +177,14 @@ class Attend:
             shares=shares,
         )
         return self.known[name]
+
+
+def _held(blocks: list[Block], out: Float[Tensor, "rows heads d_head"]) -> Bool[Tensor, "some heads 1"]:
+    """Tell for each row of some blocks in which heads its edit holds."""
+    held = torch.zeros(len(blocks), out.shape[1], dtype=torch.bool)
+    for n, block in enumerate(blocks):
+        held[n, slice(None) if block.heads is None else list(block.heads)] = True
+    return held.repeat_interleave(len(blocks[0].positions), 0)[..., None].to(out.device)
 
 
 def as_index(rows: list[int], device: torch.device) -> slice | Tensor:

@@ -237,10 +237,11 @@ class PackedPass:
             rest = tuple(p for p in positions if p not in branch.target_set) if touched else positions
             owner = branch if branch in begins else branch.parent
             keys = begins.get(owner) if owner else None
-            for part, edit in ((touched, (branch.source, branch.intervention)), (rest, None)):
+            edited = (branch.source, branch.intervention), branch.heads_in(i)
+            for part, (edit, heads) in ((touched, edited), (rest, (None, None))):
                 if part:
-                    rows = [row[p] for p in part]
-                    blocks.append(Block(rows=rows, positions=part, low=branch.rows[0], edit=edit, keys=keys))
+                    rows, low = [row[p] for p in part], branch.rows[0]
+                    blocks.append(Block(rows=rows, positions=part, low=low, edit=edit, heads=heads, keys=keys))
         return blocks, zeroed
 
     def _attend(self, blocks: list[Block], own: Capture | None = None) -> Attend:

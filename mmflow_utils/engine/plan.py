@@ -17,6 +17,7 @@ class Branch:
     target: tuple[int, ...]  # the edit, as in a `Variant`
     source: tuple[int, ...]
     intervention: str
+    heads: tuple[tuple[int, int], ...] | None  # those that are cut, by layer; None: all
     born: int  # it holds in the layers [born, until)
     until: int
     rows: range  # positions from min(target) to the last that is read; what comes later nobody reads
@@ -36,8 +37,16 @@ class Branch:
         """Pick of the positions that are read those where this branch can differ from the clean run."""
         return tuple(position for position in read if position >= self.rows[0])
 
+    @cached_property
+    def _by_layer(self) -> dict[int, tuple[int, ...]]:
+        layers = dict.fromkeys(layer for layer, _ in self.heads or ())
+        return {layer: tuple(head for at, head in self.heads or () if at == layer) for layer in layers}
+
+    def heads_in(self, layer: int) -> tuple[int, ...] | None:
+        return None if self.heads is None else self._by_layer.get(layer, ())
+
     def edits(self, layer: int) -> bool:
-        return self.born <= layer < self.until
+        return self.born <= layer < self.until and self.heads_in(layer) != ()
 
 
 def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers: int) -> list[Branch]:
@@ -58,10 +67,10 @@ def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers:
         is_read = not set(read).isdisjoint(target)
         stop = variant.layers.stop if is_read else min(variant.layers.stop, n_layers - 1)
         if target and variant.layers.start < stop:
-            family = variant.layers.start, target, source, variant.intervention
+            family = variant.layers.start, target, source, variant.intervention, variant.heads
             families[family][stop].append(n)
     branches: list[Branch] = []
-    for (start, target, source, intervention), ends in families.items():
+    for (start, target, source, intervention, heads), ends in families.items():
         last, trunk = max(ends), None
         for end in (last, *sorted(ends.keys() - {last})):
             branches.append(
@@ -69,6 +78,7 @@ def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers:
                     target=target,
                     source=source,
                     intervention=intervention,
+                    heads=heads,
                     born=end if trunk else start,
                     until=end,
                     rows=range(target[0], last_read + 1),
@@ -83,7 +93,7 @@ def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers:
 
 def _what_matters(variant: Variant, last_read: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the targets and sources that can matter up to a position: by causality, no edge runs backwards."""
-    target = tuple(t for t in variant.target if t <= last_read)
+    target = tuple(t for t in variant.target if t <= last_read and variant.heads != ())
     if variant.intervention not in EDGE_INTERVENTIONS or not target:
         return target, ()
     source = tuple(s for s in variant.source if s <= target[-1])

@@ -63,7 +63,7 @@ def run_reference(
 ) -> Run:
     """Run a prompt clean and under every variant, each in a full forward pass (§3.2, Eq. 7).
 
-    In the layers of a variant, for each of its causal edges (source <= target), in all heads:
+    In the layers of a variant, for each of its causal edges (source <= target), in all heads or those it names:
 
     - `mask`: the edge gets -inf before the softmax, and the target's attention renormalizes over the keys
       left. A target with no key left gets nothing: its mixed values, before the output projection, are 0.
@@ -139,25 +139,37 @@ def intervene(model: VLM, variant: Variant, n_tokens: int) -> Iterator[None]:
 
 def _mask_edges(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
     """Add the blocked edges to whatever mask the layer is given: causal, sliding or the library's own."""
-    starved = torch.zeros(len(blocked), dtype=torch.bool)
+    edited = _edited_heads(model, layer, variant)
+    starved = torch.zeros(len(blocked), len(edited), dtype=torch.bool)
 
     def change_mask(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = _additive(kwargs.get("attention_mask"), hidden)
         closed = blocked.to(mask.device)
         lowest = torch.finfo(mask.dtype).min
+        closed = closed & edited.to(mask.device)[:, None, None]  # [heads or 1, n, n]
         left = (mask > lowest / 2) & ~closed
         # A row without an open key has no softmax. It keeps its own mask, and what it then reads is
         # thrown away below.
-        starved.copy_(~left.any(-1).any(1)[0])
-        closed = closed & ~starved.to(mask.device)[:, None]
+        starved.copy_(~left.any(-1)[0].T)
+        closed = closed & ~starved.T[..., None].to(mask.device)
+        mask = mask.expand(-1, len(closed), -1, -1)
         return args, kwargs | {"attention_mask": mask.masked_fill(closed, lowest)}
 
     def give_nothing(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].masked_fill(starved.to(args[0].device)[:, None], 0.0),)
+        heads = args[0].unflatten(-1, (model.n_heads, -1))
+        return (heads.masked_fill(starved[..., None].to(heads.device), 0.0).flatten(-2),)
 
     hooks.enter_context(model.layers[layer].register_forward_pre_hook(change_mask, with_kwargs=True))
     hooks.enter_context(model.output_proj(layer).register_forward_pre_hook(give_nothing))
+
+
+def _edited_heads(model: VLM, layer: int, variant: Variant) -> Bool[Tensor, " heads"]:
+    """Tell in which query heads of a layer the intervention holds; one answer for all where it names none."""
+    heads = variant.heads_in(layer)
+    edited = torch.full((1,) if heads is None else (model.n_heads,), heads is None)
+    edited[list(heads or ())] = True
+    return edited
 
 
 def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 heads n n"]:
@@ -177,20 +189,27 @@ def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tens
 
 
 def _replace_values(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
-    """Run the layer's attention again with other values, and take what comes out of that for the targets."""
-    attention, value_proj = model.attention(layer), model.value_proj(layer)
+    """Run the layer's attention again with other values, and take what comes out of that for targets and heads."""
+    attention, value_proj, output_proj = model.attention(layer), model.value_proj(layer), model.output_proj(layer)
+    edited = _edited_heads(model, layer, variant)
     # Targets that see the same sources share a run.
     sources, group = blocked.unique(dim=0, return_inverse=True)
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(args[0].unflatten(-1, (model.n_heads, -1)))
 
     def rerun(_: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-        mixed = output[0].clone()
+        mixed = seen.pop()
         for n, held in enumerate(sources):
             if held.any():
                 with value_proj.register_forward_hook(lambda _, __, v, held=held: other_values(v, held)):
-                    again = attention.forward(*args, **kwargs)[0]
-                rows = (group == n).to(mixed.device)
-                mixed[:, rows] = again[:, rows]
-        return (mixed, *output[1:])
+                    attention.forward(*args, **kwargs)
+                changed = (group == n)[:, None, None] & edited[:, None]
+                mixed = torch.where(changed.to(mixed.device), seen.pop(), mixed)
+        output = output_proj(mixed.flatten(-2)), *output[1:]
+        seen.clear()
+        return output
 
     def other_values(values: Tensor, held: Tensor) -> Tensor:
         values = values.clone()
@@ -199,6 +218,7 @@ def _replace_values(hooks: ExitStack, model: VLM, layer: int, variant: Variant, 
         values[:, held] = mean if variant.intervention == "mean_value" else 0.0
         return values
 
+    hooks.enter_context(output_proj.register_forward_pre_hook(see))
     hooks.enter_context(attention.register_forward_hook(rerun, with_kwargs=True))
 
 
@@ -231,6 +251,8 @@ def check_request(
     for variant in variants:
         if variant.layers and variant.layers[-1] >= n_layers:
             raise ValueError(f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}.")
+        if (head := max((head for _, head in variant.heads or ()), default=0)) >= model.n_heads:
+            raise ValueError(f"A variant names head {head}, but the model's query heads are 0 to {model.n_heads - 1}.")
         if (position := max((*variant.target, *variant.source))) >= n_tokens:
             raise ValueError(
                 f"A variant names position {position}, but the prompt has {n_tokens} tokens, image tokens expanded."

@@ -6,6 +6,7 @@ layers. Both engines (`reference` and `sweep`) execute variants and know nothing
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import floor
 from typing import Any, Literal, get_args
 
@@ -81,16 +82,20 @@ class Variant:
         intervention: `mask` sets the edges to -inf before the softmax, `zero_value` and `mean_value` keep the
             attention pattern and replace what the edges carry, `attention_output` and `mlp_output` zero the
             output of a module.
+        heads: The query heads whose edges are cut, as pairs of layer and head, in ascending order: (15, 6) is head 6 of
+            layer 15. None: all heads of all `layers`.
         flow, layer: Labels for the results: the flow, and the layer that the window belongs to.
 
     Raises:
-        ValueError: Positions that are negative, repeated or unsorted; an unknown intervention; a module's source.
+        ValueError: Positions or heads that are negative, repeated or unsorted; an unknown intervention; a module's
+            source or heads; a head of another layer.
     """
 
     layers: range
     target: tuple[int, ...]
     source: tuple[int, ...] = ()
     intervention: Intervention = "mask"
+    heads: tuple[tuple[int, int], ...] | None = None
     flow: Flow | None = None
     layer: int | None = None
 
@@ -103,8 +108,15 @@ class Variant:
         for name, held in (("target", self.target), ("source", self.source)):
             if held and (held[0] < 0 or not all(a < b for a, b in zip(held, held[1:], strict=False))):
                 raise ValueError(f"{name} positions must be 0 or more, ascending, each once, got {held[:8]}")
-        if self.source and self.intervention in MODULE_INTERVENTIONS:
-            raise ValueError(f"{self.intervention!r} zeroes a module at its target positions: leave source empty")
+        if (self.source or self.heads is not None) and self.intervention in MODULE_INTERVENTIONS:
+            raise ValueError(f"{self.intervention!r} zeroes a module at its targets: leave source and heads out")
+        heads = self.heads or ()
+        if list(heads) != sorted(set(heads)) or any(at not in self.layers or head < 0 for at, head in heads):
+            raise ValueError(f"heads must be (layer, head) pairs within {self.layers}, ascending, got {heads[:8]}")
+
+    def heads_in(self, layer: int) -> tuple[int, ...] | None:
+        """Return the heads that are cut in a layer of the window; None for all of them."""
+        return None if self.heads is None else tuple(head for at, head in self.heads if at == layer)
 
     @property
     def n_layers_blocked(self) -> int:
@@ -192,6 +204,7 @@ def variants(
     layers: Sequence[int] | None = None,
     intervention: Intervention = "mask",
     placement: Placement | None = None,
+    heads: Iterable[int] | None = None,
 ) -> list[Variant]:
     """List the runs of an experiment on one prompt: each flow, blocked around each layer.
 
@@ -202,6 +215,7 @@ def variants(
         layers: Layers to visit, every layer by default.
         intervention: What is done to the edges or modules.
         placement: How the window lies about its layer; by default `centered` for edges and `forward` for modules.
+        heads: The query heads to block in each layer of the window, all by default.
 
     Returns:
         Flow by flow, within a flow in the order of `layers`.
@@ -224,13 +238,14 @@ def variants(
     modules = intervention in MODULE_INTERVENTIONS
     placement = placement or ("forward" if modules else "centered")
     windows = [(i, window_layers(i, window=window, n_layers=n_layers, placement=placement)) for i in layers]
-    found = []
+    chosen = {held: None if heads is None else tuple(product(held, sorted(set(heads)))) for _, held in windows}
+    found, how = [], {"intervention": intervention}
     for flow in flows:
         if problem := flow_problem(positions, flow, intervention=intervention):
             raise ValueError(f"can't block {flow}: {problem}")
         source, target = () if modules else positions[flow.source], positions[flow.target]
         found += [
-            Variant(layers=held, target=target, source=source, intervention=intervention, flow=flow, layer=i)
+            Variant(layers=held, target=target, source=source, flow=flow, layer=i, heads=chosen[held], **how)
             for i, held in windows
         ]
     return found

@@ -38,7 +38,7 @@ from mmflow_utils.prompts.flows import (
 )
 from mmflow_utils.prompts.positions import PositionSets
 
-N_LAYERS = 4
+N_LAYERS = N_HEADS = 4
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 KINDS = ("llava", "llava-gqa", "llava_next", "llama", "sliding", "idefics3", "qwen2_5_vl", "internvl")
 TOLERANCE = 1e-5  # in probability: rounding of float32
@@ -78,11 +78,16 @@ def edits(draw, n_tokens: int) -> dict:
     )
     intervention = draw(st.sampled_from(get_args(Intervention)))
     start = draw(st.integers(0, N_LAYERS))
+    layers, on_edges = range(start, draw(st.integers(start, N_LAYERS))), not intervention.endswith("output")
+    chosen = st.sets(st.sampled_from([*product(layers, range(N_HEADS))] or [()])).map(
+        lambda pairs: tuple(sorted(pairs))
+    )
     return dict(
-        layers=range(start, draw(st.integers(start, N_LAYERS))),
+        layers=layers,
         target=draw(positions),
-        source=() if intervention.endswith("output") else draw(positions),
+        source=draw(positions) if on_edges else (),
         intervention=intervention,
+        heads=draw(st.none() | chosen) if on_edges and layers else None,
     )
 
 
@@ -306,6 +311,7 @@ def test_other_errors_are_not_swallowed_and_nothing_is_left_behind(monkeypatch):
         ({"layers": range(0, N_LAYERS + 1)}, "layers are 0 to 3"),
         ({"target": (10_000,)}, "position 10000"),
         ({"source": (10_000,)}, "position 10000"),
+        ({"heads": ((1, N_HEADS),)}, "query heads are 0 to 3"),
     ],
 )
 def test_variants_that_do_not_fit_are_refused(change, says):
