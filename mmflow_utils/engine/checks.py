@@ -3,6 +3,7 @@
 check_model(model, encoded)
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import pandas as pd
@@ -16,7 +17,7 @@ from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Variant
 
-__all__ = ["attention_pattern", "check_model"]
+__all__ = ["attention_from", "attention_pattern", "check_model"]
 
 _UNSUPPORTED = "the adapter doesn't fit this model"
 
@@ -105,18 +106,38 @@ def _check_mask(model: VLM, encoded: Encoded) -> str:
     return ""
 
 
-@torch.inference_mode()
 def attention_pattern(
     model: VLM, encoded: Encoded, layer: int, variant: Variant | None = None
 ) -> Float[Tensor, "heads n n"]:
     """Return a layer's attention weights [head, target, source], clean or under a variant."""
+    return _watch_attention(model, encoded, [layer], slice(None), variant)[0]
+
+
+def attention_from(model: VLM, encoded: Encoded, target: str = "last") -> Float[Tensor, "layers heads n"]:
+    """Return what every layer's heads attend to, on average over the positions of a set; each row sums to 1.
+
+    Example:
+        >>> attention_from(model, mm.encode(model, sample)).shape[0] == model.n_layers
+        True
+    """
+    rows = list(encoded.positions[target])
+    return torch.stack([seen.mean(1) for seen in _watch_attention(model, encoded, range(model.n_layers), rows)])
+
+
+@torch.inference_mode()
+def _watch_attention(
+    model: VLM, encoded: Encoded, layers: Iterable[int], rows: slice | list[int], variant: Variant | None = None
+) -> list[Float[Tensor, "heads rows n"]]:
+    """Run a prompt once, and return what some rows attend to in some layers."""
     seen: list[Tensor] = []
     with model.attention_kernel("eager"), ExitStack() as stack:
         if variant:
             stack.enter_context(intervene(model, variant, encoded.positions.n_tokens))
-        stack.enter_context(model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1])))
+        for layer in layers:
+            see = model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1][0][:, rows]))
+            stack.enter_context(see)
         model.hf.base_model(**encoded.inputs, use_cache=False)
-    return seen[0][0].float().cpu()
+    return [one.float().cpu() for one in seen]
 
 
 def _check_positions(model: VLM, encoded: Encoded) -> str:

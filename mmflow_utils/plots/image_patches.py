@@ -1,4 +1,4 @@
-"""Image patches over the picture, colored by position set, and the distribution of their norms."""
+"""Image patches over the picture, colored by set or shaded by attention, and the distribution of their norms."""
 
 from collections.abc import Iterable, Mapping
 from math import ceil
@@ -7,8 +7,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import to_rgba
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from mmflow_utils.plots.style import add_title, draw_picture, need, set_color, styled
 from mmflow_utils.prompts.flows import pretty_name
 
-_VIEWS = ("Whole picture", "Tiles")
+_VIEWS, _HEAT = ("Whole picture", "Tiles"), "YlOrRd"
 
 
 @styled
@@ -30,13 +31,15 @@ def plot_image_patches(
     width: float = 3.2,
     columns: int = 3,
 ) -> Figure:
-    """Draw which piece of the picture each image token stands for, colored by position set.
+    """Draw which piece of the picture each image token stands for, colored by position set or as a heat map.
 
     Args:
         image: The stored picture, a PIL picture or an array (height, width, 3).
         patches: From `locate_image_patches`: x, y, w, h (pixels), view and set; or several by the title of
             their panel. Tiles have a panel of their own beside the whole picture's. A patch in no set is only
-            outlined, one in the padding isn't seen.
+            outlined, one in the padding isn't seen. With a column `weight`, such as the attention that a token gets
+            (%), patches are shaded by it, on one scale for all panels, over the picture in gray; those of a set are
+            outlined in its color.
         objects: Things with a box (`Sample.objects`), outlined in every panel; a box of None is passed over.
         width: Of a panel, in inches.
         columns: Panels side by side.
@@ -45,16 +48,18 @@ def plot_image_patches(
         ValueError: A column is missing or there are no rows.
     """
     panels, objects = _panels(patches), list(objects)
+    weights = [part["weight"] for part in panels.values() if "weight" in part]
+    scale = ScalarMappable(Normalize(0, max(map(max, weights), default=1) or 1), _HEAT)
     rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
     figure, axes = plt.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
-        pixels = draw_picture(axis, image)
+        pixels = draw_picture(axis, _gray(image) if weights else image)
         axis.set_title(name, fontsize=9.5, pad=4)
         seen = part[(part["w"] > 0) & (part["h"] > 0)]
         for kind, group in seen.groupby("set", dropna=False):
-            axis.add_collection(squares(group, None if pd.isna(kind) else kind))
+            axis.add_collection(squares(group, None if pd.isna(kind) else kind, scale if weights else None))
         for box in (thing.box for thing in objects if thing.box):
             look: dict[str, Any] = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
             axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
@@ -69,7 +74,17 @@ def plot_image_patches(
     figure.subplots_adjust(wspace=0.06, hspace=gap / tall)
     legend: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
     figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.2, borderpad=0, **legend)
+    if weights:
+        bar = figure.colorbar(scale, ax=axes, shrink=0.8, aspect=30, pad=0.015)
+        bar.set_label("Attention to an image token (%)", fontsize=8.5)
+        bar.outline.set_visible(False)
     return figure
+
+
+def _gray(image: object) -> np.ndarray:
+    """Return a picture without its colors, so that those of a heat map are told from them."""
+    shade = np.asarray(image, dtype=float).mean(-1, keepdims=True)
+    return np.repeat(128 + shade / 2, 3, axis=-1).astype(np.uint8)
 
 
 def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -84,11 +99,16 @@ def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.
     return found
 
 
-def squares(group: pd.DataFrame, kind: str | None) -> PatchCollection:
+def squares(group: pd.DataFrame, kind: str | None, scale: ScalarMappable | None = None) -> PatchCollection:
+    """Return the patches of a set in its color or, with the scale of a heat map, shaded by their weight."""
     # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
     squares = [Rectangle((p.x - 0.5, p.y - 0.5), p.w, p.h) for p in group.itertuples()]
-    fill = to_rgba(set_color(kind), 0.45) if kind else "none"
-    return PatchCollection(squares, facecolor=fill, edgecolor=(1, 1, 1, 0.7), linewidth=0.6, label=kind or "in no set")
+    look: dict[str, Any] = {"facecolor": to_rgba(set_color(kind), 0.45) if kind else "none"}
+    look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0.6}
+    if scale:
+        look = {"facecolor": scale.to_rgba(group["weight"], alpha=0.75), "edgecolor": "none"}
+        look |= {"edgecolor": set_color(kind), "linewidth": 1.4} if kind else {}
+    return PatchCollection(squares, label=kind or "in no set", **look)
 
 
 @styled

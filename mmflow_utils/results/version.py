@@ -19,6 +19,7 @@ from mmflow_utils.results.frames import sha256
 VERSIONS = {
     "ask_questions": 1,
     "answer_subwords": 1,
+    "keep_flows": 1,
     "knockout_sweep": 1,
     "logit_lens": 1,
     "module_knockout": 1,

@@ -34,6 +34,7 @@ EDITS = ("zero_value", "mean_value", "attention_output", "mlp_output")
 CALLS = {
     "ask_questions": [{}],
     "answer_subwords": [{}, {"max_new_tokens": 3}],
+    "keep_flows": [{"kept": {"nothing": [], "one stage": [(IMAGE_TO_QUESTION[0], range(1, 3))]}}],
     "knockout_sweep": [
         {"flows": EVERY_FLOW, "window": 3},
         {"flows": control_flows(2), "window": 2, "encoder": RANDOM_PATCHES},

@@ -10,6 +10,7 @@ from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.experiments.curation import answer, needs_picture
+from mmflow_utils.experiments.sufficiency import keep_flows
 from mmflow_utils.models.load import load_model
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.prompts.encoding import encode
@@ -110,6 +111,23 @@ def test_cut_in_all_layers_the_answer_needs_the_planted_routes_and_no_others(eng
         for flow, (change,) in found.items():
             assert change < -95 if NEEDED.get(flow.target, True) else abs(change) < 1, flow
         assert needs_picture(planted()[0], encoded)  # where it answers by more than luck
+
+
+def test_its_two_stages_are_enough_for_the_answer_and_in_other_layers_they_are_not():
+    image, question = IMAGE_TO_QUESTION[0], FLOW_TO_LAST[0]
+    first, second = range(PICK_UP, PICK_UP + 1), range(ANSWER, ANSWER + 1)
+    kept = {
+        "its two stages": [(image, first), (question, second)],
+        "exchanged": [(image, second), (question, first)],
+        "the first": [(image, first)],
+        "the second": [(question, second)],
+        "nothing": [],
+    }
+    model, _ = planted()
+    frame = keep_flows(model, [encoded.sample for encoded in answered()[1][:8]], kept, progress=False).frame
+    found = frame.set_index("kept").groupby("kept")
+    assert found.correct_pct.mean().to_dict() == {name: 100.0 * (name == "its two stages") for name in kept}
+    assert frame[frame.kept == "its two stages"].rel_change_pct.abs().max() < 1
 
 
 def test_the_related_patches_carry_the_answer():

@@ -1,0 +1,102 @@
+"""What is enough: all edges from picture and question are cut, except some flows in some layers.
+
+stages = {"both stages": [(Flow(source="image", target="question"), range(8, 12)), (FLOW_TO_LAST[0], range(14, 20))]}
+frame = keep_flows(model, samples, stages).frame
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.reference import Run, intervene, run_reference
+from mmflow_utils.experiments.knockout import stays_first
+from mmflow_utils.experiments.loop import Loop
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded, encode
+from mmflow_utils.prompts.flows import NO_PICTURE, NO_QUESTION, Flow, Variant, flow_problem
+from mmflow_utils.prompts.positions import PositionSets
+from mmflow_utils.results.record import Result
+
+__all__ = ["all_but", "keep_flows"]
+
+Kept = Sequence[tuple[Flow, range]]  # flows, each with the layers in which it stays
+COLUMNS = (
+    "sample_id", "image_id", "task", "kept", "token", "p_base", "p_kept", "rel_change_pct", "correct_pct",
+)  # fmt: skip
+
+
+def keep_flows(
+    model: VLM,
+    samples: Iterable[Sample],
+    kept: Mapping[str, Kept],
+    *,
+    encoder: Callable[[VLM, Sample], Encoded] = encode,
+    progress: bool = True,
+) -> Result:
+    """Cut all edges from picture and question to what comes after them, except some, and see what is still answered.
+
+    The complement of a knockout, which shows what is needed: what is still answered, the kept flows suffice for. Each
+    choice is a full forward pass. Only samples that the model answers correctly belong here.
+
+    Args:
+        model, samples: As for `knockout_sweep`.
+        kept: By the name of a choice, the flows that stay, each with its layers; none cuts all.
+        encoder, progress: As for `knockout_sweep`.
+
+    Returns:
+        A frame of one row per sample and choice, with `COLUMNS`: probabilities `p_base` and `p_kept` of the token that
+        the intact model finds most probable, `rel_change_pct`, and `correct_pct`, 100 if it still is, else 0.
+        `skipped` lists `{sample_id, choice, reason}` where a prompt lacks a flow that is to be kept.
+
+    Raises:
+        ValueError: what `encode` and `run_reference` refuse.
+
+    Example:
+        >>> keep_flows(model, samples, {"nothing": []}, progress=False).frame.kept.tolist()
+        ['nothing', 'nothing', 'nothing', 'nothing']
+    """
+    loop = Loop(model, encoder)
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        base, rows = run_reference(model, encoded, []).base, []
+        token = int(base.argmax())
+        p_base = base.double().softmax(-1)[token].item()
+        for name, flows in kept.items():
+            if problem := next(filter(None, (flow_problem(encoded.positions, flow) for flow, _ in flows)), None):
+                loop.skip(encoded, problem, choice=name)
+                continue
+            with ExitStack() as stack:
+                for cut in all_but(encoded.positions, flows, n_layers=model.n_layers):
+                    stack.enter_context(intervene(model, cut, encoded.positions.n_tokens))
+                left = run_reference(model, encoded, []).base
+            p_kept = left.double().softmax(-1)[token].item()
+            found = {"kept": name, "token": model.tokenizer.decode([token]), "p_base": p_base, "p_kept": p_kept}
+            found["rel_change_pct"] = 100 * (p_kept - p_base) / p_base
+            rows.append(found | {"correct_pct": 100.0 * stays_first(model, Run(base, left[None], base[None]))[0]})
+        return rows
+
+    return loop.over(samples, measure, COLUMNS, name="Sufficiency", progress=progress)
+
+
+def all_but(positions: PositionSets, kept: Kept, *, n_layers: int) -> list[Variant]:
+    """Return the cuts that leave, of all edges from picture and question to what comes after them, just the kept ones.
+
+    >>> sets = {"image": (1,), "question": (2,), "last": (4,), "after_image": (2, 3, 4), "after_question": (3, 4)}
+    >>> first = [(Flow(source="image", target="question"), range(1))]
+    >>> cuts = all_but(PositionSets(n_tokens=5, sets=sets), first, n_layers=2)
+    >>> [(cut.layers, cut.source, cut.target) for cut in cuts[:2]]
+    [(range(0, 1), (1,), (3, 4)), (range(0, 1), (2,), (3, 4))]
+    """
+    cuts = []
+    for layer in range(n_layers):
+        stay = [flow for flow, layers in kept if layer in layers]
+        for whole in (*NO_PICTURE, *NO_QUESTION):
+            targets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for target in positions.get(whole.target):
+                open_ = {s for flow in stay if target in positions[flow.target] for s in positions[flow.source]}
+                targets[tuple(s for s in positions.get(whole.source) if s not in open_)].append(target)
+            layers = range(layer, layer + 1)
+            cuts += [Variant(layers=layers, target=tuple(t), source=s) for s, t in targets.items() if s]
+    return cuts
