@@ -52,6 +52,7 @@ class Sample:
         option_true, option_false: The options, where it offers two; the true one is the answer.
         image_size: Width and height in pixels that the boxes refer to; `load_image` holds the picture to it.
         answers: What several people answered, where the label is not one word (App. H): see `vqa_accuracy`.
+        other_image: A second picture, whose values the intervention `resample` takes (`with_other_pictures`).
     """
 
     sample_id: str
@@ -70,10 +71,12 @@ class Sample:
     caption: str | None = None
     image_size: tuple[int, int] | None = None
     answers: tuple[str, ...] = ()
+    other_image: Path | None = None
 
 
 _NESTED = ("objects", "image_size", "answers")  # JSON in a frame's columns
 _RECORD = TypeAdapter(Sample)
+_COLUMNS = [field.name for field in fields(Sample) if field.name != "other_image"]  # which no file of samples tells
 
 
 def picture_by_picture(samples: Sequence[Sample]) -> list[int]:
@@ -170,16 +173,15 @@ def samples_to_frame(samples: Iterable[Sample]) -> pd.DataFrame:
     for sample in samples:
         row = asdict(sample) | {"image": str(sample.image)}
         rows.append(row | {name: json.dumps(row[name]) for name in _NESTED if row[name] is not None})
-    return pd.DataFrame(rows, columns=[field.name for field in fields(Sample)], dtype="str")
+    return pd.DataFrame(rows, columns=_COLUMNS, dtype="str")
 
 
 def frame_to_samples(frame: pd.DataFrame) -> list[Sample]:
     """Return the samples of a frame made by `samples_to_frame`; a frame that lacks or garbles one is a ValueError."""
-    names = [field.name for field in fields(Sample)]
-    if missing := [name for name in names if name not in frame]:
+    if missing := [name for name in _COLUMNS if name not in frame]:
         raise ValueError(f"the frame lacks the columns {', '.join(missing)}: expected that of samples_to_frame")
     samples = []
-    for row in frame[names].to_dict("records"):
+    for row in frame[_COLUMNS].to_dict("records"):
         row = {name: None if pd.isna(value) else value for name, value in row.items()}
         try:
             row |= {name: json.loads(row[name]) for name in _NESTED if row[name]}

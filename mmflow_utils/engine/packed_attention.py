@@ -7,6 +7,7 @@ down to its attention function: so nothing is stored on the model.
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class _Keys:
     sees: Bool[Tensor, "m keys"]
     deaf: Bool[Tensor, " m"] | None  # rows that see nothing at all, if there are any: they get nothing
     touched: Bool[Tensor, "m keys"] | None  # edges whose value is replaced
-    shares: Float[Tensor, "m keys"] | None  # how their weight is spread instead: evenly over the sources, or nowhere
+    # How their weight is spread instead: evenly over the sources, or nowhere; None: it falls on another run's values.
+    shares: Float[Tensor, "m keys"] | None
     masks: dict[int, Tensor] = field(default_factory=dict)  # by the number of blocks side by side
 
     def mask(self, n_blocks: int, dtype: torch.dtype) -> Float[Tensor, "rows all_keys"]:
@@ -94,8 +96,17 @@ class Attend:
     heads that share a key head (grouped-query attention) become further rows.
     """
 
-    def __init__(self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict):
-        self.clean, self.own, self.layer_mask, self.known = clean, own, mask, known
+    def __init__(
+        self,
+        blocks: list[Block],
+        clean: Capture,
+        own: Capture | None,
+        *,
+        mask: Tensor | None,
+        known: dict,
+        other: Tensor | None = None,
+    ):
+        self.clean, self.own, self.layer_mask, self.known, self.other = clean, own, mask, known, other
         self.groups = defaultdict(list)
         # First all that attend as ever: where an edit holds in some heads, the row's others do so, too.
         others = [replace(block, edit=None, heads=None) for block in blocks if block.heads is not None]
@@ -120,7 +131,7 @@ class Attend:
         room = max(_OWN_KEYS, blocks[0].low // 8, n_own)
         together = room // max(1, n_own) if keys.touched is None else 1
         both = self._with_room(keys, blocks[0].low, room)
-        mix = _fused if keys.touched is None else _replaced
+        mix = _fused if keys.touched is None else partial(_replaced, other=self.other)
         for n in range(0, len(blocks), together):
             some = blocks[n : n + together]
             source = self.clean if some[0].keys is None else own
@@ -162,7 +173,8 @@ class Attend:
             keys = keys[~sources]
         else:
             touched = (keys <= at[:, None]) & sources
-            shares = touched / touched.sum(1, keepdim=True).clamp(min=1) * (intervention == "mean_value")
+            if intervention != "resample":
+                shares = touched / touched.sum(1, keepdim=True).clamp(min=1) * (intervention == "mean_value")
         sees = keys <= at[:, None]
         if self.layer_mask is not None:
             sees = self.layer_mask[at.to(self.layer_mask.device)].to(device)[:, keys]
@@ -208,18 +220,23 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling:
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
 
 
-def _replaced(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling: float) -> Tensor:
+def _replaced(
+    q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling: float, *, other: Tensor | None
+) -> Tensor:
     """Attend with the pattern left alone and other values on some edges.
 
     To give all sources their mean value is to spread the weight that falls on them evenly over them.
     """
-    assert keys.touched is not None and keys.shares is not None
+    assert keys.touched is not None
     fold = q.shape[1] // len(keys.sees)
     pattern = (q @ k.transpose(1, 2)).float() * scaling + keys.mask(1, torch.float32).repeat(fold, 1)
     pattern = pattern.softmax(-1)
     touched = keys.touched.repeat(fold, 1)
-    lost = (pattern * touched).sum(-1, keepdim=True)
-    pattern = pattern.masked_fill(touched, 0) + lost * keys.shares.repeat(fold, 1)
+    lost, pattern = pattern * touched, pattern.masked_fill(touched, 0)
+    if keys.shares is None:
+        assert other is not None  # its positions are those of the keys: where values are replaced, no key is left out
+        return pattern.to(v.dtype) @ v + lost.to(v.dtype) @ other[:, : v.shape[1]]
+    pattern += lost.sum(-1, keepdim=True) * keys.shares.repeat(fold, 1)
     return pattern.to(v.dtype) @ v
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
@@ -38,9 +38,16 @@ class PackedPass:
     """
 
     def __init__(
-        self, model: VLM, branches: list[Branch], read: list[int], keep: Keep | None, prefix: Prefix | None = None
+        self,
+        model: VLM,
+        branches: list[Branch],
+        read: list[int],
+        keep: Keep | None,
+        prefix: Prefix | None = None,
+        other: Sequence[Tensor] = (),
     ):
         self.model, self.branches, self.read, self.keep, self.prefix = model, branches, read, keep, prefix
+        self.other = other  # each layer's values in the run on another picture, [key_heads, pos, d_head]
         self.start = 0
         self.last = model.n_layers - 1
         self.resid_post: list[Tensor] = []
@@ -112,6 +119,7 @@ class PackedPass:
             self._remember(hidden[0, self._here(self.read)])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
+        self.values = self.other[i] if self.other else None
         self.mask = self._square(kwargs.get("attention_mask"))
         self._check_order(self.mask)
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
@@ -245,7 +253,7 @@ class PackedPass:
         return blocks, zeroed
 
     def _attend(self, blocks: list[Block], own: Capture | None = None) -> Attend:
-        return Attend(blocks, self.clean, own, mask=self.mask, known=self.known)
+        return Attend(blocks, self.clean, own, mask=self.mask, known=self.known, other=self.values)
 
     def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
         """Copy its parent's rows into a new branch, except those at the positions to keep."""

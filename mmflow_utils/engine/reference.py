@@ -7,6 +7,7 @@ nothing with the sweep: the library's own attention runs, with another mask, ano
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def run_reference(
     - `zero_value`: the attention pattern stays, the value that runs along the edge is 0.
     - `mean_value`: the pattern stays; the value is the mean over this target's sources in this layer and head. What
       the sources have in common gets through, what distinguishes them does not.
+    - `resample`: the pattern stays; the value is the source's own in the clean run on the sample's `other_image`.
     - `attention_output`, `mlp_output`: the module's output is 0 at the target positions (App. D).
 
     Args:
@@ -94,8 +96,9 @@ def run_reference(
         return (keep(logits.float()) if keep else logits.float()).cpu()
 
     base, rows = kept(own), []
+    other = _other_values(model, encoded) if any(one.intervention == "resample" for one in variants) else ()
     for variant in variants:
-        with intervene(model, variant, encoded.positions.n_tokens):
+        with intervene(model, variant, encoded.positions.n_tokens, other):
             hidden = model.text(**kwargs).last_hidden_state[0, read]
             rows.append(kept(model.unembed(hidden.to(compute_device(model.unembed)))))
         if progress:
@@ -119,8 +122,11 @@ def collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def intervene(model: VLM, variant: Variant, n_tokens: int) -> Iterator[None]:
-    """Hold a variant's intervention while the block runs; undo it however the block ends."""
+def intervene(model: VLM, variant: Variant, n_tokens: int, other: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Hold a variant's intervention while the block runs; undo it however the block ends.
+
+    `other` are each layer's values in the run on another picture, for `resample`.
+    """
     blocked = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
     for target in variant.target:
         blocked[target, [source for source in variant.source if source <= target]] = True
@@ -128,6 +134,7 @@ def intervene(model: VLM, variant: Variant, n_tokens: int) -> Iterator[None]:
         "mask": _mask_edges,
         "zero_value": _replace_values,
         "mean_value": _replace_values,
+        "resample": partial(_replace_values, other=other),
         "attention_output": _zero_module,
         "mlp_output": _zero_module,
     }[variant.intervention]
@@ -188,7 +195,24 @@ def _additive(mask: Tensor | None, hidden: Float[Tensor, "1 n d"]) -> Float[Tens
     return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
-def _replace_values(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
+def _other_values(model: VLM, encoded: Encoded) -> list[Float[Tensor, "1 n d_values"]]:
+    """Return each layer's values in the run on the other picture."""
+    values: list[Tensor] = []
+    with ExitStack() as hooks:
+        for layer in range(model.n_layers):
+            hooks.enter_context(model.value_proj(layer).register_forward_hook(lambda _, __, out: values.append(out)))
+        model.hf.base_model(**(encoded.other or {}), use_cache=False)
+    return values
+
+
+def _replace_values(
+    hooks: ExitStack,
+    model: VLM,
+    layer: int,
+    variant: Variant,
+    blocked: Bool[Tensor, "n n"],
+    other: Sequence[Tensor] = (),
+) -> None:
     """Run the layer's attention again with other values, and take what comes out of that for targets and heads."""
     attention, value_proj, output_proj = model.attention(layer), model.value_proj(layer), model.output_proj(layer)
     edited = _edited_heads(model, layer, variant)
@@ -214,8 +238,11 @@ def _replace_values(hooks: ExitStack, model: VLM, layer: int, variant: Variant, 
     def other_values(values: Tensor, held: Tensor) -> Tensor:
         values = values.clone()
         held = held.to(values.device)
-        mean = values[:, held].mean(1, keepdim=True)
-        values[:, held] = mean if variant.intervention == "mean_value" else 0.0
+        if variant.intervention == "resample":
+            values[:, held] = other[layer].to(values.device)[:, held]
+        else:
+            mean = values[:, held].mean(1, keepdim=True)
+            values[:, held] = mean if variant.intervention == "mean_value" else 0.0
         return values
 
     hooks.enter_context(output_proj.register_forward_pre_hook(see))
@@ -249,6 +276,11 @@ def check_request(
             f"got {', '.join(map(str, positions)) or 'none'}."
         )
     for variant in variants:
+        if variant.intervention == "resample" and encoded.other is None:
+            raise ValueError(
+                f"resample takes its values from another picture, but sample {encoded.sample.sample_id} has no "
+                "other_image: see with_other_pictures."
+            )
         if variant.layers and variant.layers[-1] >= n_layers:
             raise ValueError(f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}.")
         if (head := max((head for _, head in variant.heads or ()), default=0)) >= model.n_heads:

@@ -14,6 +14,7 @@ only the attention between packed rows is ours (`packed_attention`). What need n
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -73,10 +74,13 @@ def run_sweep(
     rows: dict[int, Tensor] = {}
     stream: list[Tensor] = []
     base, size = torch.empty(0), chunk or max(1, len(order))
+    other = Prefix()  # what the run on another picture leaves
+    if any(variant.intervention == "resample" for variant in variants):
+        PackedPass(model, [], read, keep, other).run(replace(encoded, inputs=encoded.other))
     while not stream or len(rows) < len(order):
         now = order[len(rows) : len(rows) + size]
         branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
-        packed = PackedPass(model, branches, read, keep, prefix)
+        packed = PackedPass(model, branches, read, keep, prefix, [values for _, values in other.layers])
         try:
             rows.update((now[n], kept) for n, kept in packed.run(encoded).items())
             base, stream = packed.base, packed.resid_post

@@ -6,7 +6,7 @@ encoded.positions["question"], encoded.positions["image_related"]
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 
 import numpy as np
@@ -34,6 +34,7 @@ class Encoded:
         positions: The named positions, counted with image tokens expanded.
         prompt: The text, with one placeholder for the picture.
         tokens: The text of each position, for display.
+        other: The inputs of the same prompt about the sample's `other_image`, if it has one.
     """
 
     sample: Sample
@@ -41,6 +42,7 @@ class Encoded:
     positions: PositionSets
     prompt: str
     tokens: tuple[str, ...]
+    other: dict[str, Tensor] | None = None
 
 
 def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "") -> Encoded:
@@ -56,8 +58,9 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
             appended as they are, which is exact; a string is appended to the prompt and tokenized with it.
 
     Raises:
-        ValueError: A picture that can't be read; a prompt without question, too long, or of a sample that holds
-            special tokens in its text; a tokenizer without character offsets, or at odds with the processor.
+        ValueError: A picture that can't be read, or a second one of other length; a prompt without question, too long,
+            or of a sample that holds special tokens in its text; a tokenizer without character offsets, or at odds
+            with the processor.
 
     Example:
         >>> positions = encode(model, sample).positions
@@ -86,10 +89,15 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     else:
         positions = positions.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
     positions = _name_rest(positions)
-    inputs = {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()}
+    other = None
+    if picture and sample.other_image:
+        shown = load_image(replace(sample, image=sample.other_image, image_size=None))
+        other = _on_device(model, _append(_process(model, text, shown)[0], extra))
+        if other["input_ids"][0].tolist() != ids:
+            raise ValueError(f"{sample.other_image} takes other tokens than sample {sample.sample_id}'s own picture.")
     # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
     names = (text[a:b] or model.tokenizer.decode([token]) for token, (a, b) in zip(ids, offsets, strict=True))
-    return Encoded(sample, inputs, positions, text, tuple(names))
+    return Encoded(sample, _on_device(model, inputs), positions, text, tuple(names), other)
 
 
 def image_positions(encoded: Encoded, n_patches: int | None = None) -> list[int]:
@@ -238,6 +246,10 @@ def _offsets(
         return (first, begin) if first < begin else (end, max(end, stop - longer))
 
     return [in_prompt(*pair) for pair in cut["offset_mapping"]]
+
+
+def _on_device(model: VLM, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()}
 
 
 def _append(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ __all__ = [
     "whole_depth", "window_layers", "window_sizes",
 ]  # fmt: skip
 
-Intervention = Literal["mask", "zero_value", "mean_value", "attention_output", "mlp_output"]
+Intervention = Literal["mask", "zero_value", "mean_value", "resample", "attention_output", "mlp_output"]
 Placement = Literal["centered", "forward"]
 MODULE_INTERVENTIONS: tuple[Intervention, ...] = ("attention_output", "mlp_output")
 EDGE_INTERVENTIONS = tuple(name for name in get_args(Intervention) if name not in MODULE_INTERVENTIONS)
@@ -79,8 +79,8 @@ class Variant:
         layers: Layers (0-based) in which the intervention holds.
         target: Query positions; for a module intervention, the positions whose module output is zeroed.
         source: Key positions; empty for a module intervention.
-        intervention: `mask` sets the edges to -inf before the softmax, `zero_value` and `mean_value` keep the
-            attention pattern and replace what the edges carry, `attention_output` and `mlp_output` zero the
+        intervention: `mask` sets the edges to -inf before the softmax, `zero_value`, `mean_value` and `resample` keep
+            the attention pattern and replace what the edges carry, `attention_output` and `mlp_output` zero the
             output of a module.
         heads: The query heads whose edges are cut, as pairs of layer and head, in ascending order: (15, 6) is head 6 of
             layer 15. None: all heads of all `layers`.

@@ -55,9 +55,10 @@ def describe_call(
 
 def _see(sample: Sample) -> dict[str, Any]:
     """Describe a sample by what was said of it, so that a field which a later version adds changes nothing."""
-    said = {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "image"}
-    said = {name: _plain(name, value) for name, value in said.items() if value not in (None, ())}
-    return said | {"image": sha256(sample.image) if sample.image.is_file() else None}
+    said = {f.name: value for f in fields(sample) if (value := getattr(sample, f.name)) not in (None, ())}
+    said = {name: _plain(name, value) for name, value in said.items() if not isinstance(value, Path)}
+    beside = {"other_image": sha256(sample.other_image)} if sample.other_image else {}
+    return said | {"image": sha256(sample.image) if sample.image.is_file() else None} | beside
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -1,17 +1,20 @@
 """The oracle itself is held against attention computed by hand, and against the library's own patterns."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_sample, tiny_tokenizer, tiny_vlm
+from tiny import tiny_pair, tiny_sample, tiny_tokenizer, tiny_vlm
 from transformers import MistralConfig
 
 from mmflow_utils.engine import reference as engine
 from mmflow_utils.engine.checks import attention_pattern, check_model
 from mmflow_utils.engine.reference import intervene, run_reference
+from mmflow_utils.models.adapter import text_inputs
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, Variant, variants
+from mmflow_utils.prompts.other_pictures import with_other_pictures
 
 EDGES = ["mask", "zero_value", "mean_value"]
 MODULES = ["attention_output", "mlp_output"]
@@ -50,27 +53,35 @@ def turn(x, theta):
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
-def one_layer_by_hand(model, ids, variant):
-    """Compute a one-layer decoder with loops over heads and targets, and no line of the library."""
+def one_layer_by_hand(model, resid, variant, other=None):
+    """Compute a one-layer decoder with loops over heads and targets, and no line of the library.
+
+    `resid` is what enters it, and `other` what enters it when it sees another picture.
+    """
     layer, config = model.layers[0], model.text.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.hidden_size // heads
     theta = config.rope_parameters["rope_theta"]
-    resid = model.text.embed_tokens.weight[ids]
-    x = norm(resid, layer.input_layernorm.weight, config.rms_norm_eps)
+    x, y = (
+        norm(one, layer.input_layernorm.weight, config.rms_norm_eps)
+        for one in (resid, resid if other is None else other)
+    )
     q, k, v = (x @ getattr(layer.self_attn, f"{name}_proj").weight.T for name in "qkv")
-    mixed = torch.zeros(len(ids), heads * width)
+    elsewhere = y @ layer.self_attn.v_proj.weight.T
+    mixed = torch.zeros(len(resid), heads * width)
     for head in range(heads):
         own = slice(head * width, (head + 1) * width)
         kv = head // (heads // kv_heads)  # neighboring heads share keys and values
         shared = slice(kv * width, (kv + 1) * width)
         query, key, value = turn(q[:, own], theta), turn(k[:, shared], theta), v[:, shared]
-        for t in range(len(ids)):
+        for t in range(len(resid)):
             scores = key[: t + 1] @ query[t] / math.sqrt(width)
             values = value[: t + 1].clone()
             closed = [s for s in variant.source if s <= t] if t in variant.target else []
             if variant.intervention == "mask":
                 scores[closed] = -math.inf
+            elif variant.intervention == "resample":
+                values[closed] = elsewhere[closed, shared]
             elif closed:
                 values[closed] = values[closed].mean(0) if variant.intervention == "mean_value" else 0.0
             weights = scores.exp() / scores.exp().sum() if len(closed) <= t or variant.intervention != "mask" else 0
@@ -92,16 +103,51 @@ def one_layer_by_hand(model, ids, variant):
 @pytest.mark.parametrize("intervention", EDGES + MODULES)
 def test_one_layer_by_hand(intervention, n_kv_heads, tmp_path):
     model, encoded = ready(tmp_path, "llama", n_layers=1, n_kv_heads=n_kv_heads)
-    last, ids = encoded.positions.last, encoded.inputs["input_ids"][0]
+    last, words = encoded.positions.last, model.text.embed_tokens.weight[encoded.inputs["input_ids"][0]]
     source = () if intervention in MODULES else (0, 3, 4, 8, last)
     one = Variant(layers=range(1), target=(5, last), source=source, intervention=intervention)
     for read in (last, 5, 6):
         run = run_reference(model, encoded, [one], read=read)
-        assert torch.allclose(run.variants[0], one_layer_by_hand(model, ids, one)[read], atol=2e-5)
+        assert torch.allclose(run.variants[0], one_layer_by_hand(model, words, one)[read], atol=2e-5)
         clean = Variant(layers=range(0), target=(0,))
-        assert torch.allclose(run.base, one_layer_by_hand(model, ids, clean)[read], atol=2e-5)
+        assert torch.allclose(run.base, one_layer_by_hand(model, words, clean)[read], atol=2e-5)
         changed = not torch.allclose(run.base, run.variants[0], atol=1e-3)
         assert changed == (read != 6)  # one layer carries nothing from 5 to 6
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_another_pictures_values_by_hand(n_kv_heads, tmp_path):
+    model = tiny_vlm(n_layers=1, n_kv_heads=n_kv_heads)
+    encoded = encode(model, tiny_pair(tmp_path))
+    own, other = (text_inputs(model, inputs)[0]["inputs_embeds"][0] for inputs in (encoded.inputs, encoded.other))
+    image, last = encoded.positions["image"], encoded.positions.last
+    one = Variant(layers=range(1), target=(image[4], last), source=image[2:9], intervention="resample")
+    for read in (last, image[4], last - 1):
+        run = run_reference(model, encoded, [one], read=read)
+        assert torch.allclose(run.variants[0], one_layer_by_hand(model, own, one, other)[read], atol=2e-5)
+        assert torch.allclose(run.base, run.variants[0], atol=1e-3) == (read == last - 1)
+
+
+def test_another_picture_is_needed_and_the_same_one_changes_nothing(tmp_path):
+    model, sample = tiny_vlm("llava_next"), tiny_pair(tmp_path)
+    same, none = (encode(model, replace(sample, other_image=path)) for path in (sample.image, None))
+    edit = variants(same.positions, IMAGE_TO_QUESTION, window=3, n_layers=4, intervention="resample")
+    run = run_reference(model, same, edit)
+    assert torch.allclose(run.variants, run.base.expand_as(run.variants), atol=1e-5)
+    with pytest.raises(ValueError, match="no other_image: see with_other_pictures"):
+        run_reference(model, none, edit)
+    wider = tiny_sample(tmp_path, size=(28, 60), sample_id="wider")
+    with pytest.raises(ValueError, match="takes other tokens than sample q1's own"):
+        encode(model, replace(sample, other_image=wider.image))
+
+
+def test_each_sample_gets_another_picture_of_its_layout(tmp_path):
+    model = tiny_vlm("llava_next")
+    sizes = {"a": (40, 28), "b": (28, 60), "c": (40, 28), "d": (28, 60), "e": (40, 40), "f": (40, 28)}
+    samples = [tiny_sample(tmp_path, sample_id=name, size=size) for name, size in sizes.items()]
+    samples.append(replace(samples[0], sample_id="a2"))
+    found = {s.sample_id: s.other_image.stem for s in with_other_pictures(model, samples[::-1])}
+    assert found == {"a": "c", "c": "f", "f": "a", "b": "d", "d": "b", "a2": "c"}  # no other picture is as square as e
 
 
 def test_a_target_with_nothing_left_gets_nothing_by_hand_too(tmp_path):
@@ -109,7 +155,7 @@ def test_a_target_with_nothing_left_gets_nothing_by_hand_too(tmp_path):
     everything = tuple(range(encoded.positions.n_tokens))
     variant = Variant(layers=range(1), target=(6,), source=everything)
     run = run_reference(model, encoded, [variant], read=6)
-    by_hand = one_layer_by_hand(model, encoded.inputs["input_ids"][0], variant)[6]
+    by_hand = one_layer_by_hand(model, model.text.embed_tokens.weight[encoded.inputs["input_ids"][0]], variant)[6]
     assert torch.allclose(run.variants[0], by_hand, atol=2e-5)
 
 

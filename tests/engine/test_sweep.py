@@ -14,13 +14,13 @@ import torch
 from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_sample, vlm_of_kind
+from tiny import tiny_pair, vlm_of_kind
 
 from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.plan import count_rows
 from mmflow_utils.engine.reference import Run, run_reference
 from mmflow_utils.engine.sweep import run_sweep
-from mmflow_utils.prompts.encoding import encode
+from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
     IMAGE_PATCHES_TO_QUESTION,
@@ -52,7 +52,7 @@ def setting(kind: str, dtype: torch.dtype = torch.float32):
         options["prompt"] = "USER: {question} ASSISTANT:"
     model = vlm_of_kind(kind, **options)
     with TemporaryDirectory() as folder:
-        return model, encode(model, tiny_sample(Path(folder)))
+        return model, encode(model, tiny_pair(Path(folder)))
 
 
 def probs(logits):
@@ -71,12 +71,14 @@ def assert_same(run, plain):
 
 
 @st.composite
-def edits(draw, n_tokens: int) -> dict:
+def edits(draw, encoded: Encoded) -> dict:
     """Any positions, any layers, any intervention: also acausal pairs, empty windows, starved targets."""
+    n_tokens = encoded.positions.n_tokens
     positions = st.sets(st.integers(0, n_tokens - 1), min_size=1, max_size=n_tokens).map(
         lambda found: tuple(sorted(found))
     )
-    intervention = draw(st.sampled_from(get_args(Intervention)))
+    known = [name for name in get_args(Intervention) if encoded.other or name != "resample"]
+    intervention = draw(st.sampled_from(known))
     start = draw(st.integers(0, N_LAYERS))
     layers, on_edges = range(start, draw(st.integers(start, N_LAYERS))), not intervention.endswith("output")
     chosen = st.sets(st.sampled_from([*product(layers, range(N_HEADS))] or [()])).map(
@@ -99,7 +101,7 @@ def edits(draw, n_tokens: int) -> dict:
 def test_random_edits_give_the_reference_numbers(kind, data):
     model, encoded = setting(kind)
     n_tokens = encoded.positions.n_tokens
-    some = [Variant(**edit) for edit in data.draw(st.lists(edits(n_tokens), min_size=1, max_size=8))]
+    some = [Variant(**edit) for edit in data.draw(st.lists(edits(encoded), min_size=1, max_size=8))]
     read = data.draw(st.one_of(st.none(), st.integers(0, n_tokens - 1)))
     assert_same(
         run_sweep(model, encoded, some, read=read, chunk=data.draw(st.sampled_from((None, 1, 3)))),
@@ -112,7 +114,7 @@ def long_prompt(kind: str, n_tokens: int):
     model, encoded = setting(kind)
     more = [10 + n % 90 for n in range(n_tokens - encoded.positions.n_tokens)]
     with TemporaryDirectory() as folder:
-        return model, encode(model, tiny_sample(Path(folder)), answer_prefix=more)
+        return model, encode(model, tiny_pair(Path(folder)), answer_prefix=more)
 
 
 @pytest.mark.slow
@@ -165,7 +167,7 @@ def test_all_flows_and_layers_in_one_go(intervention, window):
 
 @pytest.mark.parametrize(
     ("kind", "intervention"),
-    [*product(("llava", "llava_next"), ("mask", "zero_value", "mean_value"))]
+    [*product(("llava", "llava_next"), ("mask", "zero_value", "mean_value", "resample"))]
     + [
         pytest.param(kind, "mask", marks=pytest.mark.slow) for kind in ("sliding", "idefics3", "qwen2_5_vl", "internvl")
     ],
@@ -328,7 +330,7 @@ def test_variants_that_do_not_fit_are_refused(change, says):
 def test_several_positions_are_read_as_each_alone(kind, data):
     model, encoded = setting(kind)
     n_tokens = encoded.positions.n_tokens
-    some = [Variant(**data.draw(edits(n_tokens))) for _ in range(data.draw(st.integers(0, 4)))]
+    some = [Variant(**data.draw(edits(encoded))) for _ in range(data.draw(st.integers(0, 4)))]
     read = sorted(data.draw(st.sets(st.integers(0, n_tokens - 1), min_size=1, max_size=4)))
     chunk = data.draw(st.sampled_from((None, 1, 3)))
     plain = [run_reference(model, encoded, some, read=position) for position in read]

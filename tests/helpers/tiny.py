@@ -233,6 +233,12 @@ def tiny_sample(
     return Sample(**{**fields, **changes})
 
 
+def tiny_pair(folder: Path, **options) -> Sample:
+    """Draw a `tiny_sample` with a second picture, of the same size, beside its own."""
+    other = tiny_sample(folder, **{**options, "sample_id": "other", "seed": 7})
+    return tiny_sample(folder, **options, other_image=other.image)
+
+
 def assert_partition(positions: PositionSets) -> None:
     """Hold that each position of a prompt belongs to exactly one of the sets that make it up."""
     parts = ("system", "image", "image_newline", "captions", "question", "template", "last")

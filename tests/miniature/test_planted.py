@@ -24,6 +24,7 @@ from mmflow_utils.prompts.flows import (
     variants,
     whole_depth,
 )
+from mmflow_utils.prompts.other_pictures import with_other_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +162,17 @@ def test_values_and_modules_tell_the_same():
     assert [n for n, change in enumerate(module) if change < -95] == [PICK_UP]
     mlp = effects(encoded, window=9, intervention="mlp_output", flows=(image,))[image]
     assert all(abs(change) < 1 for change in mlp)
+
+
+def test_another_pictures_values_change_nothing_since_the_pattern_tells():
+    """Which positions are attended to says what was found; what they hand over is the same in any picture."""
+    model, flows = planted()[0], (IMAGE_TO_QUESTION[0], FLOW_TO_LAST[0])
+    for sample in with_other_pictures(model, [encoded.sample for encoded in answered()[1][:6]]):
+        encoded = encode(model, sample)
+        found = effects(encoded, window=1, intervention="resample", flows=flows)
+        assert (encoded.other["pixel_values"] != encoded.inputs["pixel_values"]).any()
+        for flow, most in zip(flows, (15, 1), strict=True):
+            assert all(abs(change) < most for change in found[flow]), flow
 
 
 def test_the_lens_shows_the_answer_from_the_planted_layer_on():
