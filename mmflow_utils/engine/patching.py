@@ -1,0 +1,143 @@
+"""Activation patching: a prompt in which some positions hold what they held in a run with another picture.
+
+found = run_patched(model, encoded, donor, [Patch(positions=encoded.positions["image"], layers=range(3, 4))])
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmflow_utils.engine.closeness import need_numbers
+from mmflow_utils.engine.packed_pass import PackedPass
+from mmflow_utils.engine.plan import Branch
+from mmflow_utils.engine.reference import collect_stream
+from mmflow_utils.models.adapter import VLM, compute_device, text_inputs
+from mmflow_utils.prompts.encoding import Encoded
+
+__all__ = ["Patch", "Patched", "run_patched", "run_patched_reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """What is put in place: at the entry of each of `layers`, the donor's residual stream at `positions`."""
+
+    positions: tuple[int, ...]
+    layers: range
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Float32 logits at the last position: of the prompt as it is, of its donor, and under each patch."""
+
+    base: Float[Tensor, " vocab"]
+    donor: Float[Tensor, " vocab"]
+    variants: Float[Tensor, "n_patches vocab"]
+
+
+@torch.inference_mode()
+def run_patched(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch]) -> Patched:
+    """Run a prompt clean and under every patch, exactly, beside one clean pass of it and one of its donor.
+
+    A patch changes nothing before its first layer, and by causality nothing before its first position: only the rows
+    from there on are computed anew, packed, against the clean keys and values of what comes before.
+
+    Args:
+        model: The model.
+        encoded: The prompt that is run.
+        donor: The same question about another picture, of as many tokens, whose states are put in.
+        patches: What is put in, one run each.
+
+    Raises:
+        ValueError: Prompts that differ in more than the picture; a layer or position that isn't there; NaN among the
+            logits; image tokens that attend to later ones, of which only some are patched.
+    """
+    stream, theirs = _left_by(model, encoded, donor, patches)
+    last, branches = encoded.positions.last, []
+    for n, patch in enumerate(patches):
+        if patch.positions and patch.layers:
+            # What a branch edits in layer `born` is what enters the next one.
+            born, rows = patch.layers.start - 1, range(patch.positions[0], last + 1)
+            first = branches[-1].first + len(branches[-1].rows) if branches else 0
+            edit: dict[str, Any] = {"target": patch.positions, "source": (), "intervention": "mask", "heads": None}
+            branches.append(Branch(**edit, born=born, until=born, rows=rows, first=first, variants=[n]))
+    packed = _PatchedPass(model, branches, [last], None)
+    packed.patches, packed.stream = patches, stream
+    found = packed.run(encoded)
+    rows = [found.get(n, packed.base)[0] for n in range(len(patches))]
+    return _as_patched(encoded, packed.base[0], theirs, rows)
+
+
+class _PatchedPass(PackedPass):
+    """The packed pass, whose branches begin with what a donor's run left."""
+
+    patches: Sequence[Patch]
+    stream: list[Float[Tensor, "n d"]]  # the donor's, layer by layer, at all positions
+
+    def _before(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = super()._before(i, layer, args, kwargs)
+        for branch in self.branches:
+            if branch.born == i - 1:
+                self._copy_parent(branch, self.clean_in)
+            if i in self.patches[branch.variants[0]].layers:
+                rows = torch.tensor(branch.target, device=self.rows.device) + (branch.first - branch.rows[0])
+                self.rows[rows] = self.stream[i][list(branch.target)].to(self.rows)
+        return given
+
+    def _slices(self, i: int) -> list[list[Branch]]:
+        return super()._slices(i - 1)  # none has anything to compute in the layer before its patch
+
+
+@torch.inference_mode()
+def run_patched_reference(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch]) -> Patched:
+    """Give what `run_patched` gives, by one full forward pass of the decoder, with plain hooks, for each patch."""
+    stream, theirs = _left_by(model, encoded, donor, patches)
+    kwargs, own = text_inputs(model, encoded.inputs)
+    rows = []
+    for patch in patches:
+        with ExitStack() as hooks:
+            for i in patch.layers:
+                put = partial(_put, list(patch.positions), stream[i])
+                hooks.enter_context(model.layers[i].register_forward_pre_hook(put, with_kwargs=True))
+            hidden = model.text(**kwargs).last_hidden_state[0, [encoded.positions.last]]
+            rows.append(model.unembed(hidden.to(compute_device(model.unembed)))[0].float().cpu())
+    return _as_patched(encoded, own[0].float().cpu(), theirs, rows)
+
+
+def _put(positions: list[int], state: Tensor, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+    hidden[0, positions] = state[positions].to(hidden)
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _left_by(
+    model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch]
+) -> tuple[list[Float[Tensor, "n d"]], Float[Tensor, " vocab"]]:
+    """Run the donor, and return its residual stream at all positions and its logits at the last."""
+    ids, theirs = encoded.inputs["input_ids"], donor.inputs["input_ids"]
+    if not torch.equal(ids, theirs):
+        raise ValueError(
+            f"Expected samples {encoded.sample.sample_id} and {donor.sample.sample_id} to differ in the picture alone, "
+            f"got prompts of {ids.shape[1]} and {theirs.shape[1]} tokens: pair one question's pictures of one size."
+        )
+    positions = {p for patch in patches for p in patch.positions} - {*range(ids.shape[1])}
+    layers = {i for patch in patches for i in patch.layers} - {*range(model.n_layers)}
+    if positions or layers:
+        raise ValueError(
+            f"A patch names positions {sorted(positions)} and layers {sorted(layers)} that aren't there: "
+            f"the prompt has {ids.shape[1]} tokens, the model {model.n_layers} layers."
+        )
+    with collect_stream(model, list(range(ids.shape[1]))) as stream:
+        logits = model.hf(**donor.inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+    return stream, logits.float().cpu()
+
+
+def _as_patched(encoded: Encoded, base: Tensor, donor: Tensor, rows: Sequence[Tensor]) -> Patched:
+    variants = torch.stack(list(rows)) if rows else base.new_empty(0, len(base))
+    need_numbers(encoded, base, donor, variants)
+    return Patched(base, donor, variants)

@@ -1,0 +1,207 @@
+"""Activation patching over pairs, position sets and layers: where is what decides between two answers?
+
+The causal counterpart of the knockout. A pair is one question about two pictures, with two answers: the first picture
+is run, what the second one's run holds is put in its place.
+
+params = with_pairs(params)
+result = patch_sweep(model, load_pairs(model, params))
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.closeness import check_close, probabilities, rounding
+from mmflow_utils.engine.patching import Patch, Patched, run_patched, run_patched_reference
+from mmflow_utils.engine.reference import Run
+from mmflow_utils.experiments.curation import WITHOUT, ask_in_parts, curate, read_questions
+from mmflow_utils.experiments.knockout import stays_first
+from mmflow_utils.experiments.loop import Loop
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.params import Params
+from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
+from mmflow_utils.prompts.flows import pretty_name, window_layers
+from mmflow_utils.prompts.positions import PositionSets
+from mmflow_utils.results.record import Result
+
+__all__ = ["SETS", "Pair", "find_pairs", "load_pairs", "patch_sweep", "with_pairs"]
+
+SETS = (
+    "image", "image_related", "image_other", "question", "options", "objects", "rest_of_question", "template", "last",
+)  # fmt: skip
+COLUMNS = (
+    "sample_id", "image_id", "task", "positions", "layer", "window", "n_positions", "token", "token_donor", "p_base",
+    "p_patched", "p_donor", "logit_diff_base", "logit_diff_patched", "logit_diff_donor", "recovery_pct", "flipped_pct",
+)  # fmt: skip
+SHARE = 4  # as many samples as a knockout takes, so many more rows are computed for a pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair(Sample):
+    """A sample, and the same question about another picture, with another answer."""
+
+    other: Sample
+
+
+def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
+    """Pair samples that ask the same question about two pictures of one size, with different answers.
+
+    Each sample is in one pair at most; of two, the earlier one is run, and the later one is its `other`.
+    """
+    waiting: dict[tuple, list[Sample]] = {}
+    pairs = []
+    for sample in samples:
+        alike = waiting.setdefault((sample.task, sample.question, sample.image_size), [])
+        if first := next((one for one in alike if one.answer != sample.answer), None):
+            alike.remove(first)
+            pairs.append(Pair(**{f.name: getattr(first, f.name) for f in fields(Sample)}, other=sample))
+        else:
+            alike.append(sample)
+    return pairs
+
+
+def with_pairs(params: Params) -> Params:
+    """Return parameters whose questions are the minimal pairs, if such lie in a folder `pairs` beside the questions."""
+    folder = Path(params.questions).parent / "pairs"
+    files = {"questions": "val_balanced_questions.json", "scene_graphs": "val_sceneGraphs.json", "images": "images"}
+    moved = params.model_copy(update={name: str(folder / file) for name, file in files.items()})
+    return moved if moved.path("questions").is_file() else params
+
+
+def load_pairs(model: VLM, params: Params) -> list[Pair]:
+    """Give pairs of which the model answers both questions correctly: a quarter of `n_samples` in each task, or all.
+
+    Raises:
+        ValueError: There is none.
+    """
+    samples, _ = read_questions(params, tasks=params.tasks)
+    ask = ask_in_parts(params, params.folder / "pairs")
+
+    def ask_both(model: VLM, pairs: Sequence[Pair]) -> pd.DataFrame:
+        record = ask(model, [*pairs, *(pair.other for pair in pairs)])
+        record, others = record[: len(pairs)].copy(), record[len(pairs) :].reset_index(drop=True)
+        record["correct"] &= others["correct"]
+        if WITHOUT in record:
+            record[WITHOUT] = record[WITHOUT].eq(True) | others[WITHOUT].eq(True)
+        return record
+
+    n_pairs = max(1, params.n_samples // SHARE)
+    pairs = find_pairs(samples)
+    kept, _ = curate(model, pairs, tasks=params.tasks, n_samples=n_pairs, seed=params.seed, ask=ask_both)
+    if not kept:
+        raise ValueError(
+            f"{params.model} answers none of the {len(pairs)} pairs in {params.questions} correctly on both pictures: "
+            "name other `questions`, or look at what it says in notebook 01."
+        )
+    return kept
+
+
+def patch_sweep(
+    model: VLM,
+    samples: Iterable[Pair],
+    *,
+    sets: Sequence[str] = SETS,
+    window: int = 1,
+    method: str = "sweep",
+    n_check: int = 2,
+    tolerance: float | None = None,
+    progress: bool = True,
+) -> Result:
+    """Put what the other picture's run holds at each position set into each layer, and see whose answer comes.
+
+    Args:
+        model: the model.
+        samples: pairs, both of whose questions it answers correctly.
+        sets: position sets. Those of `image_related` are the patches of either picture's objects,
+            `rest_of_question` is neither option nor object.
+        window: layers at whose entry the states are put in, from `layer` on; 1 puts them in once.
+        method: `sweep` computes what a patch changes beside one clean pass; `reference` runs the model for each row.
+        n_check: how many pairs are held against the reference, each set in one layer.
+        tolerance: largest difference in probability that this check allows, see `knockout_sweep`.
+        progress: show a bar.
+
+    Returns:
+        A frame of one row per pair, position set and layer, with `COLUMNS`. With the first tokens a and b of the
+        other picture's answer and of this one's: `logit_diff_…` = logit(a) - logit(b) in this picture's run, in the
+        patched one and in the other picture's; `recovery_pct` = 100 (patched - base) / (donor - base): 0 nothing came
+        over, 100 all; `p_…` the probabilities of a; `flipped_pct` 100 if a is the most probable token, else 0.
+
+    Raises:
+        ValueError: the check failed; anything that `encode` or `run_patched` refuses.
+    """
+    loop = Loop(model, method=method, n_check=n_check)
+    tolerance = rounding(model.dtype) if tolerance is None else tolerance
+    n_layers = model.n_layers
+    windows = [window_layers(i, window=window, n_layers=n_layers, placement="forward") for i in range(n_layers)]
+    run = run_patched if method == "sweep" else run_patched_reference
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        donor = encode(model, encoded.sample.other)
+        held = _name_sets(encoded, donor)
+        for name in sets:
+            if name not in held:
+                loop.skip(encoded, held.why_missing(name), positions=pretty_name(name))
+        planned = [(name, layers) for name in sets if name in held for layers in windows]
+        patches = [Patch(positions=held[name], layers=layers) for name, layers in planned]
+        found = run(model, encoded, donor, patches)
+        if loop.checks:
+            loop.differences.append(_check(model, encoded, donor, patches, found, tolerance))
+        if found.base.argmax() == found.donor.argmax():
+            loop.skip(encoded, "both answers begin with the same token", positions="all of them")
+            return []
+        labels = [
+            {"positions": pretty_name(name), "layer": layers.start, "window": window, "n_positions": len(held[name])}
+            for name, layers in planned
+        ]
+        return [label | row for label, row in zip(labels, _rows(model, found), strict=True)]
+
+    return loop.over(samples, measure, COLUMNS, name="Patching", progress=progress)
+
+
+def _name_sets(encoded: Encoded, donor: Encoded) -> PositionSets:
+    """Name what both pictures' objects cover, and what is left of the question."""
+    held = encoded.positions
+    if "image_related" in held and "image_related" in donor.positions:
+        related = {*held["image_related"], *donor.positions["image_related"]}
+        held = held.with_(image_related=related, image_other={*held["image"]} - related)
+    named = {*held.get("options"), *held.get("objects")}
+    # What ends the picture's rows is part of it here: it too has looked at the picture.
+    return held.with_(rest_of_question={*held["question"]} - named, image=image_positions(encoded))
+
+
+def _check(
+    model: VLM, encoded: Encoded, donor: Encoded, patches: list[Patch], found: Patched, tolerance: float
+) -> float:
+    """Hold some patches, each set in another layer, against the plain way, and a whole run put in against its donor."""
+    some = range(0, len(patches), model.n_layers + 1)
+    whole = Patch(positions=tuple(range(encoded.positions.n_tokens)), layers=range(1))
+    plain = run_patched_reference(model, encoded, donor, [patches[n] for n in some])
+    theirs = run_patched(model, encoded, donor, [whole])
+    ours = torch.cat([found.base[None], found.variants[list(some)], theirs.variants])
+    other = torch.cat([plain.base[None], plain.variants, plain.donor[None]])
+    return check_close(encoded, probabilities(ours), probabilities(other), tolerance=tolerance)
+
+
+def _rows(model: VLM, found: Patched) -> list[dict[str, Any]]:
+    """Turn logits into rows: one per patch."""
+    a, b = int(found.donor.argmax()), int(found.base.argmax())
+    base, donor, *patched = ((x[a] - x[b]).item() for x in (found.base, found.donor, *found.variants))
+    p_base, p_donor, *p_patched = probabilities(torch.stack([found.base, found.donor, *found.variants]))[:, a].tolist()
+    flipped = stays_first(model, Run(found.donor, found.variants, found.donor[None]))
+    same = {"token": model.tokenizer.decode([b]), "token_donor": model.tokenizer.decode([a])}
+    same |= {"p_base": p_base, "p_donor": p_donor, "logit_diff_base": base, "logit_diff_donor": donor}
+    return [
+        same
+        | {
+            "p_patched": p_patched[n],
+            "logit_diff_patched": patched[n],
+            "recovery_pct": 100 * (patched[n] - base) / (donor - base),
+            "flipped_pct": 100.0 * flipped[n],
+        }
+        for n in range(len(patched))
+    ]
