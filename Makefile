@@ -3,6 +3,7 @@
 # make report FRESH=1              run again what ran already
 # make report SHARDS=4 CORES=4     share each notebook's samples among four runs at once
 # make report PROFILE=workflow/profiles/slurm SHARDS=8   the same on a Slurm cluster: see docs/cluster.md
+# make check MODEL=llava-1.5-7b    look before: weights, data, memory, prompt, boxes, answers; and the time that it takes
 # make test                        lint, types, unit tests, and every committed notebook held against its outputs
 # make regression                  the last of these alone; with ATEN_CPU_CAPABILITY=avx2 under other arithmetic
 # make quick                       lint and the unit tests that take no training, browser, Slurm or notebook (a minute)
@@ -30,7 +31,7 @@ $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml;
 LINT = $(BIN)/ruff check && $(BIN)/ruff format --check
 NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: report test regression quick notebooks data bench docs lock
+.PHONY: report check test regression quick notebooks data bench docs lock
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: with FRESH in the environment it is measured anew.
@@ -41,6 +42,10 @@ report: $(READY)
 	@$(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
 	    --config model=$(MODEL) shards=$(SHARDS) $(if $(filter-out 0,$(FRESH)),--forceall); \
 	status=$$?; $(BIN)/python -m docs.build && exit $$status
+
+# Says what is missing or wrong, each with a remedy; FETCH=1 fetches weights that aren't here.
+check: $(READY)
+	@$(BIN)/python -m workflow.check $(MODEL) $(if $(filter-out 0,$(FETCH)),--fetch)
 
 quick: $(READY)
 	$(LINT)

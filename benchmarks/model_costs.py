@@ -39,7 +39,7 @@ from mmflow_utils.engine.work import count_work
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.prompts.encoding import Encoded
-from mmflow_utils.prompts.flows import CAPTIONS_TO_LAST, variants
+from mmflow_utils.prompts.flows import CAPTIONS_TO_LAST, flow_problem, variants
 from mmflow_utils.prompts.positions import PositionSets
 
 RECORDED = ROOT / "benchmarks" / "recorded" / "model_costs.csv"
@@ -113,6 +113,7 @@ def prompt(model: VLM, shape: Shape) -> Encoded:
 def plan(model: VLM, encoded: Encoded) -> list:
     """List all knockouts of a sample: six flows, or the two of App. G, around every layer."""
     flows = SIX_FLOWS if "image" in encoded.positions else CAPTIONS_TO_LAST
+    flows = [flow for flow in flows if flow_problem(encoded.positions, flow) is None]
     return variants(encoded.positions, flows, window=WINDOW, n_layers=model.n_layers)
 
 
@@ -148,23 +149,32 @@ def sweep_memory(config: Any, planned: list, *, n_tokens: int, itemsize: int = I
 def count(name: str, shape: Shape) -> dict[str, Any]:
     """Count one model's costs; nothing is run."""
     model = build(name, shape)
-    encoded = prompt(model, shape)
+    repository = Params.from_yaml(ROOT / "params" / f"{name}.yaml").checkpoint
+    return {"model": name, "repository": repository} | count_of(model, prompt(model, shape))
+
+
+def count_of(model: VLM, encoded: Encoded, *, itemsize: int = ITEM, weight: float | None = None) -> dict[str, Any]:
+    """Count what a model, whose weights may be missing, costs on one prompt.
+
+    Args:
+        model, encoded: The model and the prompt.
+        itemsize: Bytes of a number that is computed.
+        weight: Bytes of a stored weight, if they are others.
+    """
     planned, config, n_tokens = plan(model, encoded), model.text.config, encoded.positions.n_tokens
     rows = count_rows(planned, n_tokens=n_tokens, n_layers=model.n_layers)
     passes = 1 + rows["computed"] / rows["clean"]
-    work = count_work(config, [n_tokens] * model.n_layers, itemsize=ITEM)
+    work = count_work(config, [n_tokens] * model.n_layers, itemsize=itemsize)
     flops = picture_flops(model, encoded) + passes * work.first_token_flops
-    n_weights = sum(weight.numel() for weight in model.hf.parameters())
+    n_weights = sum(part.numel() for part in model.hf.parameters())
     return {
-        "model": name,
-        "repository": Params.from_yaml(ROOT / "params" / f"{name}.yaml").checkpoint,
         "parameters_b": n_weights / 1e9,
-        "weights_gb": n_weights * ITEM / 1e9,
+        "weights_gb": n_weights * (weight or itemsize) / 1e9,
         "n_layers": model.n_layers,
         "image_tokens": len(encoded.positions.get("image")),
         "prompt_tokens": n_tokens,
         "cache_gb": work.cache_bytes / 1e9,
-        "sweep_gb": sweep_memory(config, planned, n_tokens=n_tokens) / 1e9,
+        "sweep_gb": sweep_memory(config, planned, n_tokens=n_tokens, itemsize=itemsize) / 1e9,
         "n_knockouts": len(planned),
         "passes": passes,
         "tflop": flops / 1e12,

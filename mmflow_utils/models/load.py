@@ -6,6 +6,7 @@ model = load_model(params)
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from mmflow_utils.models.partial import adapter_base, language_weights, merge_ad
 from mmflow_utils.models.precision import find_device, weights_options
 from mmflow_utils.models.sources import find_checkpoint, gguf_file, reason_of
 
-__all__ = ["load_model", "pictures_only"]
+__all__ = ["load_model", "load_without_weights", "pictures_only"]
+
+_FUSED = {"attn_implementation": "sdpa"}  # a stored choice would hold in the parts that store one
 
 
 @contextmanager
@@ -79,18 +82,11 @@ def load_model(params: Any) -> VLM:
     base = adapter_base(adapter)
     if base and not (folder / "config.json").is_file():
         folder = find_checkpoint(base)
-    gguf = gguf_file(folder)
-    attention = {"attn_implementation": "sdpa"}  # a stored choice would hold in the parts that store one
-    config = _read_part(AutoConfig, folder, "a model configuration (config.json)", gguf_file=gguf, **attention)
+    config = _read_config(folder)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if sees and config.model_type not in FAMILIES:
-        raise ValueError(
-            f"Expected a vision-language model of a family that is served here ({', '.join(FAMILIES)}), but "
-            f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
-            "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
-        )
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    options = weights_options(params, device, kind, config) | {"gguf_file": gguf, "config": config} | attention
+    options = weights_options(params, device, kind, config) | {"gguf_file": gguf_file(folder), "config": config}
+    options |= _FUSED
     if language_model := getattr(params, "language_model", None):
         state = load_file(folder / "model.safetensors") | language_weights(language_model)
         kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -98,10 +94,43 @@ def load_model(params: Any) -> VLM:
     hf = _read_weights(kind, folder, options)
     if base:
         hf = merge_adapter(hf, adapter)
-    processor: Any = _read_processor(folder, config) if sees else None
-    tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, "a tokenizer", gguf_file=gguf)
+    model = _with_words(params, hf, folder)
+    _check_decoder(model, folder)
+    if sees:
+        _check_picture(model, folder)
+    return model
+
+
+@_library_quiet()
+def load_without_weights(params: Any, folder: Path) -> VLM:
+    """Load all but the weights of a folder, which may lack them: prompts can be made, and counted, but not run."""
+    config = _read_config(folder)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.device("meta"):
+        return replace(_with_words(params, kind.from_config(config), folder), device=torch.device("cpu"))
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    what = "a model configuration (config.json)"
+    config: Any = _read_part(AutoConfig, folder, what, gguf_file=gguf_file(folder), **_FUSED)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.model_type not in FAMILIES:
+        raise ValueError(
+            f"Expected a vision-language model of a family that is served here ({', '.join(FAMILIES)}), but "
+            f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
+            "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
+        )
+    return config
+
+
+def _with_words(params: Any, hf: PreTrainedModel, folder: Path) -> VLM:
+    """Give a model what turns pictures and words into its inputs."""
+    sees = type(hf.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    processor: Any = _read_processor(folder, hf.config) if sees else None
+    words: Any = dict(what="a tokenizer", gguf_file=gguf_file(folder))
+    tokenizer = processor.tokenizer if sees else _read_part(AutoTokenizer, folder, **words)
     _check_pieces(tokenizer, folder)
-    model = VLM(
+    return VLM(
         name=params.model,
         hf=hf,
         processor=processor,
@@ -111,10 +140,6 @@ def load_model(params: Any) -> VLM:
         device=compute_device(hf.get_input_embeddings()),
         dtype=hf.dtype,
     )
-    _check_decoder(model, folder)
-    if sees:
-        _check_picture(model, folder)
-    return model
 
 
 def _read_part(kind: Any, folder: Path, what: str, **options: Any) -> Any:

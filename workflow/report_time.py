@@ -1,0 +1,91 @@
+"""How long a model's whole report computes: what its notebooks cut in each sample, in clean forward passes.
+
+A table says what each notebook cuts; the engine's own plan counts the rows, so that no flow has a price of its own.
+What isn't in the table is counted as the six flows of Figs 3 to 5, once for each sample.
+"""
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+
+from benchmarks.speed import SIX_FLOWS
+from mmflow_utils.engine.plan import count_rows
+from mmflow_utils.params import Params
+from mmflow_utils.prompts.flows import (
+    CAPTIONS_TO_LAST,
+    FLOW_TO_LAST,
+    IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_ROUTES,
+    IMAGE_TO_PARTS,
+    IMAGE_TO_QUESTION,
+    OTHER_PATCHES_TO_PARTS,
+    PARTS_TO_LAST,
+    PARTS_TO_PARTS,
+    QUESTION_ROUTES,
+    RELATED_PATCHES_TO_PARTS,
+    TEMPLATE_TO_LAST,
+    Flow,
+    flow_problem,
+    variants,
+    whole_depth,
+    window_sizes,
+)
+from mmflow_utils.prompts.positions import PositionSets
+from workflow.graph import in_parts, notebooks_of
+
+__all__ = ["passes_of_report", "passes_of_sample", "questions_of_report"]
+
+ALL_LAYERS = -1
+PARTS = (*PARTS_TO_LAST, *PARTS_TO_PARTS, *IMAGE_TO_PARTS, *OTHER_PATCHES_TO_PARTS, *RELATED_PATCHES_TO_PARTS)
+NOTHING: tuple[Flow, ...] = ()
+# Share of the samples, what is cut in each, and how: the model's window (None), another, or all layers at once.
+Cut = tuple[float, Sequence[Flow], int | None]
+CUTS: dict[str, list[Cut]] = {
+    "01": [],  # asks questions
+    "02": [(1, (*FLOW_TO_LAST, *TEMPLATE_TO_LAST), None), (1, (*IMAGE_ROUTES, *QUESTION_ROUTES), ALL_LAYERS)],
+    "03": [(1, IMAGE_TO_QUESTION, None)],
+    "04": [(1, (*IMAGE_PATCHES_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION[:1] * 5), None)],  # and five random draws
+    "05": [(2, NOTHING, None)],
+    "06": [(1, (*IMAGE_TO_QUESTION * 3,), None)],  # two modules and an edge, read at every position of the question
+    "07": [],  # a few samples
+    "09": [(0.02, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
+    "11": [(1, (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
+    "13": [(0.5, PARTS, None)],
+}
+ASKED_FOR_ONE = 4 / 3  # questions for a sample: assumed, three of four answers are right
+ASKED_BESIDE = 15 * 50 + 200  # by 01 in its groups, and by 12
+
+
+def passes_of_sample(positions: PositionSets, cuts: Iterable[Cut], *, window: int, n_layers: int) -> float:
+    """Count what all cuts of a sample cost, in clean passes: their rows, and one clean pass for each measurement."""
+    passes = 0.0
+    for share, flows, width in cuts:
+        possible = [flow for flow in flows if flow_problem(positions, flow) is None]
+        how = whole_depth(n_layers) if width == ALL_LAYERS else {"window": width or window}
+        planned = variants(positions, possible, n_layers=n_layers, **how) if possible else []
+        rows = count_rows(planned, n_tokens=positions.n_tokens, n_layers=n_layers)
+        passes += share * (1 + rows["computed"] / rows["clean"])
+    return passes
+
+
+def passes_of_report(params: Params, prompts: Sequence[PositionSets], n_layers: int) -> tuple[float, int]:
+    """Return the clean passes that a model's batch of notebooks computes, and how many notebooks measure in parts.
+
+    Args:
+        params: The model's.
+        prompts: Positions of some of its prompts, of which the mean counts.
+        n_layers: The depth of its decoder.
+    """
+    six: list[Cut] = [(1, SIX_FLOWS, None)]
+    windows: list[Cut] = [
+        (1 / len(params.tasks), (*FLOW_TO_LAST[:2], *IMAGE_TO_QUESTION), w) for w in window_sizes(n_layers)
+    ]
+    known, how = CUTS | {"08": windows}, {"window": params.window, "n_layers": n_layers}
+    names = [name for name in notebooks_of(params.model) if in_parts(name)]
+    cuts = [cut for name in names for cut in known.get(name[:2], six)]
+    one = mean(passes_of_sample(positions, cuts, **how) for positions in prompts)
+    return one * params.n_samples * len(params.tasks), len(names)
+
+
+def questions_of_report(params: Params) -> float:
+    """Return how many questions a model is asked until each task has its samples."""
+    return ASKED_FOR_ONE * params.n_samples * len(params.tasks) + ASKED_BESIDE
