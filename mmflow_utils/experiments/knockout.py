@@ -21,7 +21,7 @@ from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.prompts.flows import Flow, Intervention, Variant, whole_depth
 from mmflow_utils.results.record import Result
 
-__all__ = ["COLUMNS", "knockout_sweep", "stays_first"]
+__all__ = ["COLUMNS", "answer_rows", "knockout_sweep", "stays_first"]
 
 COLUMNS = (
     "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", "token",
@@ -97,7 +97,7 @@ def knockout_sweep(
             return loop.engine(method)(model, encoded, planned)
 
         run = loop.run(encoded, compute, _every_probability, tolerance=tolerance)
-        return [row | {"window": width} for row in _rows(model, encoded.sample, planned, run)]
+        return [row | {"window": width} for row in answer_rows(model, encoded.sample, planned, run)]
 
     columns = WHOLE_DEPTH_COLUMNS if whole else COLUMNS
     return loop.over(samples, measure, columns, name="Knockout", progress=progress)
@@ -114,7 +114,7 @@ def _every_probability(run: Run) -> Float[Tensor, "rows vocab"]:
     return probabilities(torch.cat([run.base[None], run.variants]))
 
 
-def _rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:
+def answer_rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:
     """Turn logits into rows: one per variant."""
     token = int(run.base.argmax())
     base, changed = run.base.double().log_softmax(-1), run.variants.double().log_softmax(-1)

@@ -19,6 +19,8 @@ from mmflow_utils.results.frames import sha256
 VERSIONS = {
     "ask_questions": 1,
     "answer_subwords": 1,
+    "head_screen": 1,
+    "head_sweep": 1,
     "keep_flows": 1,
     "knockout_sweep": 1,
     "logit_lens": 1,
@@ -26,6 +28,7 @@ VERSIONS = {
     "question_semantics": 1,
     "prune_sweep": 1,
     "picture_sweep": 1,
+    "patch_sweep": 1,
 }
 """Raise an experiment's version when its rows change, in its own code or in what it calls. A test holds small
 frames against it; `python tests/helpers/expected_frames.py` then writes those of the new version."""
@@ -67,6 +70,8 @@ def _plain(name: str, value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Sample):
+        return _see(value)
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(name, asdict(value))
     if isinstance(value, Mapping):

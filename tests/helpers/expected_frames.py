@@ -34,6 +34,11 @@ EDITS = ("zero_value", "mean_value", "attention_output", "mlp_output")
 CALLS = {
     "ask_questions": [{}],
     "answer_subwords": [{}, {"max_new_tokens": 3}],
+    "head_screen": [{"flows": IMAGE_TO_QUESTION}],
+    "head_sweep": [
+        {"flows": (FLOW_TO_LAST[0], *IMAGE_TO_QUESTION)},
+        {"flows": IMAGE_TO_QUESTION, "sets": [{"layer": 9, "head": 9, "heads": [(0, 1), (1, 0), (1, 3)]}]},
+    ],
     "keep_flows": [{"kept": {"nothing": [], "one stage": [(IMAGE_TO_QUESTION[0], range(1, 3))]}}],
     "knockout_sweep": [
         {"flows": EVERY_FLOW, "window": 3},

@@ -1,0 +1,59 @@
+"""Do the same heads serve all tasks? Rank correlations between tasks, beside those of a task with itself.
+
+head_agreement(head_sweep(model, samples, [flow]).frame)
+"""
+
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy.special import ndtri
+from scipy.stats import rankdata
+
+from mmflow_utils.analysis.flow_stages import Draws, resample
+
+__all__ = ["DIFFERENT", "SAME", "head_agreement"]
+
+SAME, DIFFERENT = "the same task", "different tasks"
+
+
+def head_agreement(frame: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Correlate the ranks of heads, by mean `logprob_change`, between tasks and within each.
+
+    Images are divided in two halves, and only means of different halves are compared: so a task's correlation with
+    itself shows how much the noise of so few samples lets one see, and that between two tasks may be held against it.
+
+    Returns:
+        One row per pair of tasks (task, other): Spearman's `rho` over all heads, ci_low and ci_high (95 %, bootstrap
+        over images), n (samples) and n_clusters; at the end the means of `SAME` and of `DIFFERENT` tasks.
+    """
+    images = np.random.default_rng(seed).permutation(np.sort(frame["image_id"].unique()))
+    half, draws = frame["image_id"].isin(images[::2]), {}
+    units = frame.assign(
+        layer=frame["layer"] * (frame["head"].max() + 1) + frame["head"], effect=frame["logprob_change"]
+    )
+    for n, (name, part) in enumerate(units.groupby(["task", half])):
+        draws[name] = rankdata(resample(part, n_boot=n_boot, seed=seed + n), axis=1)
+    tasks = [task for task in dict.fromkeys(frame["task"]) if {(task, True), (task, False)} <= draws.keys()]
+    rows, pooled = [], {SAME: [], DIFFERENT: []}
+    for one, other in combinations_with_replacement(tasks, 2):
+        rho = np.mean([_correlate(draws[one, side], draws[other, not side]) for side in (True, False)], axis=0)
+        pooled[SAME if one == other else DIFFERENT].append(rho)
+        rows.append(_row(one, other, rho, frame[frame["task"].isin([one, other])]))
+    rows += [_row(kind, "mean", np.mean(found, axis=0), frame) for kind, found in pooled.items() if found]
+    return pd.DataFrame(rows)
+
+
+def _correlate(a: Draws, b: Draws) -> Float[np.ndarray, " draws"]:
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
+    with np.errstate(invalid="ignore"):  # heads that are all alike have no ranks
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def _row(task: str, other: str, rho: Float[np.ndarray, " draws"], frame: pd.DataFrame) -> dict[str, object]:
+    z = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))  # Fisher's: its spread doesn't depend on where it is
+    reach = ndtri(0.975) * z[1:].std()  # about the estimate: resamples are noisier, so that theirs is too low
+    numbers = {"rho": rho[0], "ci_low": np.tanh(z[0] - reach), "ci_high": np.tanh(z[0] + reach)}
+    counts = {"n": frame["sample_id"].nunique(), "n_clusters": frame["image_id"].nunique()}
+    return {"task": task, "other": other} | numbers | counts

@@ -1,0 +1,130 @@
+"""Which heads carry a flow: each cut alone, exactly; several cut together; and a screen where that costs too much.
+
+table = head_sweep(model, samples, FLOW_TO_LAST).frame                       # every head of every layer
+sets = head_sets(table, sizes=(1, 2, 4, 8))                                  # the strongest, random ones, the weakest
+curve = head_sweep(model, others, FLOW_TO_LAST, sets=sets).frame
+screen = head_screen(model, samples, IMAGE_TO_QUESTION).frame                # a backward pass a sample and flow
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.attribution import attribute_heads
+from mmflow_utils.engine.closeness import probabilities, rounding
+from mmflow_utils.engine.reference import Run
+from mmflow_utils.experiments.knockout import answer_rows
+from mmflow_utils.experiments.loop import Loop
+from mmflow_utils.models.adapter import VLM
+from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import Flow, Intervention
+from mmflow_utils.results.record import Result
+
+__all__ = ["head_screen", "head_sets", "head_sweep"]
+
+_LABELS = ("sample_id", "image_id", "task", "flow")
+_MEASURED = (
+    "token", "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
+    "correct_pct",
+)  # fmt: skip
+N_PLAIN = 12  # edits of a checked sample that are run in full passes, too: of hundreds
+ONE_LAYER = {"window": 1, "layers": [0]}
+
+
+def head_sweep(
+    model: VLM,
+    samples: Iterable[Sample],
+    flows: Sequence[Flow],
+    *,
+    sets: Sequence[Mapping[str, Any]] = (),
+    intervention: Intervention = "mask",
+    method: str = "sweep",
+    n_check: int = 2,
+    progress: bool = True,
+) -> Result:
+    """Cut each flow in one head of one layer at a time, or in sets of heads, and measure what becomes of the answer.
+
+    For a flow to the last position all heads of all layers together cost about one clean pass more, as one row of each
+    is computed anew; for a flow to the question they cost many, so `head_screen` tells which are worth it.
+
+    Args:
+        model, samples, flows, intervention, method, progress: As for `knockout_sweep`.
+        sets: Heads to cut together, as from `head_sets`: labels and `heads`, pairs of layer and head. By default every
+            head alone.
+        n_check: As for `knockout_sweep`; of a sample `N_PLAIN` edits are checked.
+
+    Returns:
+        A frame of one row per sample, flow and set, with its labels (by default `layer` and `head`) and the numbers of
+        `knockout_sweep`, `correct_pct` included; `skipped` and `max_check_diff` as there.
+    """
+    every = product(range(model.n_layers), range(model.n_heads))
+    sets = sets or [{"layer": layer, "head": head, "heads": [(layer, head)]} for layer, head in every]
+    labels = [{name: value for name, value in one.items() if name != "heads"} for one in sets]
+    heads = [tuple(sorted((layer, head) for layer, head in one["heads"])) for one in sets]
+    wanted, loop = [(str(flow), flow, intervention) for flow in flows], Loop(model, method=method, n_check=n_check)
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        cuts = [cut for _, cut in loop.plan(encoded, wanted, **ONE_LAYER)]
+        planned = [replace(cut, layers=range(h[0][0], h[-1][0] + 1), heads=h) for cut in cuts for h in heads]
+        if not planned:
+            return []
+        some = slice(None, None, -(-len(planned) // N_PLAIN) | 1)  # odd, so that it meets one head after the other
+
+        def compute(way: str) -> Run:
+            return loop.engine(way)(model, encoded, planned if way == method else planned[some])
+
+        def compared(run: Run) -> Float[Tensor, "rows vocab"]:
+            held = run.variants[some] if len(run.variants) == len(planned) else run.variants
+            return probabilities(torch.cat([run.base[None], held]))
+
+        run = loop.run(encoded, compute, compared, tolerance=rounding(model.dtype))
+        rows = answer_rows(model, encoded.sample, planned, run)
+        return [row | label for row, label in zip(rows, labels * len(cuts), strict=True)]
+
+    return loop.over(samples, measure, (*_LABELS, *labels[0], *_MEASURED), name="Heads", progress=progress)
+
+
+def head_screen(model: VLM, samples: Iterable[Sample], flows: Sequence[Flow], *, progress: bool = True) -> Result:
+    """Estimate every head's `logprob_change` (nats) in `head_sweep`'s frame to first order, by `attribute_heads`."""
+    loop = Loop(model)
+
+    def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for label, cut in loop.plan(encoded, [(str(flow), flow, "mask") for flow in flows], **ONE_LAYER):
+            found = attribute_heads(model, encoded, source=cut.source, target=cut.target).tolist()
+            rows += [
+                {"flow": label, "layer": layer, "head": head, "logprob_change": change}
+                for layer, changes in enumerate(found)
+                for head, change in enumerate(changes)
+            ]
+        return rows
+
+    columns = (*_LABELS, "layer", "head", "logprob_change")
+    return loop.over(samples, measure, columns, name="Screen", progress=progress)
+
+
+def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, seed: int = 0) -> list[dict[str, Any]]:
+    """Choose heads to be cut together by their mean `logprob_change` in a table of one flow.
+
+    Choose on some samples and cut in others: the strongest of many noisy numbers look stronger than they are.
+
+    Returns:
+        Labels (`choice`, `n_heads`, `draw`) and `heads`: the `strongest` cost most, the `weakest` change least; of the
+        `random` ones there are `n_random` draws.
+    """
+    mean, rng = table.groupby(["layer", "head"])["logprob_change"].mean(), np.random.default_rng(seed)
+    orders = [("strongest", 0, mean.sort_values()), ("weakest", 0, mean.abs().sort_values())]
+    orders += [("random", draw, mean.iloc[rng.permutation(len(mean))]) for draw in range(n_random)]
+    labels = [
+        ({"choice": choice, "draw": draw}, [[*map(int, pair)] for pair in order.index])
+        for choice, draw, order in orders
+    ]
+    return [label | {"n_heads": n, "heads": pairs[:n]} for label, pairs in labels for n in sizes]
