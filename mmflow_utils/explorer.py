@@ -16,6 +16,7 @@ from traitlets import Bunch
 
 from mmflow_utils.analysis.sentences import format_number
 from mmflow_utils.data.sample import Sample, load_image
+from mmflow_utils.engine.checks import attention_from
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.experiments.knockout import knockout_sweep
 from mmflow_utils.experiments.lens import lens_logits
@@ -34,8 +35,9 @@ class Explorer(widgets.VBox):
 
     When a sample or a window is chosen, all of its knockouts are computed in one sweep, so that a flow or a layer is
     shown at once. A flow that a prompt doesn't have isn't offered for it. Shown are the picture with the image patches
-    that are cut off, the change in the answer's probability around each layer, and the words that the logit lens (final
-    norm at every layer) reads at the last position of the intact model.
+    that are cut off, or with what the flow's target attends to in that layer, all heads or one; the change in the
+    answer's probability around each layer; and the words that the logit lens (final norm at every layer) reads at the
+    last position of the intact model.
 
     Args:
         model: the model.
@@ -59,6 +61,7 @@ class Explorer(widgets.VBox):
         # What was computed is kept, by the number of the sample.
         self._encoded = cache(lambda number: encode(model, self.samples[number]))
         self._swept, self._read = cache(self._sweep), cache(self._read_words)
+        self._attention = cache(lambda number, target: attention_from(model, self._encoded(number), target))
         tasks = list(dict.fromkeys(sample.task or "" for sample in self.samples))
         n_layers = model.n_layers
         wide = {"layout": widgets.Layout(width="95%"), "style": {"description_width": "5em"}}
@@ -70,8 +73,11 @@ class Explorer(widgets.VBox):
         self.layer = widgets.IntSlider(min=0, max=n_layers - 1, description="Layer", **sliding)
         start = min(window, n_layers)
         self.window = widgets.IntSlider(value=start, min=1, max=n_layers, description="Window", **sliding)
+        heads = {f"attention, head {head}": head for head in range(model.n_heads)}
+        heats = {"image patches cut off": None, "attention, mean of heads": slice(None), **heads}
+        self.heat = widgets.Dropdown(options=heats, description="Picture", **wide)
         self.view, self.said = widgets.HTML(), widgets.HTML()
-        controls = [self.task, self.sample, self.flow, self.layer, self.window]
+        controls = [self.task, self.sample, self.flow, self.layer, self.window, self.heat]
         self._offer_samples()
         self._offer_flows()
         strongest = self.frame.loc[self.frame["rel_change_pct"].idxmin()]
@@ -121,7 +127,7 @@ class Explorer(widgets.VBox):
         sample, row = self.samples[self.sample.value], self.chosen
         return plot_choice(
             load_image(sample),
-            self._patches(row["source"]),
+            self._patches(row),
             self.frame,
             self.words,
             flow=row["flow"],
@@ -142,12 +148,16 @@ class Explorer(widgets.VBox):
         words = pd.DataFrame({"token": tokens, "probability": found.values.flatten().tolist()})
         return words.assign(layer=words.index // 5)
 
-    def _patches(self, name: str) -> pd.DataFrame:
-        """The image patches of a position set; none where it holds words."""
-        encoded = self._encoded(self.sample.value)
-        if not name.startswith("image") or "image" not in encoded.positions:
+    def _patches(self, row: pd.Series) -> pd.DataFrame:
+        """The image patches that are cut off, none where these are words; or all, each with its attention (%)."""
+        encoded, name, heads = self._encoded(self.sample.value), row["source"], self.heat.value
+        if "image" not in encoded.positions or (heads is None and not name.startswith("image")):
             return pd.DataFrame(columns=["x", "y", "w", "h", "set"])
-        return locate_image_patches(self.model, encoded, [name]).dropna(subset="set")
+        patches = locate_image_patches(self.model, encoded, [name])
+        if heads is None:
+            return patches.dropna(subset="set")
+        seen = self._attention(self.sample.value, row["target"])[int(row["layer"]), heads]
+        return patches.assign(weight=100 * seen.reshape(-1, seen.shape[-1]).mean(0)[patches["position"]].numpy())
 
     def _offer_samples(self) -> None:
         mine = [n for n, sample in enumerate(self.samples) if (sample.task or "") == self.task.value]

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmflow_utils.plots.image_patches import squares
+from mmflow_utils.plots.image_patches import gray, heat_scale, squares
 from mmflow_utils.plots.style import add_title, draw_picture, flow_color, need, ordered, shown, styled
 
 
@@ -26,18 +26,20 @@ def plot_choice(
     """Draw one sample with one flow and one layer of its knockouts (`frame`) chosen.
 
     `image` is a PIL picture or an array (height, width, 3), `patches` what the flow cuts off, from
-    `locate_image_patches`, maybe no rows, and `words` the tokens that the lens reads after the layer, the most probable
-    first, with their probability.
+    `locate_image_patches`, maybe no rows, or all patches with their attention (`weight`, %), and `words` the tokens
+    that the lens reads after the layer, the most probable first, with their probability.
     """
     need(frame, ["flow", "layer", "rel_change_pct"])
     need(words, ["token", "probability"])
     if not ((frame["flow"] == flow) & (frame["layer"] == layer)).any():
         raise ValueError(f"the frame holds no knockout of {flow} at layer {layer}: choose one that it holds")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.1), width_ratios=[2.2, 4, 2])
-    draw_picture(left, image)
-    left.set_title(f"{len(patches) or 'no'} image patch{'es' * (len(patches) != 0)} cut off")
-    for name, group in patches.query("w > 0 and h > 0").groupby("set") if len(patches) else ():
-        left.add_collection(squares(group, name))
+    scale = heat_scale([patches])
+    draw_picture(left, gray(image) if scale else image)
+    count = f"{len(patches) or 'no'} image patch{'es' * (len(patches) != 0)} cut off"
+    left.set_title(f"{patches['weight'].sum():.0f} % of attention on the picture" if scale else count)
+    for name, group in patches.query("w > 0 and h > 0").groupby("set", dropna=False) if len(patches) else ():
+        left.add_collection(squares(group, None if pd.isna(name) else name, scale))
     _draw_curves(middle, frame, flow, layer)
     _draw_words(right, words, layer)
     add_title(figure, title, subtitle, gap=0.4, left=0.1, bottom=0.5)

@@ -48,18 +48,17 @@ def plot_image_patches(
         ValueError: A column is missing or there are no rows.
     """
     panels, objects = _panels(patches), list(objects)
-    weights = [part["weight"] for part in panels.values() if "weight" in part]
-    scale = ScalarMappable(Normalize(0, max(map(max, weights), default=1) or 1), _HEAT)
+    scale = heat_scale(panels.values())
     rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
     figure, axes = plt.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
-        pixels = draw_picture(axis, _gray(image) if weights else image)
+        pixels = draw_picture(axis, gray(image) if scale else image)
         axis.set_title(name, fontsize=9.5, pad=4)
         seen = part[(part["w"] > 0) & (part["h"] > 0)]
         for kind, group in seen.groupby("set", dropna=False):
-            axis.add_collection(squares(group, None if pd.isna(kind) else kind, scale if weights else None))
+            axis.add_collection(squares(group, None if pd.isna(kind) else kind, scale))
         for box in (thing.box for thing in objects if thing.box):
             look: dict[str, Any] = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
             axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
@@ -74,14 +73,20 @@ def plot_image_patches(
     figure.subplots_adjust(wspace=0.06, hspace=gap / tall)
     legend: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
     figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.2, borderpad=0, **legend)
-    if weights:
+    if scale:
         bar = figure.colorbar(scale, ax=axes, shrink=0.8, aspect=30, pad=0.015)
         bar.set_label("Attention to an image token (%)", fontsize=8.5)
         bar.outline.set_visible(False)
     return figure
 
 
-def _gray(image: object) -> np.ndarray:
+def heat_scale(tables: Iterable[pd.DataFrame]) -> ScalarMappable | None:
+    """Return the scale from 0 to the largest weight of some patches; None where they have no weights."""
+    most = [table["weight"].max() for table in tables if "weight" in table]
+    return ScalarMappable(Normalize(0, max(most) or 1), _HEAT) if most else None
+
+
+def gray(image: object) -> np.ndarray:
     """Return a picture without its colors, so that those of a heat map are told from them."""
     shade = np.asarray(image, dtype=float).mean(-1, keepdims=True)
     return np.repeat(128 + shade / 2, 3, axis=-1).astype(np.uint8)
@@ -107,7 +112,7 @@ def squares(group: pd.DataFrame, kind: str | None, scale: ScalarMappable | None 
     look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0.6}
     if scale:
         look = {"facecolor": scale.to_rgba(group["weight"], alpha=0.75), "edgecolor": "none"}
-        look |= {"edgecolor": set_color(kind), "linewidth": 1.4} if kind else {}
+        look |= {"edgecolor": set_color(kind), "linewidth": 1.4, "zorder": 2} if kind else {}
     return PatchCollection(squares, label=kind or "in no set", **look)
 
 

@@ -7,6 +7,7 @@ import ipywidgets as widgets
 import pytest
 from tiny import tiny_sample, tiny_vlm
 
+from mmflow_utils.engine.checks import attention_pattern
 from mmflow_utils.experiments.knockout import knockout_sweep
 from mmflow_utils.experiments.lens import logit_lens
 from mmflow_utils.explorer import FLOWS, Explorer
@@ -49,6 +50,22 @@ def test_what_is_chosen_is_what_the_sweep_gives(explorer, model, samples):
     (row,) = frame[(frame.flow == "Question -> Last") & (frame.layer == 2)].to_dict("records")
     assert explorer.chosen.to_dict() == pytest.approx(row, nan_ok=True)
     assert abs(row["rel_change_pct"]) > 0.1  # else equality would say little
+
+
+def test_the_picture_can_show_what_the_target_attends_to(explorer, model, samples):
+    encoded = encode(model, samples[0])
+    explorer.flow.value, explorer.layer.value = RELATED, 2
+    for name, heads in (("attention, mean of heads", slice(None)), ("attention, head 3", slice(3, 4))):
+        explorer.heat.label = name
+        patches = explorer._patches(explorer.chosen)
+        rows = attention_pattern(model, encoded, 2)[heads, list(encoded.positions["question"])].mean((0, 1))
+        assert patches["position"].tolist() == list(encoded.positions["image"])
+        assert patches["weight"].tolist() == pytest.approx((100 * rows[list(encoded.positions["image"])]).tolist())
+        left = explorer.figure.axes[0]
+        assert left.get_title(loc="left") == f"{patches['weight'].sum():.0f} % of attention on the picture"
+        related, others = left.collections
+        assert len(related.get_facecolors()) == len(encoded.positions["image_related"])
+        assert len(others.get_facecolors()) == len(encoded.positions["image_other"])
 
 
 def test_the_words_are_those_of_the_lens(explorer, model, samples):
@@ -159,7 +176,8 @@ def test_the_view_is_a_picture_with_words_for_those_who_do_not_see_it(seen):
 def test_it_works_by_keyboard_and_does_not_draw_while_a_slider_moves(explorer):
     """Tab reaches a browser's own list or slider in the order of the page, and arrow keys change it."""
     *controls, said, view = explorer.children
-    assert controls == [explorer.task, explorer.sample, explorer.flow, explorer.layer, explorer.window]
+    choices = [explorer.task, explorer.sample, explorer.flow, explorer.layer, explorer.window, explorer.heat]
+    assert controls == choices
     assert {type(control) for control in controls} == {widgets.Dropdown, widgets.IntSlider}
     assert {type(other) for other in (said, view)} == {widgets.HTML}
     for control in controls:

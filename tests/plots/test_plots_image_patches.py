@@ -30,6 +30,26 @@ def test_a_patch_is_drawn_where_it_lies_in_the_color_of_its_set():
     assert len(drawn["in no set"].get_facecolor()) == 0
 
 
+def test_with_weights_patches_are_shaded_on_one_scale_over_a_gray_picture():
+    colored = np.full((20, 40, 3), (200, 0, 100), dtype=np.uint8)
+    strong, weak = (table().assign(weight=[most, most / 2, 0.0, 0.0]) for most in (8.0, 4.0))
+    figure = plot_image_patches(colored, {"strong": strong, "weak": weak})
+    first, second, bar = figure.axes
+    assert set(first.images[0].get_array().reshape(-1, 3).std(-1)) == {0}
+    shade = {
+        (axis.get_title("left"), c.get_label()): c.get_facecolor()[0]
+        for axis in (first, second)
+        for c in axis.collections
+    }
+    assert shade["strong", "image_other"] == pytest.approx(shade["weak", "image_related"])
+    assert shade["strong", "image_related"] != pytest.approx(shade["weak", "image_related"])
+    (edge,) = first.collections[1].get_edgecolor()
+    assert first.collections[1].get_label() == "image_related" and edge[:3] == pytest.approx(
+        to_rgb(set_color("image_related"))
+    )
+    assert bar.get_ylim() == (0, 8) and "(%)" in bar.get_ylabel()
+
+
 def test_tiles_and_named_tables_have_panels_of_their_own():
     two = pd.concat([table(0), table(1)])
     figure = plot_image_patches(PICTURE, {"boxes": two, "control": table()}, columns=2)
