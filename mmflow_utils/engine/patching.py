@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +24,7 @@ __all__ = ["Patch", "Patched", "run_patched", "run_patched_reference"]
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """What is put in place: at the entry of each of `layers`, the donor's residual stream at `positions`."""
+    """What is put in: at the entry of each of `layers`, the donor's residual stream at `positions` (ascending)."""
 
     positions: tuple[int, ...]
     layers: range
@@ -44,40 +43,39 @@ class Patched:
 def run_patched(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch]) -> Patched:
     """Run a prompt clean and under every patch, exactly, beside one clean pass of it and one of its donor.
 
-    A patch changes nothing before its first layer, and by causality nothing before its first position: only the rows
-    from there on are computed anew, packed, against the clean keys and values of what comes before.
+    Before a patch's first layer nothing changes, and by causality nothing before its first position: only the rows from
+    there on are computed anew, packed, against the clean keys and values of what comes before.
 
     Args:
-        model: The model.
-        encoded: The prompt that is run.
-        donor: The same question about another picture, of as many tokens, whose states are put in.
+        model, encoded: The model and the prompt that is run.
+        donor: The same question about another picture of as many tokens; its states are put in.
         patches: What is put in, one run each.
 
     Raises:
         ValueError: Prompts that differ in more than the picture; a layer or position that isn't there; NaN among the
-            logits; image tokens that attend to later ones, of which only some are patched.
+            logits; a part of image tokens that attend to later ones.
     """
-    stream, theirs = _left_by(model, encoded, donor, patches)
-    last, branches = encoded.positions.last, []
+    stream, theirs = _run_donor(model, encoded, donor, patches)
+    branches: list[Branch] = []
     for n, patch in enumerate(patches):
         if patch.positions and patch.layers:
-            # What a branch edits in layer `born` is what enters the next one.
-            born, rows = patch.layers.start - 1, range(patch.positions[0], last + 1)
+            born = patch.layers.start - 1  # a branch's edit is in the layer before what enters the patched one
+            rows = range(patch.positions[0], encoded.positions.last + 1)
             first = branches[-1].first + len(branches[-1].rows) if branches else 0
-            edit: dict[str, Any] = {"target": patch.positions, "source": (), "intervention": "mask", "heads": None}
-            branches.append(Branch(**edit, born=born, until=born, rows=rows, first=first, variants=[n]))
-    packed = _PatchedPass(model, branches, [last], None)
+            place = {"born": born, "until": born, "rows": rows, "first": first, "variants": [n]}
+            branches.append(Branch(target=patch.positions, source=(), intervention="mask", heads=None, **place))
+    packed = _PatchedPass(model, branches, [encoded.positions.last], None)
     packed.patches, packed.stream = patches, stream
     found = packed.run(encoded)
     rows = [found.get(n, packed.base)[0] for n in range(len(patches))]
-    return _as_patched(encoded, packed.base[0], theirs, rows)
+    return _gather(encoded, packed.base[0], theirs, rows)
 
 
 class _PatchedPass(PackedPass):
-    """The packed pass, whose branches begin with what a donor's run left."""
+    """The packed pass, whose branches hold what a donor's run left at all positions, layer by layer (`stream`)."""
 
     patches: Sequence[Patch]
-    stream: list[Float[Tensor, "n d"]]  # the donor's, layer by layer, at all positions
+    stream: list[Float[Tensor, "n d"]]
 
     def _before(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         given = super()._before(i, layer, args, kwargs)
@@ -90,13 +88,13 @@ class _PatchedPass(PackedPass):
         return given
 
     def _slices(self, i: int) -> list[list[Branch]]:
-        return super()._slices(i - 1)  # none has anything to compute in the layer before its patch
+        return super()._slices(i - 1)  # there is nothing to compute in the layer before a patch
 
 
 @torch.inference_mode()
 def run_patched_reference(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch]) -> Patched:
-    """Give what `run_patched` gives, by one full forward pass of the decoder, with plain hooks, for each patch."""
-    stream, theirs = _left_by(model, encoded, donor, patches)
+    """Return what `run_patched` does, by plain hooks and a full forward pass of the decoder for each patch."""
+    stream, theirs = _run_donor(model, encoded, donor, patches)
     kwargs, own = text_inputs(model, encoded.inputs)
     rows = []
     for patch in patches:
@@ -106,7 +104,7 @@ def run_patched_reference(model: VLM, encoded: Encoded, donor: Encoded, patches:
                 hooks.enter_context(model.layers[i].register_forward_pre_hook(put, with_kwargs=True))
             hidden = model.text(**kwargs).last_hidden_state[0, [encoded.positions.last]]
             rows.append(model.unembed(hidden.to(compute_device(model.unembed)))[0].float().cpu())
-    return _as_patched(encoded, own[0].float().cpu(), theirs, rows)
+    return _gather(encoded, own[0].float().cpu(), theirs, rows)
 
 
 def _put(positions: list[int], state: Tensor, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -115,10 +113,10 @@ def _put(positions: list[int], state: Tensor, _: nn.Module, args: tuple, kwargs:
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-def _left_by(
+def _run_donor(
     model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch]
 ) -> tuple[list[Float[Tensor, "n d"]], Float[Tensor, " vocab"]]:
-    """Run the donor, and return its residual stream at all positions and its logits at the last."""
+    """Return the donor's residual stream at all positions, and its logits at the last; refuse what doesn't fit."""
     ids, theirs = encoded.inputs["input_ids"], donor.inputs["input_ids"]
     if not torch.equal(ids, theirs):
         raise ValueError(
@@ -137,7 +135,7 @@ def _left_by(
     return stream, logits.float().cpu()
 
 
-def _as_patched(encoded: Encoded, base: Tensor, donor: Tensor, rows: Sequence[Tensor]) -> Patched:
+def _gather(encoded: Encoded, base: Tensor, donor: Tensor, rows: Sequence[Tensor]) -> Patched:
     variants = torch.stack(list(rows)) if rows else base.new_empty(0, len(base))
     need_numbers(encoded, base, donor, variants)
     return Patched(base, donor, variants)

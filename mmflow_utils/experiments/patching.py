@@ -1,7 +1,7 @@
-"""Activation patching over pairs, position sets and layers: where is what decides between two answers?
+"""Activation patching over pairs, position sets and layers: where does it stand which of two answers is given?
 
 The causal counterpart of the knockout. A pair is one question about two pictures, with two answers: the first picture
-is run, what the second one's run holds is put in its place.
+is run, and what the other one's run holds is put in its place.
 
 params = with_pairs(params)
 result = patch_sweep(model, load_pairs(model, params))
@@ -38,7 +38,7 @@ COLUMNS = (
     "sample_id", "image_id", "task", "positions", "layer", "window", "n_positions", "token", "token_donor", "p_base",
     "p_patched", "p_donor", "logit_diff_base", "logit_diff_patched", "logit_diff_donor", "recovery_pct", "flipped_pct",
 )  # fmt: skip
-SHARE = 4  # as many samples as a knockout takes, so many more rows are computed for a pair
+SHARE = 4  # of `n_samples`, one in so many: a pair takes more rows than a sample's knockouts do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +49,22 @@ class Pair(Sample):
 
 
 def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
-    """Pair samples that ask the same question about two pictures of one size, with different answers.
-
-    Each sample is in one pair at most; of two, the earlier one is run, and the later one is its `other`.
-    """
+    """Pair samples that ask the same about two pictures of one size, with different answers, each sample once."""
     waiting: dict[tuple, list[Sample]] = {}
     pairs = []
     for sample in samples:
         alike = waiting.setdefault((sample.task, sample.question, sample.image_size), [])
-        if first := next((one for one in alike if one.answer != sample.answer), None):
+        first = next((one for one in alike if one.answer != sample.answer), None)
+        if first is None:
+            alike.append(sample)
+        else:
             alike.remove(first)
             pairs.append(Pair(**{f.name: getattr(first, f.name) for f in fields(Sample)}, other=sample))
-        else:
-            alike.append(sample)
     return pairs
 
 
 def with_pairs(params: Params) -> Params:
-    """Return parameters whose questions are the minimal pairs, if such lie in a folder `pairs` beside the questions."""
+    """Return parameters whose questions are the minimal pairs in a folder `pairs` beside them, if there is one."""
     folder = Path(params.questions).parent / "pairs"
     files = {"questions": "val_balanced_questions.json", "scene_graphs": "val_sceneGraphs.json", "images": "images"}
     moved = params.model_copy(update={name: str(folder / file) for name, file in files.items()})
@@ -79,26 +77,27 @@ def load_pairs(model: VLM, params: Params) -> list[Pair]:
     Raises:
         ValueError: There is none.
     """
-    samples, _ = read_questions(params, tasks=params.tasks)
-    ask = ask_in_parts(params, params.folder / "pairs")
+    pairs, ask = (
+        find_pairs(read_questions(params, tasks=params.tasks)[0]),
+        ask_in_parts(params, params.folder / "pairs"),
+    )
 
-    def ask_both(model: VLM, pairs: Sequence[Pair]) -> pd.DataFrame:
-        record = ask(model, [*pairs, *(pair.other for pair in pairs)])
-        record, others = record[: len(pairs)].copy(), record[len(pairs) :].reset_index(drop=True)
+    def ask_both(model: VLM, some: Sequence[Sample]) -> pd.DataFrame:
+        record = ask(model, [*some, *(one.other for one in some if isinstance(one, Pair))])
+        record, others = record[: len(some)].copy(), record[len(some) :].reset_index(drop=True)
         record["correct"] &= others["correct"]
         if WITHOUT in record:
             record[WITHOUT] = record[WITHOUT].eq(True) | others[WITHOUT].eq(True)
         return record
 
     n_pairs = max(1, params.n_samples // SHARE)
-    pairs = find_pairs(samples)
     kept, _ = curate(model, pairs, tasks=params.tasks, n_samples=n_pairs, seed=params.seed, ask=ask_both)
     if not kept:
         raise ValueError(
             f"{params.model} answers none of the {len(pairs)} pairs in {params.questions} correctly on both pictures: "
             "name other `questions`, or look at what it says in notebook 01."
         )
-    return kept
+    return [pair for pair in kept if isinstance(pair, Pair)]
 
 
 def patch_sweep(
@@ -106,10 +105,10 @@ def patch_sweep(
     samples: Iterable[Pair],
     *,
     sets: Sequence[str] = SETS,
+    layers: Sequence[int] | None = None,
     window: int = 1,
     method: str = "sweep",
     n_check: int = 2,
-    tolerance: float | None = None,
     progress: bool = True,
 ) -> Result:
     """Put what the other picture's run holds at each position set into each layer, and see whose answer comes.
@@ -117,12 +116,12 @@ def patch_sweep(
     Args:
         model: the model.
         samples: pairs, both of whose questions it answers correctly.
-        sets: position sets. Those of `image_related` are the patches of either picture's objects,
-            `rest_of_question` is neither option nor object.
-        window: layers at whose entry the states are put in, from `layer` on; 1 puts them in once.
+        sets: position sets. Here `image_related` are the patches of either picture's objects, and `rest_of_question`
+            is neither option nor object.
+        layers: at whose entry the states are put in; every one by default.
+        window: so many layers, from that one on, have them put in.
         method: `sweep` computes what a patch changes beside one clean pass; `reference` runs the model for each row.
-        n_check: how many pairs are held against the reference, each set in one layer.
-        tolerance: largest difference in probability that this check allows, see `knockout_sweep`.
+        n_check: how many pairs are held against the reference, each set in one layer or two.
         progress: show a bar.
 
     Returns:
@@ -134,31 +133,28 @@ def patch_sweep(
     Raises:
         ValueError: the check failed; anything that `encode` or `run_patched` refuses.
     """
-    loop = Loop(model, method=method, n_check=n_check)
-    tolerance = rounding(model.dtype) if tolerance is None else tolerance
-    n_layers = model.n_layers
-    windows = [window_layers(i, window=window, n_layers=n_layers, placement="forward") for i in range(n_layers)]
+    loop, n_layers = Loop(model, method=method, n_check=n_check), model.n_layers
+    layers = range(n_layers) if layers is None else layers
+    windows = [window_layers(i, window=window, n_layers=n_layers, placement="forward") for i in layers]
     run = run_patched if method == "sweep" else run_patched_reference
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
+        assert isinstance(encoded.sample, Pair), "samples come from find_pairs"
         donor = encode(model, encoded.sample.other)
         held = _name_sets(encoded, donor)
         for name in sets:
             if name not in held:
                 loop.skip(encoded, held.why_missing(name), positions=pretty_name(name))
-        planned = [(name, layers) for name in sets if name in held for layers in windows]
-        patches = [Patch(positions=held[name], layers=layers) for name, layers in planned]
+        planned = [(name, some) for name in sets if name in held for some in windows]
+        patches = [Patch(positions=held[name], layers=some) for name, some in planned]
         found = run(model, encoded, donor, patches)
         if loop.checks:
-            loop.differences.append(_check(model, encoded, donor, patches, found, tolerance))
+            loop.differences.append(_check(model, encoded, donor, patches, found, every=len(windows) + 1))
         if found.base.argmax() == found.donor.argmax():
             loop.skip(encoded, "both answers begin with the same token", positions="all of them")
             return []
-        labels = [
-            {"positions": pretty_name(name), "layer": layers.start, "window": window, "n_positions": len(held[name])}
-            for name, layers in planned
-        ]
-        return [label | row for label, row in zip(labels, _rows(model, found), strict=True)]
+        labels = [(pretty_name(name), some.start, window, len(held[name])) for name, some in planned]
+        return [dict(zip(COLUMNS[3:], values, strict=True)) for values in _values(model, labels, found)]
 
     return loop.over(samples, measure, COLUMNS, name="Patching", progress=progress)
 
@@ -174,34 +170,24 @@ def _name_sets(encoded: Encoded, donor: Encoded) -> PositionSets:
     return held.with_(rest_of_question={*held["question"]} - named, image=image_positions(encoded))
 
 
-def _check(
-    model: VLM, encoded: Encoded, donor: Encoded, patches: list[Patch], found: Patched, tolerance: float
-) -> float:
-    """Hold some patches, each set in another layer, against the plain way, and a whole run put in against its donor."""
-    some = range(0, len(patches), model.n_layers + 1)
+def _check(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch], found: Patched, every: int) -> float:
+    """Hold one in so many patches against the plain way, and all of the donor's states, put in, against the donor."""
+    plain = run_patched_reference(model, encoded, donor, patches[::every])
     whole = Patch(positions=tuple(range(encoded.positions.n_tokens)), layers=range(1))
-    plain = run_patched_reference(model, encoded, donor, [patches[n] for n in some])
     theirs = run_patched(model, encoded, donor, [whole])
-    ours = torch.cat([found.base[None], found.variants[list(some)], theirs.variants])
+    ours = torch.cat([found.base[None], found.variants[::every], theirs.variants])
     other = torch.cat([plain.base[None], plain.variants, plain.donor[None]])
-    return check_close(encoded, probabilities(ours), probabilities(other), tolerance=tolerance)
+    return check_close(encoded, probabilities(ours), probabilities(other), tolerance=rounding(model.dtype))
 
 
-def _rows(model: VLM, found: Patched) -> list[dict[str, Any]]:
-    """Turn logits into rows: one per patch."""
+def _values(model: VLM, labels: Sequence[tuple], found: Patched) -> Iterable[tuple]:
+    """Give the columns of each patch, in their order, from its labels on."""
     a, b = int(found.donor.argmax()), int(found.base.argmax())
-    base, donor, *patched = ((x[a] - x[b]).item() for x in (found.base, found.donor, *found.variants))
-    p_base, p_donor, *p_patched = probabilities(torch.stack([found.base, found.donor, *found.variants]))[:, a].tolist()
+    logits = torch.cat([torch.stack([found.base, found.donor]), found.variants])
+    base, donor, *patched = (logits[:, a] - logits[:, b]).tolist()
+    p_base, p_donor, *p_patched = probabilities(logits)[:, a].tolist()
     flipped = stays_first(model, Run(found.donor, found.variants, found.donor[None]))
-    same = {"token": model.tokenizer.decode([b]), "token_donor": model.tokenizer.decode([a])}
-    same |= {"p_base": p_base, "p_donor": p_donor, "logit_diff_base": base, "logit_diff_donor": donor}
-    return [
-        same
-        | {
-            "p_patched": p_patched[n],
-            "logit_diff_patched": patched[n],
-            "recovery_pct": 100 * (patched[n] - base) / (donor - base),
-            "flipped_pct": 100.0 * flipped[n],
-        }
-        for n in range(len(patched))
-    ]
+    tokens = model.tokenizer.decode([b]), model.tokenizer.decode([a])
+    for label, p, diff, is_flipped in zip(labels, p_patched, patched, flipped, strict=True):
+        recovery = 100 * (diff - base) / (donor - base)
+        yield *label, *tokens, p_base, p, p_donor, base, diff, donor, recovery, 100.0 * is_flipped

@@ -17,6 +17,7 @@ import pandas as pd
 from tiny import tiny_sample, tiny_vlm
 
 from mmflow_utils import experiments
+from mmflow_utils.experiments.patching import Pair
 from mmflow_utils.prompts import subwords
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION
 from mmflow_utils.prompts.image_patches import control_flows, encode_random_patches
@@ -50,6 +51,7 @@ CALLS = {
     "question_semantics": [{"window": 2}, {"window": 3, "pooled": True, "top_k": 3}],
     "prune_sweep": [{"removed": [1, 3]}],
     "picture_sweep": [{"scales": (0.5, 0.25)}],
+    "patch_sweep": [{}, {"sets": ("image", "last"), "layers": [1], "window": 2}],
 }
 """For each experiment the calls whose rows are kept."""
 WORDS = {"ask_questions": "correct", "answer_subwords": "answer"}
@@ -67,7 +69,11 @@ def find_experiment(name: str) -> Callable:
 def measure(name: str, pictures: Path) -> pd.DataFrame:
     """Measure the rows of an experiment anew, on a random model and a few questions."""
     model = tiny_vlm("llava_next", n_kv_heads=2)
-    samples = [tiny_sample(pictures, sample_id=f"q{n}", seed=n, size=(60 + 30 * n, 60)) for n in range(2)]
+    sizes = [(60 + 30 * n, 60) for n in range(2)]
+    samples = [tiny_sample(pictures, sample_id=f"q{n}", seed=n, size=size) for n, size in enumerate(sizes)]
+    if name == "patch_sweep":
+        others = [tiny_sample(pictures, sample_id=f"o{n}", seed=9 + n, size=size) for n, size in enumerate(sizes)]
+        samples = [Pair(**vars(sample), other=other) for sample, other in zip(samples, others, strict=True)]
     if name in WORDS:
         samples += [replace(sample, sample_id=f"{sample.sample_id}-said", answer=SAID) for sample in samples]
     found = [find_experiment(name)(model, samples, **call, progress=False) for call in CALLS[name]]
