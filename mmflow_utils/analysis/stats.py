@@ -8,6 +8,7 @@ interval and test here goes by images (clusters), never by rows. Knows no model 
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -223,7 +224,8 @@ def _cluster_table(
         raise ValueError(f"{n_missing} rows have no {cluster!r}: fill it in, or choose another cluster")
     groups = frame.groupby(by, dropna=False, observed=True)
     for name in SETTINGS:
-        if name in frame and name not in by and groups[name].nunique().max() > 1:
+        mixed = name in frame and name not in by and frame[name].nunique() > 1
+        if mixed and groups[name].nunique().max() > 1:
             raise ValueError(f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`")
     kept = np.isfinite(values)
     ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)
@@ -271,10 +273,15 @@ def resample_means(
     seed: int | Sequence[int],
 ) -> Float[np.ndarray, "n_boot groups"]:
     """Return each group's mean in every resample of the clusters, NaN where none of its own was drawn."""
-    n = sums.shape[1]
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+    weights = _draw_counts(sums.shape[1], n_boot, seed if isinstance(seed, int) else tuple(seed))
     with np.errstate(invalid="ignore"):
         return (weights @ sums.T) / (weights @ counts.T)
+
+
+@lru_cache(maxsize=8)  # the many curves of a table share their draws
+def _draw_counts(n: int, n_boot: int, seed: int | tuple[int, ...]) -> Float[np.ndarray, "n_boot clusters"]:
+    """Return how often each cluster is drawn in every resample."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
 
 
 def _sign_flip_p(
