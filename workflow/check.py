@@ -32,10 +32,10 @@ from mmflow_utils.models.sources import find_checkpoint, gguf_file, reason_of
 from mmflow_utils.params import ROOT, Params, project_path
 from mmflow_utils.prompts.encoding import image_positions
 from workflow import check_model as of_model
-from workflow.check_model import Look, Unfit, Untold, choose, costs
+from workflow.check_model import Look, Untold, choose, costs
 from workflow.download import DATA
 
-__all__ = ["Row", "check"]
+__all__ = ["CHECKS", "Row", "check", "judge"]
 
 PASS, FAIL, NOT_CHECKED = "PASS", "FAIL", "NOT CHECKED"
 RESULTS_GB = 1.0  # of a whole report, with room to spare
@@ -228,22 +228,26 @@ def check(params: Params, *, fetch: bool = False, begin: Callable[[str], None] =
         fetch: Fetch weights that aren't here.
         begin: Told each title before its check begins.
     """
-    look, names = Look(params, fetch), {"model": params.model, "file": f"params/{params.model}.yaml"}
+    look = Look(params, fetch)
     for one in CHECKS:
         begin(one.title)
-        try:
-            if lacking := [name for name in one.needs if name not in look.passed]:
-                raise Untold(f"needs {' and '.join(lacking)}, see above")
-            found = one.look(look)
-        except Untold as error:
-            yield Row(one.title, NOT_CHECKED, str(error))
-        except Exception as error:  # a broken model raises what it likes, and the next check goes on
-            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {reason_of(error)}"
-            remedy = error.remedy if isinstance(error, Unfit) else one.remedy
-            yield Row(one.title, FAIL, said, remedy.format(**names))
-        else:
-            look.passed.add(one.title)
-            yield Row(one.title, PASS, found)
+        yield judge(look, one)
+
+
+def judge(look: Look, one: Check) -> Row:
+    """Make one check, and note if it passed."""
+    params = look.params
+    try:
+        if lacking := [name for name in one.needs if name not in look.passed]:
+            raise Untold(f"needs {' and '.join(lacking)}, see above")
+        found = one.look(look)
+    except Untold as error:
+        return Row(one.title, NOT_CHECKED, str(error))
+    except Exception as error:  # a broken model raises what it likes, and the next check goes on
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {reason_of(error)}"
+        return Row(one.title, FAIL, said, one.remedy.format(model=params.model, file=f"params/{params.model}.yaml"))
+    look.passed.add(one.title)
+    return Row(one.title, PASS, found)
 
 
 def show(row: Row) -> str:

@@ -86,8 +86,10 @@ def judge_text(model: VLM, *, own: bool) -> str:
     name, text = expected_text(model)
     if model.prompt == text:
         return name
-    if own and text.endswith(model.prompt):
-        return f"{name} from the user's turn on, as it was trained"
+    if own and (begin := text.find(model.prompt[:8])) > 0:
+        name, text = f"{name} from the user's turn on, as it was trained", text[begin:]
+        if model.prompt == text:
+            return name
     at = next((n for n, (a, b) in enumerate(zip(model.prompt, text, strict=False)) if a != b), len(model.prompt))
     here, there = (repr(words[max(0, at - 8) : at + 24]) for words in (model.prompt, text))
     raise ValueError(f"The prompt has {here} where {name} has {there}, from character {at} on.")
