@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import Normalize, to_rgba
+from matplotlib.colors import PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
@@ -68,13 +68,16 @@ def plot_image_patches(
     room, gap = 0.15 + 0.22 * ceil(len(handles) / in_row), 0.35  # inches: the legend, a panel's title
     wide = (columns * width - 0.2) / (columns + 0.06 * (columns - 1))
     tall = wide * pixels.shape[0] / pixels.shape[1]
-    figure.set_size_inches(columns * width, rows * tall + (rows - 1) * gap + room)
-    add_title(figure, title, subtitle, bottom=room, gap=gap)
+    side = 0.8 if scale else 0  # a heat map's scale
+    figure.set_size_inches(columns * width + side, rows * tall + (rows - 1) * gap + room)
+    add_title(figure, title, subtitle, bottom=room, gap=gap, right=0.1 + side)
     figure.subplots_adjust(wspace=0.06, hspace=gap / tall)
     legend: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
     figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.2, borderpad=0, **legend)
     if scale:
-        bar = figure.colorbar(scale, ax=axes, shrink=0.8, aspect=30, pad=0.015)
+        total, bottom = columns * width + side, axes[-1, 0].get_position().y0
+        beside = (1 - side / total, bottom, 0.12 / total, axes[0, 0].get_position().y1 - bottom)
+        bar = figure.colorbar(scale, cax=figure.add_axes(beside))
         bar.set_label("Attention to an image token (%)", fontsize=8.5)
         bar.outline.set_visible(False)
     return figure
@@ -83,13 +86,13 @@ def plot_image_patches(
 def heat_scale(tables: Iterable[pd.DataFrame]) -> ScalarMappable | None:
     """Return the scale from 0 to the largest weight of some patches; None where they have no weights."""
     most = [table["weight"].max() for table in tables if "weight" in table]
-    return ScalarMappable(Normalize(0, max(most) or 1), _HEAT) if most else None
+    return ScalarMappable(PowerNorm(0.5, 0, max(most) or 1), _HEAT) if most else None
 
 
 def gray(image: object) -> np.ndarray:
     """Return a picture without its colors, so that those of a heat map are told from them."""
     shade = np.asarray(image, dtype=float).mean(-1, keepdims=True)
-    return np.repeat(128 + shade / 2, 3, axis=-1).astype(np.uint8)
+    return np.repeat(64 + 0.75 * shade, 3, axis=-1).astype(np.uint8)
 
 
 def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -111,7 +114,9 @@ def squares(group: pd.DataFrame, kind: str | None, scale: ScalarMappable | None 
     look: dict[str, Any] = {"facecolor": to_rgba(set_color(kind), 0.45) if kind else "none"}
     look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0.6}
     if scale:
-        look = {"facecolor": scale.to_rgba(group["weight"], alpha=0.75), "edgecolor": "none"}
+        colors = scale.to_rgba(group["weight"])
+        colors[:, 3] = 0.1 + 0.75 * scale.norm(group["weight"])  # where little is seen, the picture stays visible
+        look = {"facecolor": colors, "edgecolor": "none"}
         look |= {"edgecolor": set_color(kind), "linewidth": 1.4, "zorder": 2} if kind else {}
     return PatchCollection(squares, label=kind or "in no set", **look)
 
