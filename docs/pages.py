@@ -14,7 +14,8 @@ from urllib.parse import quote
 import nbformat
 from nbformat import NotebookNode
 
-from mmflow_utils.params import plain_assignments
+from docs.address import binder, colab, first_cell
+from mmflow_utils.params import ROOT, plain_assignments
 from mmflow_utils.results.frames import find_frame, read_manifest
 
 LINK = re.compile(r"\[([^\]]+)\]\((\w+\.ipynb)(?:#[^)]*)?\)")
@@ -43,7 +44,8 @@ def write_page(executed: Path, page: Path) -> None:
     first = notebook.cells[0]
     _, _, introduction = first.source.partition("\n")
     first.source = f"# {title_of(notebook, model)}"
-    run = nbformat.v4.new_raw_cell(describe_run(notebook, executed), metadata={"raw_mimetype": "text/html"})
+    top = describe_run(notebook, executed) + buttons(executed.name)
+    run = nbformat.v4.new_raw_cell(top, metadata={"raw_mimetype": "text/html"})
     notebook.cells[1:1] = [run, nbformat.v4.new_markdown_cell(introduction)]
     page.parent.mkdir(parents=True, exist_ok=True)
     _link_frames(notebook, executed.parent, page.parent)
@@ -127,6 +129,19 @@ def describe_run(notebook: NotebookNode, executed: Path) -> str:
     tables = "".join(_table(title, values) for title, values in rows.items())
     folded = f"<details><summary>What made this page</summary>{tables}</details>" if rows else ""
     return f'<div class="mmflow-run"><p>{" · ".join(said)}</p>{folded}</div>'
+
+
+def buttons(name: str) -> str:
+    """Write in HTML the buttons that open a notebook in the browser, and what Colab must be told first."""
+    if not (ROOT / "notebooks" / name).is_file():
+        return ""
+    path = f"notebooks/{name}"
+    links = [
+        f'<a href="{address}">Open in {host}</a>'
+        for host, address in (("Binder", binder(path)), ("Colab", colab(path)))
+    ]
+    told = f"<details><summary>In Colab, run this first</summary><pre>{html.escape(first_cell())}</pre></details>"
+    return f'<div class="mmflow-open">{" ".join(links)}{told}</div>'
 
 
 def changed_parameters(notebook: NotebookNode) -> dict[str, Any]:
