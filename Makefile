@@ -76,6 +76,7 @@ data: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/sweep_speed.py
 	@$(BIN)/python benchmarks/shared_picture.py
+	@$(BIN)/python benchmarks/head_speed.py
 
 # torch is pinned without a build: pip takes the CPU build where it is told of one (PIP_FIND_LINKS or an
 # extra index), and the registry's CUDA build elsewhere.
