@@ -3,7 +3,6 @@
 The causal counterpart of the knockout. A pair is one question about two pictures, with two answers: the first picture
 is run, and what the other one's run holds is put in its place.
 
-params = with_pairs(params)
 result = patch_sweep(model, load_pairs(model, params))
 """
 
@@ -38,7 +37,8 @@ COLUMNS = (
     "sample_id", "image_id", "task", "positions", "layer", "window", "n_positions", "token", "token_donor", "p_base",
     "p_patched", "p_donor", "logit_diff_base", "logit_diff_patched", "logit_diff_donor", "recovery_pct", "flipped_pct",
 )  # fmt: skip
-SHARE = 4  # of `n_samples`, one in so many: a pair takes more rows than a sample's knockouts do
+LEAST_GAP = 1.0  # of the logit difference: less can't be divided by
+SHARE = 5  # of `n_samples`, one in so many: a pair takes more rows than a sample's knockouts do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +72,16 @@ def with_pairs(params: Params) -> Params:
 
 
 def load_pairs(model: VLM, params: Params) -> list[Pair]:
-    """Give pairs of which the model answers both questions correctly: a quarter of `n_samples` in each task, or all.
+    """Give pairs of which the model answers both questions correctly: a fifth of `n_samples` in each task, or all.
+
+    They are the minimal pairs, where there are any (`with_pairs`), or else found among the questions.
 
     Raises:
         ValueError: There is none.
     """
-    pairs, ask = (
-        find_pairs(read_questions(params, tasks=params.tasks)[0]),
-        ask_in_parts(params, params.folder / "pairs"),
-    )
+    params = with_pairs(params)
+    samples, _ = read_questions(params, tasks=params.tasks)
+    pairs, ask = find_pairs(samples), ask_in_parts(params, params.folder / "pairs")
 
     def ask_both(model: VLM, some: Sequence[Sample]) -> pd.DataFrame:
         record = ask(model, [*some, *(one.other for one in some if isinstance(one, Pair))])
@@ -150,8 +151,11 @@ def patch_sweep(
         found = run(model, encoded, donor, patches)
         if loop.checks:
             loop.differences.append(_check(model, encoded, donor, patches, found, every=len(windows) + 1))
-        if found.base.argmax() == found.donor.argmax():
-            loop.skip(encoded, "both answers begin with the same token", positions="all of them")
+        if _gap(found) < LEAST_GAP:  # 0 where both answers begin with the same token
+            reason = (
+                f"the pictures move the answers' logits apart by less than {LEAST_GAP:g}: there is nothing to recover"
+            )
+            loop.skip(encoded, reason, positions="all of them")
             return []
         labels = [(pretty_name(name), some.start, window, len(held[name])) for name, some in planned]
         return [dict(zip(COLUMNS[3:], values, strict=True)) for values in _values(model, labels, found)]
@@ -178,6 +182,12 @@ def _check(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch
     ours = torch.cat([found.base[None], found.variants[::every], theirs.variants])
     other = torch.cat([plain.base[None], plain.variants, plain.donor[None]])
     return check_close(encoded, probabilities(ours), probabilities(other), tolerance=rounding(model.dtype))
+
+
+def _gap(found: Patched) -> float:
+    """Return how much further the donor's run prefers its own answer to this one's than this run does."""
+    apart = found.donor - found.base
+    return float(apart[found.donor.argmax()] - apart[found.base.argmax()])
 
 
 def _values(model: VLM, labels: Sequence[tuple], found: Patched) -> Iterable[tuple]:

@@ -7,7 +7,7 @@ from tiny import tiny_sample, tiny_vlm
 
 from miniature.planted import ANSWER, PICK_UP
 from mmflow_utils.experiments import patching
-from mmflow_utils.experiments.patching import Pair, find_pairs, load_pairs, patch_sweep, with_pairs
+from mmflow_utils.experiments.patching import Pair, find_pairs, load_pairs, patch_sweep
 from mmflow_utils.models.load import load_model
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.results.resume import measure_in_parts
@@ -21,14 +21,19 @@ def pair_of(folder, *, n=0, **changes):
     return Pair(**vars(own), other=replace(other, answer="right"))
 
 
+@pytest.fixture(autouse=True)
+def unsure_models_count(monkeypatch):
+    monkeypatch.setattr(patching, "LEAST_GAP", 1e-3)  # a random model's answers are close
+
+
 @pytest.fixture(scope="module")
 def planted():
     return load_model(Params.from_yaml(ROOT / "params/planted.yaml"))
 
 
 def test_recovery_jumps_at_the_planted_layers_and_nowhere_else(planted, tmp_path):
-    params = Params.from_yaml(ROOT / "params/planted.yaml", n_samples=8, outputs=str(tmp_path))
-    pairs = load_pairs(planted, with_pairs(params))
+    params = Params.from_yaml(ROOT / "params/planted.yaml", n_samples=10, outputs=str(tmp_path))
+    pairs = load_pairs(planted, params)
     assert len(pairs) == 2 and all(pair.answer != pair.other.answer for pair in pairs)
     result = patch_sweep(planted, pairs, n_check=1, progress=False)
     assert result.max_check_diff < 1e-5
@@ -79,7 +84,7 @@ def test_what_a_prompt_lacks_is_skipped_with_its_reason(tmp_path):
     ]
     alike = replace(pair, other=replace(pair, sample_id="again"))
     (skipped,) = patch_sweep(model, [alike], sets=("last",), n_check=0, progress=False).skipped
-    assert skipped["reason"] == "both answers begin with the same token"
+    assert "nothing to recover" in skipped["reason"]
 
 
 def test_a_wrong_patch_is_found_out_by_the_check(tmp_path, monkeypatch):
