@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmflow_utils.engine.closeness import check_head
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, allowed, as_index, keys_only
 from mmflow_utils.engine.plan import Branch
-from mmflow_utils.engine.prefix import Prefix
+from mmflow_utils.engine.prefix import Prefix, Uncut
 from mmflow_utils.engine.reference import Keep
 from mmflow_utils.models.adapter import VLM, compute_device
 from mmflow_utils.prompts.encoding import Encoded
@@ -80,8 +80,9 @@ class PackedPass:
         start = prefix.common(inputs, first_edited) if prefix else 0
         if prefix and start and prefix.fits(self.model, inputs, start):
             self.start = start
-            with self._hooked():
+            with suppress(Uncut), self._hooked():
                 return prefix.go_on(self.model, inputs, start, slice(None))
+            self.start = 0
         with self._hooked():
             out = self.model.hf(**inputs, use_cache=False)
         check_head(self.model, encoded, self.resid_post[-1], out.logits[0])
@@ -119,6 +120,10 @@ class PackedPass:
             self._remember(hidden[0, self._here(self.read)])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
+        if i and hidden is not self.left:  # something was added between two layers, as Qwen3-VL adds to the picture
+            added = (hidden - self.left.to(hidden.device))[0]
+            for own, low in ((self.rows[b.first :][: len(b.rows)], b.rows[0] - self.start) for b in self.branches):
+                own += added[low:][: len(own)]
         self.values = self.other[i] if self.other else None
         self.mask = self._square(kwargs.get("attention_mask"))
         self._check_order(self.mask)
@@ -172,6 +177,7 @@ class PackedPass:
         if self.prefix and not self.start:
             self.keys.append((self.clean.key, self.clean.value))
         self._remember(hidden[0, self._here(self.read)] if i < self.last else hidden[0])
+        self.left = hidden
         for some in self._slices(i):
             index, out = self._through(i, layer, some)
             if i == self.last:

@@ -18,10 +18,14 @@ from mmflow_utils.engine.reference import Run, collect_stream
 from mmflow_utils.models.adapter import VLM, compute_device, decoder_inputs, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 
-__all__ = ["Prefix", "run_clean"]
+__all__ = ["Prefix", "Uncut", "run_clean"]
 
 # Whether a decoder that goes on from stored keys gives what it gives in one go: found out once for each model.
 _PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Uncut(LookupError):
+    """An argument of a decoder belongs to a whole prompt, such as what Qwen3-VL adds to a picture in later layers."""
 
 
 class Prefix:
@@ -64,7 +68,7 @@ class Prefix:
         The library makes its arguments for the whole prompt, as ever, and the shared positions are cut away.
 
         Raises:
-            LookupError: An argument of which it isn't known how to cut it.
+            Uncut: An argument of which it isn't known how to cut it.
         """
         # A picture that lies before `start` isn't looked at again.
         again = model.image_token_id in inputs["input_ids"][0, start:].tolist()
@@ -82,14 +86,11 @@ class Prefix:
     def fits(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> bool:
         """Tell whether going on from stored keys gives this model's own output; tried once for each model."""
         if model.hf not in _PROVEN:
-            kwargs = self.decoder_arguments(model, inputs, start)
-            if kwargs is None:
-                _PROVEN[model.hf] = False
-            else:
-                states = model.text(**kwargs).last_hidden_state[0, -1:]
-                self.compare(
-                    model, model.unembed(states.to(compute_device(model.unembed))), text_inputs(model, inputs)[1]
-                )
+            try:
+                ours = self.go_on(model, inputs, start, slice(-1, None))
+            except Uncut:
+                return False
+            self.compare(model, ours, text_inputs(model, inputs)[1])
         return _PROVEN[model.hf]
 
     def compare(self, model: VLM, ours: Tensor, plain: Tensor) -> bool:
@@ -143,7 +144,7 @@ def _from(start: int, n_tokens: int, name: str, value: Any) -> Any:
         return value[..., start:]
     if name == "past_key_values" or not isinstance(value, Tensor | list | tuple | dict):
         return value
-    raise LookupError(name)
+    raise Uncut(name)
 
 
 def _mask_from(start: int, n_tokens: int, mask: Any) -> Any:

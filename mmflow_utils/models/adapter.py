@@ -6,6 +6,7 @@ logits = model.unembed(model.final_norm(resid_post))
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from math import isqrt
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 __all__ = ["FAMILIES", "VLM", "compute_device", "decoder_inputs", "picture_features", "text_inputs"]
 
-FAMILIES = ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_5_vl", "smolvlm")
+FAMILIES = (
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm",
+)  # fmt: skip
 """Families, by `model_type`, whose picture path is proven (tests/test_families.py); others are refused."""
 
 
@@ -103,7 +106,7 @@ class VLM:
 
     @property
     def overview_tile(self) -> int:
-        """Which of several tiles shows the whole picture: LLaVA-NeXT's first one, else the last."""
+        """Which of several tiles shows the whole picture: the first one where tiles are stitched, else the last."""
         return 0 if hasattr(self.hf, "pack_image_features") else -1
 
     def attention(self, layer: int) -> Any:
@@ -146,18 +149,15 @@ class VLM:
     ) -> Float[Tensor, "image_tokens k"]:
         """Lay out values that belong to patches of the picture as the model lays out its image tokens.
 
-        Most are in reading order, tile after tile. LLaVA-NeXT stitches its tiles together, cuts the padding
-        away and ends each row with a newline token: the library's own packing does it here, and newlines come
-        out NaN.
+        Most are in reading order, tile after tile. LLaVA-NeXT and OneVision stitch tiles together, cut the padding
+        away and end each row with a newline token: the library's own packing does it here, and newlines come out NaN.
         """
         if not hasattr(self.hf, "pack_image_features"):
             return patches.flatten(0, 1)
-        newline = torch.full((patches.shape[-1],), torch.nan)
-        strategy = self.hf.config.vision_feature_select_strategy
-        packed, _ = self.hf.pack_image_features(
-            [patches], inputs["image_sizes"].cpu(), vision_feature_select_strategy=strategy, image_newline=newline
-        )
-        return packed[0]
+        pack, newline = self.hf.base_model.pack_image_features, torch.full((patches.shape[-1],), torch.nan)
+        names = {"vision_feature_select_strategy", "vision_aspect_ratio"} & {*signature(pack).parameters}
+        options = {name: getattr(self.hf.config, name) for name in names}
+        return pack([patches], inputs["image_sizes"].cpu(), image_newline=newline, **options)[0][0]
 
     def tiles(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "tiles 3 height width"]:
         """Give the processed picture as pictures; the patches that Qwen's processor cuts are put together."""

@@ -19,10 +19,18 @@ from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.experiments.knockout import knockout_sweep
 from mmflow_utils.prompts.encoding import encode
-from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, Flow, variants
+from mmflow_utils.prompts.flows import (
+    FLOW_TO_LAST,
+    IMAGE_PATCHES_TO_QUESTION,
+    IMAGE_TO_QUESTION,
+    Flow,
+    Variant,
+    variants,
+)
 
 N_LAYERS = 3
 KINDS = ("llava", "llava_next", "sliding", "idefics3", "smolvlm", "qwen2_5_vl", "internvl", "gemma3", "llama")
+KINDS += ("qwen3_vl", "llava_onevision")
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 OTHERS = ("Is the cup red or blue?", "Is the cup on the left of the ball or on the right of it?", "What is it?")
 
@@ -109,6 +117,18 @@ def test_edits_within_the_picture_share_what_comes_before_them_or_nothing(starts
         some = variants(encoded.positions, [flow], window=1, n_layers=N_LAYERS)
         assert_same(run_sweep(model, encoded, some, prefix=prefix), run_reference(model, encoded, some))
     assert starts[1] <= prompts[1].positions["image"][0]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_edits_at_the_pictures_end_share_what_can_be_cut(kind, starts):
+    model, prompts = setting(kind)
+    prefix = Prefix()
+    for encoded in prompts[:2]:
+        image, last = encoded.positions["image"], encoded.positions.last
+        some = [Variant(layers=range(1, 3), target=(image[-1], last), source=image[:2])]
+        assert_same(run_sweep(model, encoded, some, prefix=prefix), run_reference(model, encoded, some))
+    # Qwen3-VL's picture enters later layers, too: in its midst nothing can go on.
+    assert starts == [0, 0 if kind == "qwen3_vl" else prompts[1].positions["image"][-1]]
 
 
 def test_questions_are_visited_picture_by_picture_and_their_rows_come_as_given(tmp_path, starts):

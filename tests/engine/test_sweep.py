@@ -41,6 +41,7 @@ from mmflow_utils.prompts.positions import PositionSets
 N_LAYERS = N_HEADS = 4
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 KINDS = ("llava", "llava-gqa", "llava_next", "llama", "sliding", "idefics3", "qwen2_5_vl", "internvl")
+KINDS += ("qwen3_vl", "llava_onevision")
 TOLERANCE = 1e-5  # in probability: rounding of float32
 
 

@@ -20,12 +20,18 @@ from transformers import (
     InternVLProcessor,
     InternVLVisionConfig,
     LlamaConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -34,6 +40,7 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -123,6 +130,19 @@ def _gemma3(shape: Mapping[str, Any], tokenizer: Any) -> Built:
 
 
 def _qwen2_5_vl(shape: Mapping[str, Any], tokenizer: Any) -> Built:
+    of_tower = {"window_size": TILE_SIZE, "fullatt_block_indexes": [1]}
+    config = Qwen2_5_VLConfig(**_qwen_parts(shape, tokenizer, of_tower))
+    return Qwen2_5_VLForConditionalGeneration(config), _qwen_processor(Qwen2_5_VLProcessor, tokenizer)
+
+
+def _qwen3_vl(shape: Mapping[str, Any], tokenizer: Any) -> Built:
+    """Features of two of its tower's layers are added to what leaves the decoder's first two."""
+    of_tower = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    config = Qwen3VLConfig(**_qwen_parts({**shape, "head_dim": 8}, tokenizer, of_tower))
+    return Qwen3VLForConditionalGeneration(config), _qwen_processor(Qwen3VLProcessor, tokenizer)
+
+
+def _qwen_parts(shape: Mapping[str, Any], tokenizer: Any, of_tower: Mapping[str, Any]) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
     vision = dict(
         depth=2,
@@ -132,23 +152,39 @@ def _qwen2_5_vl(shape: Mapping[str, Any], tokenizer: Any) -> Built:
         patch_size=PATCH_SIZE,
         spatial_merge_size=MERGED,
         temporal_patch_size=2,
-        window_size=TILE_SIZE,
-        fullatt_block_indexes=[1],
         out_hidden_size=shape["hidden_size"],
     )
-    config = Qwen2_5_VLConfig(
+    return dict(
         text_config=dict(shape) | {"rope_parameters": rope},
-        vision_config=vision,
+        vision_config=vision | of_tower,
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
+
+
+def _qwen_processor(kind: type[ProcessorMixin], tokenizer: Any) -> ProcessorMixin:
     images = Qwen2VLImageProcessorPil(
         patch_size=PATCH_SIZE, merge_size=MERGED, size={"shortest_edge": 30**2, "longest_edge": 60**2}
     )
-    processor = pictures_only(Qwen2_5_VLProcessor)(images, tokenizer)
-    return Qwen2_5_VLForConditionalGeneration(config), processor
+    return pictures_only(kind)(images, tokenizer)
+
+
+def _llava_onevision(shape: Mapping[str, Any], tokenizer: Any) -> Built:
+    grid = [[TILE_SIZE, 2 * TILE_SIZE], [2 * TILE_SIZE, TILE_SIZE], [2 * TILE_SIZE, 2 * TILE_SIZE]]
+    config = LlavaOnevisionConfig(
+        text_config=Qwen2Config(**shape),
+        vision_config=SiglipVisionConfig(**VISION, image_size=TILE_SIZE, patch_size=PATCH_SIZE, vision_use_head=False),
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=grid,
+    )
+    images = LlavaOnevisionImageProcessorPil(size={"height": TILE_SIZE, "width": TILE_SIZE}, image_grid_pinpoints=grid)
+    n_tokens = (TILE_SIZE // PATCH_SIZE) ** 2
+    options = {"num_image_tokens": n_tokens, "vision_feature_select_strategy": "full"}
+    processor = pictures_only(LlavaOnevisionProcessor)(images, tokenizer, **options)
+    return LlavaOnevisionForConditionalGeneration(config), processor
 
 
 def _internvl(shape: Mapping[str, Any], tokenizer: Any) -> Built:
@@ -185,6 +221,12 @@ FAMILIES = {
         {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
         ("<|vision_start|>", "<|vision_end|>"),
     ),
+    "qwen3_vl": Family(
+        _qwen3_vl,
+        {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        ("<|vision_start|>", "<|vision_end|>"),
+    ),
+    "llava_onevision": Family(_llava_onevision, {"image_token": "<image>", "video_token": "<video>"}),
     "internvl": Family(
         _internvl,
         {

@@ -36,6 +36,7 @@ LANDSCAPE, PORTRAIT, SQUARE, TINY, LARGE = (60, 28), (28, 60), (40, 40), (7, 5),
 HUGE = (3000, 2000)
 SIZES = (LANDSCAPE, PORTRAIT, SQUARE, TINY, LARGE, HUGE)
 ALL = ("llava", "llava_next", *NEW)
+MERGING = tuple(family for family in NEW if family != "llava_onevision")  # an image token is several patches
 
 # By hand, from each family's own rule: rows and columns of tiles, or of image tokens, that the picture is
 # stretched over. Idefics3 makes the long side two tiles of two tokens; InternVL takes the nearest shape of at
@@ -43,18 +44,17 @@ ALL = ("llava", "llava_next", *NEW)
 # LLaVA-NeXT takes the canvas that leaves the picture most of its pixels, the least wasteful of several.
 TWO_BY_TWO = dict.fromkeys((SQUARE, LARGE, HUGE), (2, 2))
 LONG = {LANDSCAPE: (1, 2), PORTRAIT: (2, 1)}
+STITCHED = ("llava_next", "llava_onevision")  # rows of all tiles, each with a newline token, after the overview
 TILES = {
     "idefics3": TWO_BY_TWO | LONG | {TINY: (2, 2)},
     "smolvlm": TWO_BY_TWO | LONG | {TINY: (2, 2)},
     "internvl": TWO_BY_TWO | LONG | {TINY: (1, 1)},
-    "llava_next": TWO_BY_TWO | LONG | {TINY: (1, 2)},
+    **dict.fromkeys(STITCHED, TWO_BY_TWO | LONG | {TINY: (1, 2)}),
 }
-GRID = {
-    "gemma3": dict.fromkeys(SIZES, (4, 4)),
-    "qwen2_5_vl": {
-        LANDSCAPE: (2, 5), PORTRAIT: (5, 2), SQUARE: (3, 3), TINY: (3, 3), LARGE: (4, 5), HUGE: (4, 6),
-    },
+QWEN = {
+    LANDSCAPE: (2, 5), PORTRAIT: (5, 2), SQUARE: (3, 3), TINY: (3, 3), LARGE: (4, 5), HUGE: (4, 6),
 }  # fmt: skip
+GRID = {"gemma3": dict.fromkeys(SIZES, (4, 4)), "qwen2_5_vl": QWEN, "qwen3_vl": QWEN}
 
 
 def cells(left, top, width, height, rows, columns):
@@ -69,7 +69,7 @@ def expected_cells(family, size):
         (width, height), side = size, max(size)
         left, top = (side - width) // 2, (side - height) // 2
         return cells(-left / width, -top / height, side / width, side / height, 4, 4)
-    if family == "llava_next":
+    if family in STITCHED:
         return cells(0, 0, 1, 1, 4, 4) + canvas_cells(*size, *TILES[family][size])
     if family in GRID:
         return cells(0, 0, 1, 1, *GRID[family][size])
@@ -79,7 +79,7 @@ def expected_cells(family, size):
 
 
 def canvas_cells(width, height, tile_rows, tile_columns):
-    """Give the cells of LLaVA-NeXT's canvas: the picture in its middle, whole rows of padding cut off."""
+    """Give the cells of a stitched canvas: the picture in its middle, whole rows of padding cut off."""
     rows, columns = 4 * tile_rows, 4 * tile_columns  # of patches
     scale = min(columns * PATCH_SIZE / width, rows * PATCH_SIZE / height)
     shown = [min(ceil(width * scale), columns * PATCH_SIZE), min(ceil(height * scale), rows * PATCH_SIZE)]
@@ -161,7 +161,7 @@ def test_image_tokens_are_where_the_picture_enters_and_as_many_as_it_has_cells(f
     differ = (entered != words).any(-1).nonzero().flatten().tolist()
     assert differ == sorted(encoded.positions["image"] + encoded.positions.get("image_newline"))
     assert len(encoded.positions["image"]) == len(expected_cells(family, size))
-    assert ("image_newline" in encoded.positions) == (family == "llava_next")
+    assert ("image_newline" in encoded.positions) == (family in STITCHED)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -190,7 +190,7 @@ def test_the_patches_means_are_the_boxs_share_of_them(family, size, tmp_path):
     inputs = [encode(model, picture).inputs for picture in pictures]
     boxed, white, black = (model.tiles(one)[:, 0] for one in inputs)
     shade = ((boxed - black) / (white - black)).nan_to_num(0)  # padding is of one color in both
-    side = TOKEN_SIZE if family in NEW else PATCH_SIZE
+    side = TOKEN_SIZE if family in MERGING else PATCH_SIZE
     means = shade.unfold(1, side, side).unfold(2, side, side).mean((-1, -2)).flatten(1)
     means = model.in_token_order(means[:, :, None], inputs[0])[:, 0]
     means = means[~means.isnan()]  # newlines
@@ -243,10 +243,13 @@ def test_any_boxes_can_be_looked_up_later_and_padding_is_a_parameter(family, tmp
 def test_each_image_token_is_located_in_the_stored_picture(family, size, tmp_path):
     model = as_trained(family)
     found = locate_image_patches(model, encode(model, tiny_sample(tmp_path, size=size)))
-    cells = np.array(expected_cells(family, size)) * np.array(size * 2)
+    cells = np.array(expected_cells(family, size))
+    begin, end = cells[:, :2].clip(0, 1), (cells[:, :2] + cells[:, 2:]).clip(0, 1)  # beyond it is padding
+    cells = np.hstack([begin, end - begin]) * np.array(size * 2)
     np.testing.assert_allclose(found[["x", "y", "w", "h"]], cells, atol=max(0.2, 0.02 * max(size)))
-    n_tiles = len(cells) - 4 if model.has_tiles and len(cells) > 4 else 0
-    assert found["view"].tolist() == [1] * n_tiles + [0] * (len(cells) - n_tiles)
+    n_whole = 16 if family in STITCHED else 4 if model.has_tiles else len(cells)  # tokens of the overview
+    views = [1] * (len(cells) - n_whole) + [0] * n_whole
+    assert found["view"].tolist() == (views[::-1] if family in STITCHED else views)
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -290,7 +293,7 @@ def test_tokens_that_reach_across_the_pictures_edge_keep_their_own_words(tmp_pat
     assert around == ["\n", "\n"]
 
 
-@pytest.mark.parametrize("family", NEW)
+@pytest.mark.parametrize("family", MERGING)
 def test_norms_of_patches_are_refused_where_a_token_joins_several(family, tmp_path):
     model = tiny_vlm(family)
     with pytest.raises(ValueError, match="joins 2 x 2"):
