@@ -114,12 +114,7 @@ def attention_pattern(
 
 
 def attention_from(model: VLM, encoded: Encoded, target: str = "last") -> Float[Tensor, "layers heads n"]:
-    """Return what every layer's heads attend to, on average over the positions of a set; each row sums to 1.
-
-    Example:
-        >>> attention_from(model, mm.encode(model, sample)).shape[0] == model.n_layers
-        True
-    """
+    """Return what every layer's heads attend to, on average over the positions of a set; each row sums to 1."""
     rows = list(encoded.positions[target])
     return torch.stack([seen.mean(1) for seen in _watch_attention(model, encoded, range(model.n_layers), rows)])
 
@@ -133,9 +128,8 @@ def _watch_attention(
     with model.attention_kernel("eager"), ExitStack() as stack:
         if variant:
             stack.enter_context(intervene(model, variant, encoded.positions.n_tokens))
-        for layer in layers:
-            see = model.attention(layer).register_forward_hook(lambda _, __, out: seen.append(out[1][0][:, rows]))
-            stack.enter_context(see)
+        for part in map(model.attention, layers):
+            stack.enter_context(part.register_forward_hook(lambda _, __, out: seen.append(out[1][0][:, rows])))
         model.hf.base_model(**encoded.inputs, use_cache=False)
     return [one.float().cpu() for one in seen]
 

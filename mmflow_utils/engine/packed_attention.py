@@ -35,6 +35,7 @@ class Capture:
     def __init__(self, key: Any = None, value: Any = None, *, stop: bool = False):
         self.key, self.value, self.stop = key, value, stop
         self.laid_out: dict[int, list[Tensor]] = {}  # see Attend
+        self.other: Tensor | None = None  # the values in the run on another picture
 
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
         self.key, self.value = key[0], value[0]
@@ -96,17 +97,8 @@ class Attend:
     heads that share a key head (grouped-query attention) become further rows.
     """
 
-    def __init__(
-        self,
-        blocks: list[Block],
-        clean: Capture,
-        own: Capture | None,
-        *,
-        mask: Tensor | None,
-        known: dict,
-        other: Tensor | None = None,
-    ):
-        self.clean, self.own, self.layer_mask, self.known, self.other = clean, own, mask, known, other
+    def __init__(self, blocks: list[Block], clean: Capture, own: Capture | None, *, mask: Tensor | None, known: dict):
+        self.clean, self.own, self.layer_mask, self.known = clean, own, mask, known
         self.groups = defaultdict(list)
         # First all that attend as ever: where an edit holds in some heads, the row's others do so, too.
         others = [replace(block, edit=None, heads=None) for block in blocks if block.heads is not None]
@@ -131,7 +123,7 @@ class Attend:
         room = max(_OWN_KEYS, blocks[0].low // 8, n_own)
         together = room // max(1, n_own) if keys.touched is None else 1
         both = self._with_room(keys, blocks[0].low, room)
-        mix = _fused if keys.touched is None else partial(_replaced, other=self.other)
+        mix = _fused if keys.touched is None else partial(_replaced, self.clean.other)
         for n in range(0, len(blocks), together):
             some = blocks[n : n + together]
             source = self.clean if some[0].keys is None else own
@@ -220,9 +212,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling:
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
 
 
-def _replaced(
-    q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling: float, *, other: Tensor | None
-) -> Tensor:
+def _replaced(other: Tensor | None, q: Tensor, k: Tensor, v: Tensor, keys: _Keys, _: int, scaling: float) -> Tensor:
     """Attend with the pattern left alone and other values on some edges.
 
     To give all sources their mean value is to spread the weight that falls on them evenly over them.

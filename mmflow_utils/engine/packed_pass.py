@@ -38,16 +38,10 @@ class PackedPass:
     """
 
     def __init__(
-        self,
-        model: VLM,
-        branches: list[Branch],
-        read: list[int],
-        keep: Keep | None,
-        prefix: Prefix | None = None,
-        other: Sequence[Tensor] = (),
+        self, model: VLM, branches: list[Branch], read: list[int], keep: Keep | None, prefix: Prefix | None = None
     ):
         self.model, self.branches, self.read, self.keep, self.prefix = model, branches, read, keep, prefix
-        self.other = other  # each layer's values in the run on another picture, [key_heads, pos, d_head]
+        self.other: Sequence[Tensor] = ()  # each layer's values in the run on another picture, where needed
         self.start = 0
         self.last = model.n_layers - 1
         self.resid_post: list[Tensor] = []
@@ -124,7 +118,6 @@ class PackedPass:
             added = (hidden - self.left.to(hidden.device))[0]
             for own, low in ((self.rows[b.first :][: len(b.rows)], b.rows[0] - self.start) for b in self.branches):
                 own += added[low:][: len(own)]
-        self.values = self.other[i] if self.other else None
         self.mask = self._square(kwargs.get("attention_mask"))
         self._check_order(self.mask)
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
@@ -174,6 +167,7 @@ class PackedPass:
                 f"{self.model.name} attends in code of its own, not through the library's interface, so that the sweep "
                 "can't take part in it: set method to reference."
             )
+        self.clean.other = self.other[i] if self.other else None
         if self.prefix and not self.start:
             self.keys.append((self.clean.key, self.clean.value))
         self._remember(hidden[0, self._here(self.read)] if i < self.last else hidden[0])
@@ -259,7 +253,7 @@ class PackedPass:
         return blocks, zeroed
 
     def _attend(self, blocks: list[Block], own: Capture | None = None) -> Attend:
-        return Attend(blocks, self.clean, own, mask=self.mask, known=self.known, other=self.values)
+        return Attend(blocks, self.clean, own, mask=self.mask, known=self.known)
 
     def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
         """Copy its parent's rows into a new branch, except those at the positions to keep."""

@@ -123,10 +123,7 @@ def collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def intervene(model: VLM, variant: Variant, n_tokens: int, other: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Hold a variant's intervention while the block runs; undo it however the block ends.
-
-    `other` are each layer's values in the run on another picture, for `resample`.
-    """
+    """Hold a variant's intervention while the block runs, with `other` values for `resample`; undo it in any case."""
     blocked = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
     for target in variant.target:
         blocked[target, [source for source in variant.source if source <= target]] = True
@@ -278,8 +275,7 @@ def check_request(
     for variant in variants:
         if variant.intervention == "resample" and encoded.other is None:
             raise ValueError(
-                f"resample takes its values from another picture, but sample {encoded.sample.sample_id} has no "
-                "other_image: see with_other_pictures."
+                f"Sample {encoded.sample.sample_id} has no other_image to resample: see with_other_pictures."
             )
         if variant.layers and variant.layers[-1] >= n_layers:
             raise ValueError(f"A variant acts in {variant.layers}, but the model's layers are 0 to {n_layers - 1}.")

@@ -80,7 +80,8 @@ def run_sweep(
     while not stream or len(rows) < len(order):
         now = order[len(rows) : len(rows) + size]
         branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
-        packed = PackedPass(model, branches, read, keep, prefix, [values for _, values in other.layers])
+        packed = PackedPass(model, branches, read, keep, prefix)
+        packed.other = [values for _, values in other.layers]
         try:
             rows.update((now[n], kept) for n, kept in packed.run(encoded).items())
             base, stream = packed.base, packed.resid_post

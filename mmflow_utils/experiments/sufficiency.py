@@ -22,9 +22,7 @@ from mmflow_utils.results.record import Result
 __all__ = ["all_but", "keep_flows"]
 
 Kept = Sequence[tuple[Flow, range]]  # flows, each with the layers in which it stays
-COLUMNS = (
-    "sample_id", "image_id", "task", "kept", "token", "p_base", "p_kept", "rel_change_pct", "correct_pct",
-)  # fmt: skip
+COLUMNS = ("sample_id", "image_id", "task", "kept", "token", "p_base", "p_kept", "correct_pct")
 
 
 def keep_flows(
@@ -37,21 +35,16 @@ def keep_flows(
 ) -> Result:
     """Cut all edges from picture and question to what comes after them, except some, and see what is still answered.
 
-    The complement of a knockout, which shows what is needed: what is still answered, the kept flows suffice for. Each
-    choice is a full forward pass. Only samples that the model answers correctly belong here.
+    The complement of a knockout: for what is still answered, the kept flows suffice. Each choice is a forward pass.
 
     Args:
-        model, samples: As for `knockout_sweep`.
+        model, samples, encoder, progress: As for `knockout_sweep`.
         kept: By the name of a choice, the flows that stay, each with its layers; none cuts all.
-        encoder, progress: As for `knockout_sweep`.
 
     Returns:
         A frame of one row per sample and choice, with `COLUMNS`: probabilities `p_base` and `p_kept` of the token that
-        the intact model finds most probable, `rel_change_pct`, and `correct_pct`, 100 if it still is, else 0.
-        `skipped` lists `{sample_id, choice, reason}` where a prompt lacks a flow that is to be kept.
-
-    Raises:
-        ValueError: what `encode` and `run_reference` refuse.
+        the intact model finds most probable, and `correct_pct`, 100 if it still is, else 0. `skipped` lists
+        `{sample_id, choice, reason}` where a prompt lacks a flow that is to be kept.
 
     Example:
         >>> keep_flows(model, samples, {"nothing": []}, progress=False).frame.kept.tolist()
@@ -71,9 +64,8 @@ def keep_flows(
                 for cut in all_but(encoded.positions, flows, n_layers=model.n_layers):
                     stack.enter_context(intervene(model, cut, encoded.positions.n_tokens))
                 left = run_reference(model, encoded, []).base
-            p_kept = left.double().softmax(-1)[token].item()
-            found = {"kept": name, "token": model.tokenizer.decode([token]), "p_base": p_base, "p_kept": p_kept}
-            found["rel_change_pct"] = 100 * (p_kept - p_base) / p_base
+            found = {"kept": name, "token": model.tokenizer.decode([token]), "p_base": p_base}
+            found |= {"p_kept": left.double().softmax(-1)[token].item()}
             rows.append(found | {"correct_pct": 100.0 * stays_first(model, Run(base, left[None], base[None]))[0]})
         return rows
 
@@ -81,14 +73,7 @@ def keep_flows(
 
 
 def all_but(positions: PositionSets, kept: Kept, *, n_layers: int) -> list[Variant]:
-    """Return the cuts that leave, of all edges from picture and question to what comes after them, just the kept ones.
-
-    >>> sets = {"image": (1,), "question": (2,), "last": (4,), "after_image": (2, 3, 4), "after_question": (3, 4)}
-    >>> first = [(Flow(source="image", target="question"), range(1))]
-    >>> cuts = all_but(PositionSets(n_tokens=5, sets=sets), first, n_layers=2)
-    >>> [(cut.layers, cut.source, cut.target) for cut in cuts[:2]]
-    [(range(0, 1), (1,), (3, 4)), (range(0, 1), (2,), (3, 4))]
-    """
+    """Return the cuts that leave, of all edges from picture and question to what comes after them, the kept ones."""
     cuts = []
     for layer in range(n_layers):
         stay = [flow for flow, layers in kept if layer in layers]

@@ -1,4 +1,4 @@
-"""A second picture for each question: what its values are exchanged for by the intervention `resample`.
+"""A second picture for each question, whose values the intervention `resample` takes.
 
 knockout_sweep(model, with_other_pictures(model, samples), FLOW_TO_LAST, window=9, intervention="resample")
 """
@@ -6,9 +6,8 @@ knockout_sweep(model, with_other_pictures(model, samples), FLOW_TO_LAST, window=
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from mmflow_utils.data.sample import Sample
+from mmflow_utils.data.sample import Sample, exchange_pictures
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import encode, image_positions
 
@@ -16,22 +15,14 @@ __all__ = ["with_other_pictures"]
 
 
 def with_other_pictures(model: VLM, samples: Sequence[Sample]) -> list[Sample]:
-    """Return the samples, each with another one's picture as its `other_image`.
+    """Return the samples, each with another one's picture (`exchange_pictures`) as its `other_image`.
 
-    Of the pictures whose tokens stand at the same positions it is the one half the list away, in the order of image
-    ids. A sample without such a picture is left out.
-
-    Example:
-        >>> [sample.other_image != sample.image for sample in with_other_pictures(model, samples)]
-        [True, True, True, True]
+    Only a picture whose tokens stand at the same positions will do: a sample without one is left out.
     """
-    first = {sample.image_id: sample for sample in reversed(samples)}
-    alike: dict[tuple, list[str]] = defaultdict(list)
-    for image_id in sorted(first):
-        encoded = encode(model, first[image_id])
-        alike[*image_positions(encoded), None, *encoded.positions.get("image_newline")].append(image_id)
-    other: dict[str, Path] = {}
-    for ids in alike.values():
-        shifted = ids[len(ids) // 2 :] + ids[: len(ids) // 2]
-        other |= {a: first[b].image for a, b in zip(ids, shifted, strict=True) if a != b}
-    return [replace(sample, other_image=other[sample.image_id]) for sample in samples if sample.image_id in other]
+    alike: dict[tuple, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        encoded = encode(model, sample)
+        alike[*image_positions(encoded), None, *encoded.positions.get("image_newline")].append(sample)
+    groups = [some for some in alike.values() if len({sample.image_id for sample in some}) > 1]
+    other = {sample.sample_id: sample.image for some in groups for sample in exchange_pictures(some, some)}
+    return [replace(sample, other_image=other[sample.sample_id]) for sample in samples if sample.sample_id in other]

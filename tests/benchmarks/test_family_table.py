@@ -1,6 +1,7 @@
 """What docs/models.md says of each family's exactness is what was measured, and measuring again bears it out."""
 
 import pandas as pd
+import pytest
 
 from benchmarks import families
 from mmflow_utils.models.adapter import FAMILIES
@@ -17,6 +18,7 @@ def test_the_page_shows_what_was_measured_of_every_family():
     assert (frame.sweep_float32 <= 2 * frame.plain_float32 + 1e-5).all()
 
 
+@pytest.mark.slow
 def test_measuring_again_gives_differences_of_that_size():
     recorded = pd.read_csv(families.RECORDED)
     again = pd.DataFrame(families.measure_family("qwen3_vl"))

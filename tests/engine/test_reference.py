@@ -134,7 +134,7 @@ def test_another_picture_is_needed_and_the_same_one_changes_nothing(tmp_path):
     edit = variants(same.positions, IMAGE_TO_QUESTION, window=3, n_layers=4, intervention="resample")
     run = run_reference(model, same, edit)
     assert torch.allclose(run.variants, run.base.expand_as(run.variants), atol=1e-5)
-    with pytest.raises(ValueError, match="no other_image: see with_other_pictures"):
+    with pytest.raises(ValueError, match="no other_image to resample: see with_other_pictures"):
         run_reference(model, none, edit)
     wider = tiny_sample(tmp_path, size=(28, 60), sample_id="wider")
     with pytest.raises(ValueError, match="takes other tokens than sample q1's own"):
