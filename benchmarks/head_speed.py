@@ -42,7 +42,7 @@ def measure_heads(
     n_layers: int = 32,
     n_heads: int = 32,
     n_image: int = 576,
-    chunks: Sequence[int | None] = (None, 512),
+    chunks: Sequence[int | None] = (None,),
     n_rounds: int = 3,
     n_checked: int = 5,
     progress: Callable[[str], None] = lambda line: None,

@@ -236,19 +236,22 @@ class PackedPass:
         zeroed: dict[str, list[int]] = defaultdict(list)
         blocks, n_rows = [], 0
         for branch, positions in here.items():
-            row = {p: n_rows + n for n, p in enumerate(positions)}
-            n_rows += len(positions)
-            touched = tuple(p for p in positions if p in branch.target_set) if branch.edits(i) else ()
+            owner = branch if branch in begins else branch.parent
+            keys, low = begins.get(owner) if owner else None, branch.rows[0]
+            first, n_rows = n_rows, n_rows + len(positions)
+            if not branch.edits(i):  # of many heads all but a layer's: no more is done than must be
+                blocks.append(Block(rows=list(range(first, n_rows)), positions=positions, low=low, keys=keys))
+                continue
+            row = {p: first + n for n, p in enumerate(positions)}
+            touched = tuple(p for p in positions if p in branch.target_set)
             if not branch.on_edges:
                 zeroed[branch.intervention] += [row[p] for p in touched]
                 touched = ()
             rest = tuple(p for p in positions if p not in branch.target_set) if touched else positions
-            owner = branch if branch in begins else branch.parent
-            keys = begins.get(owner) if owner else None
             edited = (branch.source, branch.intervention), branch.heads_in(i)
             for part, (edit, heads) in ((touched, edited), (rest, (None, None))):
                 if part:
-                    rows, low = [row[p] for p in part], branch.rows[0]
+                    rows = [row[p] for p in part]
                     blocks.append(Block(rows=rows, positions=part, low=low, edit=edit, heads=heads, keys=keys))
         return blocks, zeroed
 

@@ -60,11 +60,11 @@ def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers:
     [(0, 3, [1]), (2, 2, [0])]
     """
     families: dict[tuple, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    last_read = read[-1]
+    last_read, read_set = read[-1], set(read)
     for n, variant in enumerate(variants):
         target, source = _what_matters(variant, last_read)
         # What the last layer does at other positions nobody reads.
-        is_read = not set(read).isdisjoint(target)
+        is_read = not read_set.isdisjoint(target)
         stop = variant.layers.stop if is_read else min(variant.layers.stop, n_layers - 1)
         if target and variant.layers.start < stop:
             family = variant.layers.start, target, source, variant.intervention, variant.heads
@@ -96,7 +96,9 @@ def _what_matters(variant: Variant, last_read: int) -> tuple[tuple[int, ...], tu
     target = tuple(t for t in variant.target if t <= last_read and variant.heads != ())
     if variant.intervention not in EDGE_INTERVENTIONS or not target:
         return target, ()
-    source = tuple(s for s in variant.source if s <= target[-1])
+    source = variant.source  # ascending, and long: most often all of it counts
+    if source and source[-1] > target[-1]:
+        source = tuple(s for s in source if s <= target[-1])
     return (tuple(t for t in target if t >= source[0]), source) if source else ((), ())
 
 
