@@ -50,6 +50,8 @@ CUTS: dict[str, list[Cut]] = {
     "09": [(0.02, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
     "11": [(1, (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
     "13": [(0.5, PARTS, None)],
+    "16": [],  # a few samples
+    "17": [],  # a few pairs
 }
 ASKED_FOR_ONE = 4 / 3  # questions for a sample: assumed, three of four answers are right
 ASKED_BESIDE = 15 * 50 + 200  # by 01 in its groups, and by 12
