@@ -27,7 +27,14 @@ CHECKS = {
     "06": ["for result, path in ((module_result, module_path), (image_result, image_path)):"],
     "08": ["worst = max(sweep.max_check_diff or 0.0 for sweep in sweeps)", "stored = mm.load_frame(result_path)"],
     "09": ["worst = max(sweep.max_check_diff or 0.0 for sweep in sweeps)", "stored = mm.load_frame(result_path)"],
-    "10": ['largest, fence = mm.format_number(float(norms["norm"].max())), mm.format_number(cut.value)'],
+    "10": [
+        "encoded, panels = encoder(vlm, sample), {}",
+        'cuts = [mm.Flow(source="image_related", target=target) for target in ("last", "question")]',
+        'seeded = {"n_boot": params.n_boot, "seed": params.seed}',
+        'attended["smooth"] = smooth',
+        'for flow, part in attended.groupby("flow", sort=False):',
+        'largest, fence = mm.format_number(float(norms["norm"].max())), mm.format_number(cut.value)',
+    ],
     "11": [
         "assert (mm.load_frame(flow_path, result.manifest).p_knockout == heard.p_knockout).all()",
         "worth = mm.paired_difference(",
