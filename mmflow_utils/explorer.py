@@ -33,7 +33,7 @@ FLOWS = (*IMAGE_TO_QUESTION, *FLOW_TO_LAST, *IMAGE_PATCHES_TO_QUESTION)
 class Explorer(widgets.VBox):
     """Widgets to choose a knockout, and its figure; they open at the one that hurts the first sample most.
 
-    When a sample or a window is chosen, all of its knockouts are computed in one sweep, so that a flow or a layer is
+    When a sample, a window or a head is chosen, all of its knockouts are computed in one sweep, so that a flow or a layer is
     shown at once. A flow that a prompt doesn't have isn't offered for it. Shown are the picture with the image patches
     that are cut off, or with what the flow's target attends to in that layer, all heads or one; the change in the
     answer's probability around each layer; and the words that the logit lens (final norm at every layer) reads at the
@@ -77,7 +77,9 @@ class Explorer(widgets.VBox):
         heats = {"image patches cut off": None, "attention, mean of heads": slice(None), **heads}
         self.heat = widgets.Dropdown(options=heats, description="Picture", **wide)
         self.view, self.said = widgets.HTML(), widgets.HTML()
-        controls = [self.task, self.sample, self.flow, self.layer, self.window, self.heat]
+        cuts = {"all heads": None} | {f"head {head}": (head,) for head in range(model.n_heads)}
+        self.heads = widgets.Dropdown(options=cuts, description="Cut in", **wide)
+        controls = [self.task, self.sample, self.flow, self.layer, self.window, self.heads, self.heat]
         self._offer_samples()
         self._offer_flows()
         strongest = self.frame.loc[self.frame["rel_change_pct"].idxmin()]
@@ -94,7 +96,7 @@ class Explorer(widgets.VBox):
     @property
     def frame(self) -> pd.DataFrame:
         """The chosen sample's knockouts in the chosen window, as from `knockout_sweep`."""
-        return self._swept(self.sample.value, self.window.value)
+        return self._swept(self.sample.value, self.window.value, self.heads.value)
 
     @property
     def chosen(self) -> pd.Series:
@@ -115,6 +117,7 @@ class Explorer(widgets.VBox):
         first = row["layer"] - row["window"] // 2
         last = min(first + row["window"], self.model.n_layers) - 1
         where = f"layers {max(first, 0)} to {last}" if last > max(first, 0) else f"layer {last}"
+        where = where if self.heads.value is None else f"{self.heads.label} of {where}"
         change = f"{format_number(row['p_base'], 2)} to {format_number(row['p_knockout'], 2)}"
         return (
             f"{shown(row['flow'])} cut in {where}: the probability of {row['token'].strip()!r} "
@@ -136,9 +139,9 @@ class Explorer(widgets.VBox):
             subtitle=f"{self.model.name} · {self.sentence}",
         )
 
-    def _sweep(self, number: int, window: int) -> pd.DataFrame:
-        sample = self.samples[number]
-        return knockout_sweep(self.model, [sample], FLOWS, window=window, n_check=0, progress=False).frame
+    def _sweep(self, number: int, window: int, heads: tuple[int, ...] | None) -> pd.DataFrame:
+        options = {"window": window, "heads": heads, "n_check": 0, "progress": False}
+        return knockout_sweep(self.model, [self.samples[number]], FLOWS, **options).frame
 
     def _read_words(self, number: int) -> pd.DataFrame:
         """The five words that the lens finds most probable at `last` after each layer, nothing cut."""

@@ -39,6 +39,7 @@ def knockout_sweep(
     intervention: Intervention = "mask",
     method: str = "sweep",
     layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
     encoder: Callable[[VLM, Sample], Encoded] = encode,
     n_check: int = 2,
     tolerance: float | None = None,
@@ -57,6 +58,7 @@ def knockout_sweep(
         intervention: what is done at a flow's edges, or to the modules at its target (App. D).
         method: `sweep` packs all variants into one clean pass; `reference` runs the model in full for each row.
         layers: the layers to visit, every one by default; of no use with `all`.
+        heads: the query heads to block in each layer, all by default; `head_sweep` takes each alone.
         encoder: makes the prompt and its positions; replace it for other positions or a longer prompt
             (App. C, App. E).
         n_check: how many samples the sweep is held against the reference on.
@@ -89,7 +91,7 @@ def knockout_sweep(
     where = whole_depth(model.n_layers) if whole else {"window": window, "layers": layers}
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
-        planned = [variant for _, variant in loop.plan(encoded, wanted, **where)]
+        planned = [variant for _, variant in loop.plan(encoded, wanted, heads=heads, **where)]
         if not planned:
             return []
 

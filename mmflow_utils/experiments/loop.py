@@ -82,6 +82,7 @@ class Loop:
         *,
         window: int,
         layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
         needs: Sequence[str] = (),
         kind: str = "flow",
     ) -> list[tuple[str, Variant]]:
@@ -100,8 +101,8 @@ class Loop:
             if reason := problem or next((held.why_missing(name) for name in needs if name not in held), None):
                 self.skip(encoded, reason, **{kind: label})
                 continue
-            n_layers = self.model.n_layers
-            of_flow = variants(held, [flow], window=window, n_layers=n_layers, layers=layers, intervention=intervention)
+            where = {"window": window, "n_layers": self.model.n_layers, "layers": layers, "heads": heads}
+            of_flow = variants(held, [flow], intervention=intervention, **where)
             planned += [(label, variant) for variant in of_flow]
         return planned
 

@@ -52,6 +52,16 @@ def test_what_is_chosen_is_what_the_sweep_gives(explorer, model, samples):
     assert abs(row["rel_change_pct"]) > 0.1  # else equality would say little
 
 
+def test_a_flow_can_be_cut_in_one_head(explorer, model, samples):
+    explorer.flow.value, explorer.layer.value, explorer.heads.label = "Question -> Last", 2, "head 1"
+    frame = knockout_sweep(model, [samples[0]], FLOWS, window=1, heads=[1], progress=False).frame
+    alone = frame[frame.flow == "Question -> Last"].set_index("layer").p_knockout[2]
+    assert explorer.chosen["p_knockout"] == pytest.approx(alone)
+    assert "cut in head 1 of layer 2" in explorer.sentence
+    explorer.heads.value = None
+    assert abs(explorer.chosen["p_knockout"] - alone) > 1e-4
+
+
 def test_the_picture_can_show_what_the_target_attends_to(explorer, model, samples):
     encoded = encode(model, samples[0])
     explorer.flow.value, explorer.layer.value = RELATED, 2
@@ -176,7 +186,8 @@ def test_the_view_is_a_picture_with_words_for_those_who_do_not_see_it(seen):
 def test_it_works_by_keyboard_and_does_not_draw_while_a_slider_moves(explorer):
     """Tab reaches a browser's own list or slider in the order of the page, and arrow keys change it."""
     *controls, said, view = explorer.children
-    choices = [explorer.task, explorer.sample, explorer.flow, explorer.layer, explorer.window, explorer.heat]
+    choices = [explorer.task, explorer.sample, explorer.flow, explorer.layer, explorer.window]
+    choices += [explorer.heads, explorer.heat]
     assert controls == choices
     assert {type(control) for control in controls} == {widgets.Dropdown, widgets.IntSlider}
     assert {type(other) for other in (said, view)} == {widgets.HTML}
