@@ -74,8 +74,7 @@ class _Keys:
     sees: Bool[Tensor, "m keys"]
     deaf: Bool[Tensor, " m"] | None  # rows that see nothing at all, if there are any: they get nothing
     touched: Bool[Tensor, "m keys"] | None  # edges whose value is replaced
-    # How their weight is spread instead: evenly over the sources, or nowhere; None: it falls on another run's values.
-    shares: Float[Tensor, "m keys"] | None
+    shares: Float[Tensor, "m keys"] | None  # what their weight becomes, even or 0; None: it falls on other values
     masks: dict[int, Tensor] = field(default_factory=dict)  # by the number of blocks side by side
 
     def mask(self, n_blocks: int, dtype: torch.dtype) -> Float[Tensor, "rows all_keys"]:

@@ -129,9 +129,7 @@ def intervene(model: VLM, variant: Variant, n_tokens: int, other: Sequence[Tenso
         blocked[target, [source for source in variant.source if source <= target]] = True
     install = {
         "mask": _mask_edges,
-        "zero_value": _replace_values,
-        "mean_value": _replace_values,
-        "resample": partial(_replace_values, other=other),
+        **dict.fromkeys(("zero_value", "mean_value", "resample"), partial(_replace_values, other=other)),
         "attention_output": _zero_module,
         "mlp_output": _zero_module,
     }[variant.intervention]
@@ -203,12 +201,7 @@ def _other_values(model: VLM, encoded: Encoded) -> list[Float[Tensor, "1 n d_val
 
 
 def _replace_values(
-    hooks: ExitStack,
-    model: VLM,
-    layer: int,
-    variant: Variant,
-    blocked: Bool[Tensor, "n n"],
-    other: Sequence[Tensor] = (),
+    hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"], other: Sequence[Tensor]
 ) -> None:
     """Run the layer's attention again with other values, and take what comes out of that for targets and heads."""
     attention, value_proj, output_proj = model.attention(layer), model.value_proj(layer), model.output_proj(layer)
@@ -238,8 +231,7 @@ def _replace_values(
         if variant.intervention == "resample":
             values[:, held] = other[layer].to(values.device)[:, held]
         else:
-            mean = values[:, held].mean(1, keepdim=True)
-            values[:, held] = mean if variant.intervention == "mean_value" else 0.0
+            values[:, held] = values[:, held].mean(1, keepdim=True) if variant.intervention == "mean_value" else 0.0
         return values
 
     hooks.enter_context(output_proj.register_forward_pre_hook(see))

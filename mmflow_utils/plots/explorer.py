@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmflow_utils.plots.image_patches import gray, heat_scale, squares
+from mmflow_utils.plots.image_patches import heat_scale, squares
 from mmflow_utils.plots.style import add_title, draw_picture, flow_color, need, ordered, shown, styled
 
 
@@ -35,7 +35,7 @@ def plot_choice(
         raise ValueError(f"the frame holds no knockout of {flow} at layer {layer}: choose one that it holds")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.1), width_ratios=[2.2, 4, 2])
     scale = heat_scale([patches])
-    draw_picture(left, gray(image) if scale else image)
+    draw_picture(left, image, gray=bool(scale))
     count = f"{len(patches) or 'no'} image patch{'es' * (len(patches) != 0)} cut off"
     left.set_title(f"{patches['weight'].sum():.0f} % of attention on the picture" if scale else count)
     for name, group in patches.query("w > 0 and h > 0").groupby("set", dropna=False) if len(patches) else ():

@@ -54,7 +54,7 @@ def plot_image_patches(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
-        pixels = draw_picture(axis, gray(image) if scale else image)
+        pixels = draw_picture(axis, image, gray=bool(scale))
         axis.set_title(name, fontsize=9.5, pad=4)
         seen = part[(part["w"] > 0) & (part["h"] > 0)]
         for kind, group in seen.groupby("set", dropna=False):
@@ -87,12 +87,6 @@ def heat_scale(tables: Iterable[pd.DataFrame]) -> ScalarMappable | None:
     """Return the scale from 0 to the largest weight of some patches; None where they have no weights."""
     most = [table["weight"].max() for table in tables if "weight" in table]
     return ScalarMappable(PowerNorm(0.5, 0, max(most) or 1), _HEAT) if most else None
-
-
-def gray(image: object) -> np.ndarray:
-    """Return a picture without its colors, so that those of a heat map are told from them."""
-    shade = np.asarray(image, dtype=float).mean(-1, keepdims=True)
-    return np.repeat(64 + 0.75 * shade, 3, axis=-1).astype(np.uint8)
 
 
 def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

@@ -218,9 +218,11 @@ def add_title(
     return 1 - (0.13 + first + second) / total
 
 
-def draw_picture(axis: plt.Axes, image: object) -> np.ndarray:
+def draw_picture(axis: plt.Axes, image: object, *, gray: bool = False) -> np.ndarray:
     """Draw a picture without axes, small ones with sharp pixels; return it as an array (height, width, 3)."""
     pixels = np.asarray(image)
+    if gray:  # and pale, so that what is laid over it stands out
+        pixels = np.repeat(64 + 0.75 * pixels.mean(-1, keepdims=True), 3, axis=-1).astype(np.uint8)
     axis.imshow(pixels, interpolation="nearest" if pixels.shape[1] < 200 else "antialiased")
     axis.set_axis_off()
     return pixels
