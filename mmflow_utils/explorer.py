@@ -33,8 +33,8 @@ FLOWS = (*IMAGE_TO_QUESTION, *FLOW_TO_LAST, *IMAGE_PATCHES_TO_QUESTION)
 class Explorer(widgets.VBox):
     """Widgets to choose a knockout, and its figure; they open at the one that hurts the first sample most.
 
-    When a sample, a window or a head is chosen, all knockouts are computed in one sweep, so that a flow or a layer is shown
-    at once. A flow that a prompt doesn't have isn't offered for it. Shown are the picture with the image patches
+    When a sample, a window or a head is chosen, all knockouts are computed in one sweep, so that a flow or a layer is
+    shown at once. A flow that a prompt doesn't have isn't offered for it. Shown are the picture with the image patches
     that are cut off, or with what the flow's target attends to in that layer, all heads or one; the change in the
     answer's probability around each layer; and the words that the logit lens (final norm at every layer) reads at the
     last position of the intact model.
