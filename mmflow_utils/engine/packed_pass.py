@@ -42,8 +42,8 @@ class PackedPass:
     ):
         self.model, self.branches, self.read, self.keep, self.prefix = model, branches, read, keep, prefix
         self.other: Sequence[Tensor] = ()  # each layer's values in the run on another picture, where needed
-        self.start = 0
-        self.last = model.n_layers - 1
+        self.start, self.last = 0, model.n_layers - 1
+        self.left = torch.empty(0)  # what left the layer before
         self.resid_post: list[Tensor] = []
         self.finals: list[Tensor] = []  # the rows read after the last layer, slice by slice
         self.zeroed: dict[str, list[int]] = {}  # module intervention -> packed rows, while a layer runs on them

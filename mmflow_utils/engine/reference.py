@@ -127,15 +127,15 @@ def intervene(model: VLM, variant: Variant, n_tokens: int, other: Sequence[Tenso
     blocked = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
     for target in variant.target:
         blocked[target, [source for source in variant.source if source <= target]] = True
-    install = {
+    known: dict[str, Callable[..., None]] = {
         "mask": _mask_edges,
         **dict.fromkeys(("zero_value", "mean_value", "resample"), partial(_replace_values, other=other)),
         "attention_output": _zero_module,
         "mlp_output": _zero_module,
-    }[variant.intervention]
+    }
     with ExitStack() as hooks:
         for layer in variant.layers:
-            install(hooks, model, layer, variant, blocked)
+            known[variant.intervention](hooks, model, layer, variant, blocked)
         yield
 
 

@@ -76,7 +76,7 @@ def run_sweep(
     base, size = torch.empty(0), chunk or max(1, len(order))
     other = Prefix()  # what the run on another picture leaves
     if any(variant.intervention == "resample" for variant in variants):
-        PackedPass(model, [], read, keep, other).run(replace(encoded, inputs=encoded.other))
+        PackedPass(model, [], read, keep, other).run(replace(encoded, inputs=encoded.other or {}))
     while not stream or len(rows) < len(order):
         now = order[len(rows) : len(rows) + size]
         branches = plan_branches([variants[n] for n in now], read=read, n_layers=n_layers)
