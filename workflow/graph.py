@@ -35,7 +35,7 @@ AROUND = "91"  # around a language model that was there before
 SUBJECT = "mini"
 OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "13", "14")
 # Whose results a notebook reads, beside the samples.
-RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07")}
+RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07", "16", "17")}
 PARTS = "_in_parts("  # ends the name of what a notebook calls that measures in parts
 SHOWN = ("02", "03", COMPARISON)  # whose main figures the report opens with
 

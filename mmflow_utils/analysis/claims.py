@@ -7,7 +7,7 @@ from math import inf
 import pandas as pd
 
 from mmflow_utils.analysis import claim_measures as measures
-from mmflow_utils.analysis.collect import LEAD, REMOVED, WRITTEN_BY
+from mmflow_utils.analysis.collect import HELD, LEAD, REMOVED, WRITTEN_BY
 from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample, stage_layers
 from mmflow_utils.analysis.sentences import format_number
 
@@ -104,10 +104,11 @@ def _count(verdicts: Mapping[str, str]) -> str:
 
 
 def _lines(part: pd.DataFrame, n_boot: int, seed: int) -> dict[str, measures.Line]:
-    images, lines = sorted(part["image_id"].unique()), {}
+    images, lines = sorted(part.loc[~part["line"].str.startswith(HELD), "image_id"].unique()), {}
     bands = stage_layers(part, ["line"], n_boot=n_boot, seed=seed)
     for (name, mine), (_, band) in zip(part.groupby("line"), bands.groupby("line"), strict=True):
-        draws = resample(mine, images=images, n_boot=n_boot, seed=seed)
+        own = None if name.startswith(HELD) else images  # pairs show pictures of their own
+        draws = resample(mine, images=own, n_boot=n_boot, seed=seed)
         low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
         counted = (int(band[column].min()) for column in ("n", "n_clusters"))
         n_layers, has_stage = int(mine["n_layers"].max()), bool(band["in_stage"].any())
@@ -207,6 +208,16 @@ CLAIMS = (
         measure=measures.stronger,
         measured="largest effect of Question -> Last minus that of Image -> Last (percentage points; "
         f"more: {NEGLIGIBLE:g} or more)",
+    ),
+    Claim(
+        text="What is needed is also enough: the question's words come to hold the answer",
+        paper="§5, Figs 3-4",
+        says="only cut; by its account the picture's part in the answer passes through the question's words",
+        lines={f"{HELD}Question": "patching"} | QUESTION,
+        measure=measures.largest,
+        measured="most of another picture's answer that comes with its question's states (%, at any layer; enough: "
+        "50 or more)",
+        holds=(50.0, inf),
     ),
     Claim(
         text="The last position takes nothing from the image directly",

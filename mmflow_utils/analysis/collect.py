@@ -16,19 +16,21 @@ WRITTEN_BY = {
     "logit_lens": "05",
     "module_knockout": "06",
     "efficiency": "07",
+    "patching": "17",
 }
 """The results that are read, and the number of the notebook that writes each."""
 
 REMOVED = "No image in the last layers"  # the paper's way to save work, among its rivals in App. F
 CASES = {"Noncapitalized answer": 1, "Capitalized answer": -1}
 LEAD = "Lower case over capitals"  # how much likelier the lens finds the answer in lower case
+HELD = "Held by "  # a position set: how much of another picture's answer comes with that picture's states there
 # What the results of one model must have in common to be compared: the rest is each notebook's own.
 IN_COMMON = {*Params.model_fields, "weights_sha256", "data_sha256"}
 COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers", "window", "effect")
 
 
 def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataFrame]:
-    """Read what notebooks 02 to 07 stored: name -> rows of all models, with a column `model`.
+    """Read what notebooks 02 to 07 and 17 stored: name -> rows of all models, with a column `model`.
 
     What a model hasn't stored is not in the result. Where a notebook was run with several settings, what it
     measured or loaded last is read, which is said.
@@ -82,9 +84,10 @@ def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "cor
         One row per model, sample, line and layer. `line` is a flow, a module, or a word that the lens
         follows; `effect` is the loss of the answer's probability in % of what it was (flows), the loss of
         the question's words in percentage points of Jaccard similarity (modules), the word's probability in %, or
-        how much likelier lower case is than capitals (lens), or the loss of accuracy in percentage points (image
-        tokens removed from `layer` on); `window` is in layers, NaN for the lens and the removal. The control of
-        random image patches is left out: the paper claims nothing about it.
+        how much likelier lower case is than capitals (lens), what comes of another picture's answer with its states
+        in % (patching), or the loss of accuracy in percentage points (image tokens removed from `layer` on); `window`
+        is in layers, NaN for the lens and the removal. The control of random image patches is left out: the paper
+        claims nothing about it.
 
     Raises:
         ValueError: an unknown result, or one that lacks a column.
@@ -113,6 +116,10 @@ def _lines_of(name: str, frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
     if name == "module_knockout":
         need_columns(frame, ["knockout", "jaccard"])
         return frame.assign(line=frame["knockout"], effect=100 * (1 - frame["jaccard"]))
+    if name == "patching":
+        need_columns(frame, ["positions", "recovery_pct"])
+        mine = frame[frame["positions"].isin(["Image", "Question", "Last"])]
+        return mine.assign(line=HELD + mine["positions"], effect=mine["recovery_pct"].clip(upper=100))
     need_columns(frame, ["flow", "source", "rel_change_pct"])
     mine = frame[~frame["source"].str.startswith("image_random")]
     return mine.assign(line=mine["flow"], effect=-mine["rel_change_pct"])

@@ -12,7 +12,7 @@ import pytest
 from miniature.planted import ANSWER, PICK_UP
 from mmflow_utils.analysis.claim_measures import _valley
 from mmflow_utils.analysis.claims import CLAIMS, POOLED, VERDICTS, check_claims, describe_claims, tally_claims
-from mmflow_utils.analysis.collect import LEAD, REMOVED, WRITTEN_BY, collect_effects, read_results
+from mmflow_utils.analysis.collect import HELD, LEAD, REMOVED, WRITTEN_BY, collect_effects, read_results
 from mmflow_utils.analysis.flow_stages import find_stages, resample, stage_layers, tabulate_stages
 from mmflow_utils.analysis.stats import summarize
 from mmflow_utils.experiments.curation import read_questions
@@ -67,6 +67,7 @@ AS_IN_THE_PAPER = {
     "MLP": np.full(L, 40.0),
     "Attention": np.full(L, 20.0),
     REMOVED: np.where(np.arange(L) < 10, 50.0, 0.0),
+    f"{HELD}Question": bump(9, 80, 3),
 }
 # The same, each claim turned into its opposite.
 CONTRARY = {
@@ -82,6 +83,7 @@ CONTRARY = {
     "MLP": np.full(L, 10.0),
     "Attention": np.full(L, 30.0),
     REMOVED: np.full(L, 30.0),
+    f"{HELD}Question": bump(9, 10, 3),
 }
 NOTHING = dict.fromkeys(AS_IN_THE_PAPER, np.zeros(L))
 MANY = {"n_images": 300}  # a share of 5 % that loses everything isn't missed
@@ -326,6 +328,20 @@ def test_results_of_every_model_are_read_and_brought_to_one_form(tmp_path):
     effects = collect_effects(results)
     assert effects.groupby("model")["n_layers"].first().to_dict() == {"a": 3, "b": 5}
     assert effects.loc[effects.model == "a", "effect"].tolist() == [0, 10, 20]
+
+
+def test_what_is_held_counts_its_own_pictures_and_leaves_other_lines_as_they_were():
+    flow = as_drawn({"Question -> Last": bump(11, 45, 2)})
+    row = {"sample_id": "p", "task": "T", "layer": 0, "recovery_pct": 105.0, "model": "m"}
+    cells = [(n, name, layer) for n in range(40) for name in ("Question", "Options") for layer in (0, L - 1)]
+    held = pd.DataFrame([row | {"image_id": f"p{n}", "positions": name, "layer": at} for n, name, at in cells])
+    effects = collect_effects({"patching": held})
+    assert set(effects.line) == {f"{HELD}Question"} and set(effects.effect) == {100.0} and set(effects.n_layers) == {L}
+    alone, both = (check_claims(e, **QUICK).set_index(["task", "claim"]) for e in (flow, pd.concat([flow, effects])))
+    others = alone.verdict != "not measured"
+    assert alone[others].equals(both[others])
+    (mine,) = both[both.measured.str.contains("another picture")].loc["T"].to_dict("records")
+    assert mine["verdict"] == "holds" and mine["value"] == 100
 
 
 def test_of_several_runs_the_latest_is_read_and_said(tmp_path, capsys):

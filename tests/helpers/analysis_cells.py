@@ -17,7 +17,9 @@ import pandas as pd
 
 import mmflow_utils as mm
 from mmflow_utils.analysis import answers, claims, collect, flow_stages, stats  # noqa: F401 (before they are patched)
+from mmflow_utils.experiments import patching
 from mmflow_utils.params import ROOT
+from mmflow_utils.plots import maps
 from mmflow_utils.results.record import Result
 
 FRAMES = ROOT / "tests" / "analysis" / "frames"
@@ -56,9 +58,10 @@ def derive(frame: pd.DataFrame) -> pd.DataFrame:
 
 def moved(frame: pd.DataFrame, rng: np.random.Generator, noise: float) -> pd.DataFrame:
     """Move every number that a model computed as another processor's rounding does: relative to its size."""
-    computed = {"p_knockout", "probability", "norm"} & set(frame.select_dtypes("float"))
+    computed = {"p_knockout", "probability", "norm", "recovery_pct"} & set(frame.select_dtypes("float"))
     numbers = {name: frame[name] * (1 + noise * rng.normal(size=len(frame))) for name in sorted(computed)}
-    return derive(frame.assign(**{n: v if n == "norm" else v.clip(upper=1.0) for n, v in numbers.items()}))
+    free = ("norm", "recovery_pct")
+    return derive(frame.assign(**{n: v if n in free else v.clip(upper=1.0) for n, v in numbers.items()}))
 
 
 @cache
@@ -140,6 +143,8 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
             stack.enter_context(patch.object(mm, name, fake, create=True))
         for module, name in SUMMARIES:
             stack.enter_context(_recording(module, name, run))
+        stack.enter_context(patch.object(patching, "load_pairs", lambda *_: []))
+        stack.enter_context(patch.object(maps, "plot_maps", lambda *_, **__: None))
         scratch = stack.enter_context(tempfile.TemporaryDirectory())  # for what a cell writes
         for number, source in enumerate(code):
             if number < 3:  # imports, parameters, setup

@@ -19,7 +19,7 @@ UNIT, MOVES = 0.1, 0.01  # what is printed of a percentage or a layer; the share
 NOTEBOOKS = {
     path.stem: path
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
-    if path.stem[:2] in {"02", "03", "04", "05", "06", "08", "09", "10", "11", "12", "13", "14", "18"}
+    if path.stem[:2] in {"02", "03", "04", "05", "06", "08", "09", "10", "11", "12", "13", "14", "17", "18"}
 }
 # Cells that look at a prompt or a model, at a stored file beside the frame, or at which modules are loaded.
 CHECKS = {

@@ -46,7 +46,7 @@ def test_each_notebook_of_the_miniature_is_in_its_batch_after_those_it_reads():
     for name in batch:
         assert set(reads(name)) <= set(batch[: batch.index(name)])
     assert [name[:2] for name in reads("11_unimodal_llm")] == ["01", "02", "03"]
-    assert [name[:2] for name in reads("14_compare_models")] == ["02", "03", "04", "05", "06", "07"]
+    assert [name[:2] for name in reads("14_compare_models")] == ["02", "03", "04", "05", "06", "07", "16", "17"]
     assert reads("01_dataset_curation") == []
 
 
