@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from html import escape
 from io import BytesIO
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -140,7 +141,7 @@ class Explorer(widgets.VBox):
         )
 
     def _sweep(self, number: int, window: int, heads: tuple[int, ...] | None) -> pd.DataFrame:
-        options = {"window": window, "heads": heads, "n_check": 0, "progress": False}
+        options: Any = {"window": window, "heads": heads, "n_check": 0, "progress": False}
         return knockout_sweep(self.model, [self.samples[number]], FLOWS, **options).frame
 
     def _read_words(self, number: int) -> pd.DataFrame:

@@ -35,7 +35,7 @@ def head_agreement(frame: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
     for n, (name, part) in enumerate(units.groupby(["task", half])):
         draws[name] = rankdata(resample(part, n_boot=n_boot, seed=seed + n), axis=1)
     tasks = [task for task in dict.fromkeys(frame["task"]) if {(task, True), (task, False)} <= draws.keys()]
-    rows, pooled = [], {SAME: [], DIFFERENT: []}
+    rows, pooled = [], dict[str, list[np.ndarray]]({SAME: [], DIFFERENT: []})
     for one, other in combinations_with_replacement(tasks, 2):
         rho = np.mean([_correlate(draws[one, side], draws[other, not side]) for side in (True, False)], axis=0)
         pooled[SAME if one == other else DIFFERENT].append(rho)

@@ -44,7 +44,8 @@ def attribute_heads(
         need_numbers(encoded, logits)
         slopes = torch.autograd.grad(logits.float().log_softmax(-1).max(), mixed)
     for i, (args, kwargs) in enumerate(calls):
-        cut, seen = Variant(layers=range(i, i + 1), target=target, source=source), []
+        cut = Variant(layers=range(i, i + 1), target=target, source=source)
+        seen: list[Tensor] = []
         with torch.no_grad(), intervene(model, cut, encoded.positions.n_tokens):
             with model.output_proj(i).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
                 model.layers[i](*args, **kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,13 +63,13 @@ def run_patched(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[
             born = patch.layers.start - 1  # a branch's edit is in the layer before what enters the patched one
             rows = range(patch.positions[0], encoded.positions.last + 1)
             first = branches[-1].first + len(branches[-1].rows) if branches else 0
-            place = {"born": born, "until": born, "rows": rows, "first": first, "variants": [n]}
+            place: Any = {"born": born, "until": born, "rows": rows, "first": first, "variants": [n]}
             branches.append(Branch(target=patch.positions, source=(), intervention="mask", heads=None, **place))
     packed = _PatchedPass(model, branches, [encoded.positions.last], None)
     packed.patches, packed.stream = patches, stream
     found = packed.run(encoded)
-    rows = [found.get(n, packed.base)[0] for n in range(len(patches))]
-    return _gather(encoded, packed.base[0], theirs, rows)
+    read = [found.get(n, packed.base)[0] for n in range(len(patches))]
+    return _gather(encoded, packed.base[0], theirs, read)
 
 
 class _PatchedPass(PackedPass):

@@ -36,7 +36,7 @@ _MEASURED = (
     "correct_pct",
 )  # fmt: skip
 N_PLAIN = 12  # edits of a checked sample that are run in full passes, too: of hundreds
-ONE_LAYER = {"window": 1, "layers": [0]}
+ONE_LAYER: Any = {"window": 1, "layers": [0]}
 
 
 def head_sweep(

@@ -101,7 +101,7 @@ class Loop:
             if reason := problem or next((held.why_missing(name) for name in needs if name not in held), None):
                 self.skip(encoded, reason, **{kind: label})
                 continue
-            where = {"window": window, "n_layers": self.model.n_layers, "layers": layers, "heads": heads}
+            where: Any = {"window": window, "n_layers": self.model.n_layers, "layers": layers, "heads": heads}
             of_flow = variants(held, [flow], intervention=intervention, **where)
             planned += [(label, variant) for variant in of_flow]
         return planned

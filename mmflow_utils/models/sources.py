@@ -177,7 +177,7 @@ def _read_once(folder: Path) -> Path:
                 raise ValueError(
                     f"{file} can't be read ({reason_of(error)}): delete it, and it is fetched again."
                 ) from None
-            model.hf_quantizer.remove_quantization_config(model)  # its weights are plain numbers now
+            model.hf_quantizer.remove_quantization_config(model)  # type: ignore[operator, union-attr] # its weights are plain numbers now
             model.save_pretrained(stored)
             tokenizer.save_pretrained(stored)
             if not plain.is_dir():  # another process may have come by

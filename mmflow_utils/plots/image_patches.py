@@ -109,7 +109,7 @@ def squares(group: pd.DataFrame, kind: str | None, scale: ScalarMappable | None 
     look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0.6}
     if scale:
         colors = scale.to_rgba(group["weight"])
-        colors[:, 3] = 0.1 + 0.75 * np.asarray(scale.norm(group["weight"]))  # so that the picture is seen
+        colors[:, 3] = 0.1 + 0.75 * np.asarray(scale.norm(group["weight"]), dtype=float)  # so that the picture is seen
         look = {"facecolor": colors, "edgecolor": "none"}
         look |= {"edgecolor": set_color(kind), "linewidth": 1.4, "zorder": 2} if kind else {}
     return PatchCollection(squares, label=kind or "in no set", **look)
