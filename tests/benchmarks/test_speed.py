@@ -8,6 +8,7 @@ import torch
 from matplotlib.collections import PathCollection
 
 from benchmarks.baselines import BASELINES, has_nnsight
+from benchmarks.head_speed import measure_heads
 from benchmarks.plots import plot_costs
 from benchmarks.speed import SIX_FLOWS, measure_speed, random_llava, random_prompt
 from mmflow_utils.engine.reference import run_reference
@@ -94,3 +95,10 @@ def test_costs_are_drawn_with_their_bound(measured):
     assert math.isclose(figure.axes[0].get_xlim()[1], figure.axes[1].get_xlim()[1])
     with pytest.raises(ValueError, match="clean_passes"):
         plot_costs(pd.DataFrame({"way": ["a"], "n_layers": [1]}))
+
+
+def test_every_head_alone_is_what_full_passes_give_and_few_rows_are_counted():
+    frame = measure_heads(n_layers=2, n_heads=4, n_image=16, chunks=(None, 3), n_rounds=1, d_model=32)
+    assert frame.n_cuts.tolist() == [8] * 4 and frame.chunk.tolist() == [8, 3] * 2
+    assert frame.max_diff.max() < 1e-5 and (frame.counted == 12 / (2 * frame.n_tokens)).all()
+    assert (frame.memory > 0).all() and (frame.beside == frame.clean_passes - 1).all()
