@@ -125,8 +125,8 @@ def collect_stream(model: VLM, read: Sequence[int]) -> Iterator[list[Tensor]]:
 def intervene(model: VLM, variant: Variant, n_tokens: int, other: Sequence[Tensor] = ()) -> Iterator[None]:
     """Hold a variant's intervention while the block runs, with `other` values for `resample`; undo it in any case."""
     blocked = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
-    for target in variant.target:
-        blocked[target, [source for source in variant.source if source <= target]] = True
+    target, source = (torch.tensor(held, dtype=torch.long) for held in (variant.target, variant.source))
+    blocked[target[:, None], source] = source <= target[:, None]
     known: dict[str, Callable[..., None]] = {
         "mask": _mask_edges,
         **dict.fromkeys(("zero_value", "mean_value", "resample"), partial(_replace_values, other=other)),
