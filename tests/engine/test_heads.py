@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from test_sweep import KINDS, N_HEADS, N_LAYERS, TOLERANCE, assert_same, farthest, setting
+from engines import KINDS, N_HEADS, N_LAYERS, TOLERANCE, assert_same, farthest, setting
 
 from mmflow_utils.engine.checks import attention_pattern
 from mmflow_utils.engine.plan import count_rows

@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
+from engines import KINDS, N_HEADS, N_LAYERS, TOLERANCE, assert_same, farthest, probs, setting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_pair, vlm_of_kind
+from tiny import tiny_pair
 
 from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.plan import count_rows
@@ -38,37 +38,7 @@ from mmflow_utils.prompts.flows import (
 )
 from mmflow_utils.prompts.positions import PositionSets
 
-N_LAYERS = N_HEADS = 4
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
-KINDS = ("llava", "llava-gqa", "llava_next", "llama", "sliding", "idefics3", "qwen2_5_vl", "internvl")
-KINDS += ("qwen3_vl", "llava_onevision")
-TOLERANCE = 1e-5  # in probability: rounding of float32
-
-
-@cache
-def setting(kind: str, dtype: torch.dtype = torch.float32):
-    """Give a random model and a prompt for it."""
-    options = {"n_layers": N_LAYERS, "dtype": dtype}
-    if kind == "llama":
-        options["prompt"] = "USER: {question} ASSISTANT:"
-    model = vlm_of_kind(kind, **options)
-    with TemporaryDirectory() as folder:
-        return model, encode(model, tiny_pair(Path(folder)))
-
-
-def probs(logits):
-    return logits.softmax(-1)
-
-
-def farthest(a, b) -> float:
-    return float((probs(a) - probs(b)).abs().max())
-
-
-def assert_same(run, plain):
-    assert run.variants.shape == plain.variants.shape
-    torch.testing.assert_close(probs(run.base), probs(plain.base), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(probs(run.variants), probs(plain.variants), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(run.resid_post, plain.resid_post, atol=1e-4, rtol=1e-4)
 
 
 @st.composite
