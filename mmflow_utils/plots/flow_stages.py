@@ -53,7 +53,7 @@ def plot_stages(layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", 
     for axis, model in zip(axes.flat, models, strict=False):
         mine, found = (frame[frame["model"] == model] for frame in (layers, stages))
         _draw_model(axis, mine, found, int(depths[model]))
-        axis.set_title(f"{model} · {int(depths[model])} layers")
+        axis.set_title(f"{model} · {int(depths[model])} layers", pad=16)  # a number may stand above the last layer
     for axis in axes.flat[len(models) :]:
         axis.remove()
     for axis in axes[:, 0]:
@@ -66,8 +66,8 @@ def plot_stages(layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", 
         style.legend_handle(style.shown(line), style.WORD_COLORS.get(line) or style.flow_color(line), "-")
         for line in there
     ]
-    style.add_title(figure, title, subtitle, gap=0.4, left=0.6, bottom=below + 0.22 * ceil(len(handles) / 2))
-    figure.subplots_adjust(wspace=0.15, hspace=(below + 0.3) / 4)
+    style.add_title(figure, title, subtitle, gap=0.55, left=0.6, bottom=below + 0.22 * ceil(len(handles) / 2))
+    figure.subplots_adjust(wspace=0.15, hspace=(below + 0.45) / 4)
     if handles:
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 0.0), ncols=2)
     return figure

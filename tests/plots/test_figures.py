@@ -27,8 +27,9 @@ from mmflow_utils.params import ROOT
 from mmflow_utils.plots.curves import plot_curves, plot_flow
 from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.flow_stages import plot_stages
+from mmflow_utils.plots.heads import plot_heads
 from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
-from mmflow_utils.plots.maps import plot_map
+from mmflow_utils.plots.maps import plot_map, plot_maps
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.style import TASK_ORDER, WORD_COLORS
 from mmflow_utils.prompts import flows
@@ -113,6 +114,11 @@ def draw_flow() -> Figure:
     return plot_flow(summary(), model="mini", window=3, floor=floor)
 
 
+def draw_heads() -> Figure:
+    cells = summary(TASKS[:2], range(4), line="head").assign(mean=lambda f: f["mean"] + 15)
+    return plot_heads(cells, title="Question → Last, cut in one head", subtitle="mini")
+
+
 def draw_image_patches() -> Figure:
     two = {"boxes": patches(), "control": patches().assign(set=lambda f: f["set"][::-1].to_numpy())}
     return plot_image_patches(picture(), two, objects=things(), title="Image patches")
@@ -131,6 +137,11 @@ def draw_learning_curves() -> Figure:
 
 def draw_map() -> Figure:
     return plot_map(knockouts(), title="What color is it? → red", subtitle="mini")
+
+
+def draw_maps() -> Figure:
+    cells = summary(TASKS[:2], ["Image", "Question", "Last"], line="positions").assign(mean=lambda f: -f["mean"])
+    return plot_maps(cells, row="positions", label="Recovery (%)", title="Where does it stand?", subtitle="mini")
 
 
 def draw_norms() -> Figure:
