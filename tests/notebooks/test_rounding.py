@@ -31,7 +31,7 @@ CHECKS = {
         "encoded, panels = encoder(vlm, sample), {}",
         'cuts = [mm.Flow(source="image_related", target=target) for target in ("last", "question")]',
         'seeded = {"n_boot": params.n_boot, "seed": params.seed}',
-        'attended["smooth"] = smooth',
+        'strong = attended[attended.groupby(["flow", "sample_id"]).rel_change_pct.transform("min") <= -1]',
         'for flow, part in attended.groupby("flow", sort=False):',
         'largest, fence = mm.format_number(float(norms["norm"].max())), mm.format_number(cut.value)',
     ],
