@@ -24,14 +24,6 @@ def pytest_collection():
         gc.enable()
 
 
-def pytest_configure(config):
-    """Run notebooks in kernels that need not import everything anew."""
-    if getattr(config.option, "nbval", False):
-        from warm_kernel import fork_kernels
-
-        fork_kernels()
-
-
 def pytest_collection_modifyitems(items):
     """Skip the cells of notebooks that open with a model whose weights can't be had here, and say why."""
     for item in items:

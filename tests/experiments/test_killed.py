@@ -7,6 +7,8 @@ import pytest
 from expected_frames import CALLS, find_experiment
 from tiny import tiny_sample, tiny_vlm
 
+from mmflow_utils.experiments import patching
+from mmflow_utils.experiments.patching import Pair
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.subwords import answer_subwords, at_last_subword
 from mmflow_utils.results.record import Result
@@ -33,9 +35,14 @@ def in_parts(measure, model, samples, path, stop_at=None, shard=None, **call):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_a_killed_run_measures_only_what_is_left(name, tmp_path):
+def test_a_killed_run_measures_only_what_is_left(name, tmp_path, monkeypatch):
     measure, model, call = find_experiment(name), tiny_vlm(), CALLS[name][0]
     samples = [tiny_sample(tmp_path, sample_id=letter, seed=n) for n, letter in enumerate("abc")]
+    if name == "patch_sweep":
+        model = tiny_vlm(n_layers=3)
+        others = [tiny_sample(tmp_path, sample_id=f"{letter}2", seed=n + 3) for n, letter in enumerate("abc")]
+        samples = [Pair(**vars(sample), other=other) for sample, other in zip(samples, others, strict=True)]
+        monkeypatch.setattr(patching, "LEAST_GAP", 1e-3)  # a random model's answers are close
     if name == "knockout_sweep":
         call = call | {"encoder": at_last_subword(answer_subwords(model, samples, progress=False))}
     path = tmp_path / "out" / "result.parquet"

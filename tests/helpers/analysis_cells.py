@@ -20,6 +20,7 @@ from mmflow_utils.analysis import answers, claims, collect, flow_stages, stats  
 from mmflow_utils.experiments import patching
 from mmflow_utils.params import ROOT
 from mmflow_utils.plots import maps
+from mmflow_utils.prompts import other_pictures
 from mmflow_utils.results.record import Result
 
 FRAMES = ROOT / "tests" / "analysis" / "frames"
@@ -141,6 +142,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(patch.object(mm, name, fake, create=True))
+        stack.enter_context(patch.object(other_pictures, "with_other_pictures", lambda *_: []))
         for module, name in SUMMARIES:
             stack.enter_context(_recording(module, name, run))
         stack.enter_context(patch.object(patching, "load_pairs", lambda *_: []))

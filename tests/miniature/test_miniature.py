@@ -450,7 +450,8 @@ def split(tmp_path_factory):
 
 def test_the_committed_split_is_what_the_code_writes(split):
     written = {file.relative_to(split) for file in split.rglob("*") if file.is_file()}
-    assert written == {file.relative_to(ASSETS) for file in ASSETS.rglob("*") if file.is_file()}
+    stored = {file.relative_to(ASSETS) for file in ASSETS.rglob("*") if file.is_file()}
+    assert written == {name for name in stored if name.parts[0] != "pairs"}  # those are test_pairs' matter
     for name in written:
         if name.suffix == ".png":  # zlib's versions pack the same pixels differently
             mine, theirs = (np.asarray(Image.open(folder / name)) for folder in (split, ASSETS))

@@ -25,10 +25,12 @@ NAMES = notebooks_of("mini-next")  # 91, which tells another recipe, has its own
 FEW = {"model": "mini-next", "tasks": ["ChooseAttr"], "n_samples": 1, "n_boot": 100}
 FEW_OF_ITS_OWN = {
     "01_dataset_curation": {"n_per_group": 2},
+    "02_flow_to_last": {"n_samples": 4},  # two pictures of one shape
     "07_efficiency_study": {"n_asked": 1, "depth_step": 6, "n_new": 2, "n_rounds": 1},
     "09_last_subword": {"n_long": 2},
     "11_unimodal_llm": {"n_asked": 2},
     "12_factual_tasks": {"n_asked": 6},
+    "13_fine_grained_flow": {"n_samples": 2},  # one to choose layers by, one to ask
     "15_sweep_speed": {"bench_layers": [4], "bench_image_tokens": [64], "bench_rounds": 1},
     "16_heads": {"n_samples": 4, "n_exact": 1},
     "17_activation_patching": {"every": 6},

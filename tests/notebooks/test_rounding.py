@@ -123,6 +123,8 @@ def test_every_notebook_with_a_band_or_a_test_is_looked_at():
     text = {path.stem: path.read_text("utf-8") for path in (ROOT / "notebooks").glob("*.ipynb")}
     said = ("simultaneous_over", "paired_difference(", "find_stages(", "check_claims(")
     found = {name for name, source in text.items() if any(word in source for word in said)}
-    # 07 tests answers, which are right or wrong: no rounding moves them.
-    assert found - {"07_efficiency_study"} <= set(NOTEBOOKS) and "07_efficiency_study" in found
+    # 07 tests answers, which are right or wrong: no rounding moves them. 16 has bands over its tables of heads, which
+    # have no stored frames yet.
+    others = {"07_efficiency_study", "16_heads"}
+    assert found - others <= set(NOTEBOOKS) and others <= found
     assert all((FRAMES / model / "flow_to_last.parquet").is_file() for _, model in CASES)
