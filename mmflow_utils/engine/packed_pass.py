@@ -20,6 +20,7 @@ from mmflow_utils.engine.prefix import Prefix, Uncut
 from mmflow_utils.engine.reference import Keep
 from mmflow_utils.models.adapter import VLM, compute_device
 from mmflow_utils.prompts.encoding import Encoded
+from mmflow_utils.prompts.flows import heads_in
 
 __all__ = ["PackedPass", "layer_kwargs_at"]
 
@@ -249,7 +250,7 @@ class PackedPass:
                 zeroed[branch.intervention] += [row[p] for p in touched]
                 touched = ()
             rest = tuple(p for p in positions if p not in branch.target_set) if touched else positions
-            edited = (branch.source, branch.intervention), branch.heads_in(i)
+            edited = (branch.source, branch.intervention), heads_in(branch.heads, i)
             for part, (edit, heads) in ((touched, edited), (rest, (None, None))):
                 if part:
                     rows = [row[p] for p in part]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, Variant
+from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, Heads, Variant, heads_in
 
 __all__ = ["Branch", "count_rows", "plan_branches"]
 
@@ -17,7 +17,7 @@ class Branch:
     target: tuple[int, ...]  # the edit, as in a `Variant`
     source: tuple[int, ...]
     intervention: str
-    heads: tuple[tuple[int, int], ...] | None  # those that are cut, by layer; None: all
+    heads: Heads  # those that are cut
     born: int  # it holds in the layers [born, until)
     until: int
     rows: range  # positions from min(target) to the last that is read; what comes later nobody reads
@@ -37,16 +37,8 @@ class Branch:
         """Pick of the positions that are read those where this branch can differ from the clean run."""
         return tuple(position for position in read if position >= self.rows[0])
 
-    @cached_property
-    def _by_layer(self) -> dict[int, tuple[int, ...]]:
-        layers = dict.fromkeys(layer for layer, _ in self.heads or ())
-        return {layer: tuple(head for at, head in self.heads or () if at == layer) for layer in layers}
-
-    def heads_in(self, layer: int) -> tuple[int, ...] | None:
-        return None if self.heads is None else self._by_layer.get(layer, ())
-
     def edits(self, layer: int) -> bool:
-        return self.born <= layer < self.until and self.heads_in(layer) != ()
+        return self.born <= layer < self.until and heads_in(self.heads, layer) != ()
 
 
 def plan_branches(variants: Sequence[Variant], *, read: Sequence[int], n_layers: int) -> list[Branch]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmflow_utils.engine.closeness import check_head, need_numbers
 from mmflow_utils.models.adapter import VLM, compute_device, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
-from mmflow_utils.prompts.flows import Variant
+from mmflow_utils.prompts.flows import Variant, heads_in
 
 __all__ = ["Keep", "Run", "check_request", "collect_stream", "intervene", "run_reference"]
 
@@ -168,7 +168,7 @@ def _mask_edges(hooks: ExitStack, model: VLM, layer: int, variant: Variant, bloc
 
 def _edited_heads(model: VLM, layer: int, variant: Variant) -> Bool[Tensor, " heads"]:
     """Tell in which query heads of a layer the intervention holds; one answer for all where it names none."""
-    heads = variant.heads_in(layer)
+    heads = heads_in(variant.heads, layer)
     edited = torch.full((1,) if heads is None else (model.n_heads,), heads is None)
     edited[list(heads or ())] = True
     return edited

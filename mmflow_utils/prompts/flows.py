@@ -4,6 +4,7 @@ A `Flow` names two position sets of a prompt; a `Variant` is one concrete run wi
 layers. Both engines (`reference` and `sweep`) execute variants and know nothing of flows or prompts.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 from mmflow_utils.prompts.positions import PositionSets
 
 __all__ = [
-    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOORS", "Flow", "flow_problem", "FLOW_TO_LAST",
+    "CAPTIONS_TO_LAST", "EDGE_INTERVENTIONS", "FLOORS", "Flow", "flow_problem", "FLOW_TO_LAST", "Heads", "heads_in",
     "IMAGE_PATCHES_TO_QUESTION", "IMAGE_ROUTES", "IMAGE_TO_PARTS", "IMAGE_TO_QUESTION", "Intervention",
     "MODULE_INTERVENTIONS", "NO_PICTURE", "NO_QUESTION", "OTHER_PATCHES_TO_PARTS", "PARTS_TO_LAST", "PARTS_TO_PARTS",
     "pretty_name", "QUESTION_ROUTES", "RELATED_PATCHES_TO_PARTS", "TEMPLATE_TO_LAST", "Variant", "variants",
@@ -22,6 +23,8 @@ __all__ = [
 
 Intervention = Literal["mask", "zero_value", "mean_value", "resample", "attention_output", "mlp_output"]
 Placement = Literal["centered", "forward"]
+Heads = tuple[tuple[int, int], ...] | None
+"""Pairs of layer and query head, ascending; None: all."""
 MODULE_INTERVENTIONS: tuple[Intervention, ...] = ("attention_output", "mlp_output")
 EDGE_INTERVENTIONS = tuple(name for name in get_args(Intervention) if name not in MODULE_INTERVENTIONS)
 
@@ -48,6 +51,17 @@ def pretty_name(name: str) -> str:
     ('Related image patches', 'Question without options')
     """
     return " + ".join(_PRETTY.get(part, part.replace("_", " ").capitalize()) for part in name.split("+"))
+
+
+def heads_in(heads: Heads, layer: int) -> tuple[int, ...] | None:
+    """Return the heads of one layer; None: all of them.
+
+    >>> heads_in(((2, 0), (2, 3), (4, 1)), 2), heads_in(((2, 0),), 3), heads_in(None, 3)
+    ((0, 3), (), None)
+    """
+    if heads is None:
+        return None
+    return tuple(head for _, head in heads[bisect_left(heads, (layer,)) : bisect_left(heads, (layer + 1,))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +109,7 @@ class Variant:
     target: tuple[int, ...]
     source: tuple[int, ...] = ()
     intervention: Intervention = "mask"
-    heads: tuple[tuple[int, int], ...] | None = None
+    heads: Heads = None
     flow: Flow | None = None
     layer: int | None = None
 
@@ -113,10 +127,6 @@ class Variant:
         heads = self.heads or ()
         if list(heads) != sorted(set(heads)) or any(at not in self.layers or head < 0 for at, head in heads):
             raise ValueError(f"heads must be (layer, head) pairs within {self.layers}, ascending, got {heads[:8]}")
-
-    def heads_in(self, layer: int) -> tuple[int, ...] | None:
-        """Return the heads that are cut in a layer of the window; None for all of them."""
-        return None if self.heads is None else tuple(head for at, head in self.heads if at == layer)
 
     @property
     def n_layers_blocked(self) -> int:
