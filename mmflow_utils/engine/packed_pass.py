@@ -78,7 +78,6 @@ class PackedPass:
             with suppress(Uncut), self._hooked():
                 return prefix.go_on(self.model, inputs, start, slice(None))
             self.start = 0
-        self.left = torch.empty(0)  # what the layer before handed on
         with self._hooked():
             out = self.model.hf(**inputs, use_cache=False)
         check_head(self.model, encoded, self.resid_post[-1], out.logits[0])
