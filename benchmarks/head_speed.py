@@ -5,7 +5,6 @@
 One thread, float32, random weights; the ways take turns in one run, in this process's own CPU time.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -13,11 +12,10 @@ from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from pathlib import Path  # noqa: E402
-
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.command import parser_of, store
 from benchmarks.speed import _peak_bytes, _seconds, random_llava, random_prompt
 from mmflow_utils.engine.plan import count_rows
 from mmflow_utils.engine.reference import run_reference
@@ -94,14 +92,10 @@ def measure_heads(
 
 
 def main() -> None:
-    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    read = parser_of(__doc__, "head_speed", rounds=3, d_model=1024, heads=32)
     read.add_argument("--layers", type=int, default=32)
-    read.add_argument("--heads", type=int, default=32)
     read.add_argument("--kv-heads", type=int)
     read.add_argument("--image-tokens", type=int, default=576)
-    read.add_argument("--d-model", type=int, default=1024)
-    read.add_argument("--rounds", type=int, default=3)
-    read.add_argument("--out", type=Path, default=Path("outputs/bench/head_speed.csv"))
     args = read.parse_args()
     torch.set_num_threads(1)
     frame = measure_heads(
@@ -113,10 +107,8 @@ def main() -> None:
         n_kv_heads=args.kv_heads or args.heads,
         progress=lambda line: print(line, flush=True),
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    frame.assign(d_model=args.d_model).to_csv(args.out, index=False, float_format="%.4g")
     print(frame.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
-    print(f"written to {args.out}")
+    store(frame.assign(d_model=args.d_model), args.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 One thread, float32, random weights; the ways take turns in one run, in this process's own CPU time.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,11 +12,11 @@ from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from pathlib import Path  # noqa: E402
 
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.command import parser_of, store
 from benchmarks.speed import N_AFTER, N_QUESTION, SIX_FLOWS, _seconds, random_llava, random_prompt
 from mmflow_utils.engine.answers import answer_together, greedy_answer
 from mmflow_utils.engine.prefix import Prefix
@@ -112,13 +111,9 @@ def _round(model: VLM, prompts: list[Encoded], planned: list, n_questions: Seque
 
 
 def main() -> None:
-    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    read = parser_of(__doc__, "shared_picture", rounds=3)
     read.add_argument("--shapes", nargs="+", default=["32x576", "8x2809"], help="layers x image tokens")
     read.add_argument("--questions", type=int, nargs="+", default=[1, 2, 5, 13])
-    read.add_argument("--rounds", type=int, default=3)
-    read.add_argument("--d-model", type=int, default=512)
-    read.add_argument("--heads", type=int, default=8)
-    read.add_argument("--out", type=Path, default=Path("outputs/bench/shared_picture.csv"))
     args = read.parse_args()
     torch.set_num_threads(1)
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
@@ -131,9 +126,7 @@ def main() -> None:
         n_kv_heads=args.heads,
         progress=lambda line: print(line, flush=True),
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(args.out, index=False, float_format="%.6g")
-    print(f"written to {args.out}")
+    store(frame, args.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ One thread, float32, random weights. Ratios come from ways that take turns in on
 times alone say little.
 """
 
-import argparse
 import os
 import platform
 
@@ -18,6 +17,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.baselines import BASELINES
+from benchmarks.command import parser_of, store
 from benchmarks.speed import measure_speed
 
 
@@ -30,15 +30,11 @@ def _cpu() -> str:
 
 
 def main() -> None:
-    read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    read = parser_of(__doc__, "sweep_speed", rounds=5)
     read.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     read.add_argument("--image-tokens", type=int, nargs="+", default=[576])
     read.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=list(BASELINES))
-    read.add_argument("--rounds", type=int, default=5)
-    read.add_argument("--d-model", type=int, default=512)
-    read.add_argument("--heads", type=int, default=8)
     read.add_argument("--kv-heads", type=int, default=8)
-    read.add_argument("--out", type=Path, default=Path("outputs/bench/sweep_speed.csv"))
     args = read.parse_args()
     torch.set_num_threads(1)
     frame = measure_speed(
@@ -52,11 +48,9 @@ def main() -> None:
         progress=lambda line: print(line, flush=True),
     )
     frame = frame.assign(d_model=args.d_model, cpu=_cpu(), torch=torch.__version__)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(args.out, index=False, float_format="%.6g")
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(frame.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
-    print(f"written to {args.out}")
+    store(frame, args.out)
 
 
 if __name__ == "__main__":
