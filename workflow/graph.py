@@ -105,14 +105,14 @@ def _why_not(name: str, model: str, params: dict) -> str:
     if reads_text and not name.startswith((SAMPLES, UNIMODAL)):
         return "it reads text alone, and there is no picture to follow"
     if name.startswith(UNIMODAL):
-        pairs = _own_parameter(name, "llms")
+        pairs = own_parameter(name, "llms")
         if model not in (pairs.values() if reads_text else pairs):
             return "the notebook's llms pair it with no other model"
         if not reads_text and not checkpoint_of(read_params(pairs[model])).is_dir():
             return f"the weights of {pairs[model]} lie in no folder here; that model's own batch has the notebook"
     if name.startswith(FACTUAL) and all(task.startswith("Choose") for task in params.get("tasks", [""])):
         return "all its tasks offer options to choose from, and factual questions offer none"
-    if name.startswith(ORIGINS) and model not in _own_parameter(name, "models"):
+    if name.startswith(ORIGINS) and model not in own_parameter(name, "models"):
         return "the notebook's models don't list it"
     if name.startswith(TRAINING):
         record = checkpoint_of(params) / "training.json"
@@ -166,10 +166,10 @@ def _text(name: str) -> str:
 
 def opens_with(name: str) -> str:
     """Name the model that a notebook studies when it is opened by hand."""
-    return _own_parameter(name, "model")
+    return own_parameter(name, "model")
 
 
-def _own_parameter(name: str, parameter: str) -> Any:
+def own_parameter(name: str, parameter: str) -> Any:
     """Read what a notebook's `parameters` cell sets a parameter to; an empty dict where it isn't there."""
     for cell in json.loads(_text(name))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):

@@ -30,7 +30,7 @@ from mmflow_utils.prompts.flows import (
     window_sizes,
 )
 from mmflow_utils.prompts.positions import PositionSets
-from workflow.graph import in_parts, notebooks_of
+from workflow.graph import in_parts, notebooks_of, own_parameter
 
 __all__ = ["passes_of_report", "passes_of_sample", "questions_of_report"]
 
@@ -39,17 +39,15 @@ PARTS = (*PARTS_TO_LAST, *PARTS_TO_PARTS, *IMAGE_TO_PARTS, *OTHER_PATCHES_TO_PAR
 NOTHING: tuple[Flow, ...] = ()
 # Share of the samples, what is cut in each, and how: the model's window (None), another, or all layers at once.
 Cut = tuple[float, Sequence[Flow], int | None]
-CUTS: dict[str, list[Cut]] = {
+CUTS: dict[str, list[Cut]] = {  # where a notebook's own parameters say nothing of it
     "01": [],  # asks questions
     "02": [(1, (*FLOW_TO_LAST, *TEMPLATE_TO_LAST), None), (1, (*IMAGE_ROUTES, *QUESTION_ROUTES), ALL_LAYERS)],
     "03": [(1, IMAGE_TO_QUESTION, None)],
-    "04": [(1, (*IMAGE_PATCHES_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION[:1] * 5), None)],  # and five random draws
     "05": [(2, NOTHING, None)],
     "06": [(1, (*IMAGE_TO_QUESTION * 3,), None)],  # two modules and an edge, read at every position of the question
     "07": [],  # a few samples
     "09": [(0.02, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
     "11": [(1, (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
-    "13": [(0.5, PARTS, None)],
     "16": [],  # a few samples
     "17": [],  # a few pairs
 }
@@ -78,14 +76,27 @@ def passes_of_report(params: Params, prompts: Sequence[PositionSets], n_layers: 
         n_layers: The depth of its decoder.
     """
     six: list[Cut] = [(1, SIX_FLOWS, None)]
-    windows: list[Cut] = [
-        (1 / len(params.tasks), (*FLOW_TO_LAST[:2], *IMAGE_TO_QUESTION), w) for w in window_sizes(n_layers)
-    ]
-    known, how = CUTS | {"08": windows}, {"window": params.window, "n_layers": n_layers}
+    known, how = CUTS | _by_own_parameters(params, n_layers), {"window": params.window, "n_layers": n_layers}
     names = [name for name in notebooks_of(params.model) if in_parts(name)]
     cuts = [cut for name in names for cut in known.get(name[:2], six)]
     one = mean(passes_of_sample(positions, cuts, **how) for positions in prompts)
     return one * params.n_samples * len(params.tasks), len(names)
+
+
+def _by_own_parameters(params: Params, n_layers: int) -> dict[str, list[Cut]]:
+    """Return the cuts of which a notebook's `parameters` cell says how many there are."""
+
+    def share(name: str) -> float:
+        return min(1.0, (own_parameter(name, "n_each") or params.n_samples) / params.n_samples)
+
+    random = IMAGE_PATCHES_TO_QUESTION[:1] * own_parameter("04_image_patch_knockout", "n_draws")
+    of_one_task = share("08_window_size") / len(params.tasks)
+    flows = (*FLOW_TO_LAST[:2], *IMAGE_TO_QUESTION)
+    return {
+        "04": [(1, (*IMAGE_PATCHES_TO_QUESTION, *random), None)],
+        "08": [(of_one_task, flows, width) for width in window_sizes(n_layers)],
+        "13": [(share("13_fine_grained_flow"), PARTS, None)],
+    }
 
 
 def questions_of_report(params: Params) -> float:
