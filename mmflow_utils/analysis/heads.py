@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
-from mmflow_utils.analysis.flow_stages import Draws, resample
+from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, resample
+from mmflow_utils.analysis.stats import rank_correlation
 
 __all__ = ["DIFFERENT", "SAME", "head_agreement"]
 
@@ -25,29 +25,25 @@ def head_agreement(frame: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
     itself shows how much the noise of so few samples lets one see, and that between two tasks may be held against it.
 
     Returns:
-        One row per pair of tasks (task, other): Spearman's `rho` over all heads, ci_low and ci_high (95 %, bootstrap
-        over images), n (samples) and n_clusters; at the end the means of `SAME` and of `DIFFERENT` tasks.
+        One row per pair of tasks (task, other): `rho` over all heads (`rank_correlation`, where less than 5 % counts as
+        nothing), ci_low and ci_high (95 %, bootstrap over images), n (samples) and n_clusters; at the end the means of
+        `SAME` and of `DIFFERENT` tasks.
     """
     half, draws = frame["image_id"].isin(frame["image_id"].unique()[::2]), {}  # by turns, task after task
     units = frame.assign(
         layer=frame["layer"] * (frame["head"].max() + 1) + frame["head"], effect=frame["logprob_change"]
     )
     for n, (name, part) in enumerate(units.groupby(["task", half])):
-        draws[name] = rankdata(resample(part, n_boot=n_boot, seed=seed + n), axis=1)
+        draws[name] = resample(part, n_boot=n_boot, seed=seed + n)
     tasks = [task for task in dict.fromkeys(frame["task"]) if {(task, True), (task, False)} <= draws.keys()]
     rows, pooled = [], dict[str, list[np.ndarray]]({SAME: [], DIFFERENT: []})
     for one, other in combinations_with_replacement(tasks, 2):
-        rho = np.mean([_correlate(draws[one, side], draws[other, not side]) for side in (True, False)], axis=0)
+        sides = [(draws[one, side], draws[other, not side]) for side in (True, False)]
+        rho = np.mean([rank_correlation(*two, smallest=NEGLIGIBLE / 100) for two in sides], axis=0)
         pooled[SAME if one == other else DIFFERENT].append(rho)
         rows.append(_row(one, other, rho, frame[frame["task"].isin([one, other])]))
     rows += [_row(kind, "mean", np.mean(found, axis=0), frame) for kind, found in pooled.items() if found]
     return pd.DataFrame(rows)
-
-
-def _correlate(a: Draws, b: Draws) -> Float[np.ndarray, " draws"]:
-    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
-    with np.errstate(invalid="ignore"):  # heads that are all alike have no ranks
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
 
 
 def _row(task: str, other: str, rho: Float[np.ndarray, " draws"], frame: pd.DataFrame) -> dict[str, object]:

@@ -24,6 +24,7 @@ SETTINGS = ("model", "window", "intervention", "protocol")
 # The smallest effect that counts, in the measure's own unit: half a percentage point, or what is named
 # below. What varies by less is not told from the machine's rounding.
 SMALLEST = 0.5
+_RANK_SPREAD = 0.05  # of ranks, squared: of 48 items one that stands out has 11
 SMALLEST_OF = {"logprob_change": 5e-3, "logit_diff_change": 5e-3, "probability": 5e-3, "jaccard": 5e-3}
 
 
@@ -191,6 +192,24 @@ def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     order = np.argsort(p)[: np.isfinite(p).sum()]  # NaN sorts last
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return adjusted
+
+
+def rank_correlation(
+    a: Float[np.ndarray, "draws items"], b: Float[np.ndarray, "draws items"], *, smallest: float = SMALLEST
+) -> Float[np.ndarray, " draws"]:
+    """Correlate ranks (Spearman) so that what differs by much less than the smallest effect that counts is tied.
+
+    A rank counts the values below, each by the normal distribution of the difference in units of `smallest`, and the
+    spread of ranks is steadied by a small one of its own: a continuous function of the data, in which the machine's
+    rounding has no say, and 0 where nothing differs. Values far apart have their usual ranks.
+
+    >>> far, near = np.array([[1.0, 40.0, 2.0, 3.0]]), np.array([[0.0, 9.0, 1e-7, -1e-7]])
+    >>> rank_correlation(far, far**2, smallest=0.1).round(2), rank_correlation(near, -near).round(2)
+    (array([0.96]), array([-0.94]))
+    """
+    a, b = (np.array([ndtr((row[:, None] - row) / smallest).sum(-1) for row in side]) for side in (a, b))
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
+    return (a * b).mean(1) / np.sqrt(((a**2).mean(1) + _RANK_SPREAD) * ((b**2).mean(1) + _RANK_SPREAD))
 
 
 # --- inner parts ---

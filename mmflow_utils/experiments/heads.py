@@ -36,6 +36,7 @@ _MEASURED = (
     "correct_pct",
 )  # fmt: skip
 N_PLAIN = 12  # edits of a checked sample that are run in full passes, too: of hundreds
+TIE = 5e-3  # nats: costs that differ by less are alike
 ONE_LAYER: Any = {"window": 1, "layers": [0]}
 
 
@@ -121,7 +122,9 @@ def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, s
         `random` ones there are `n_random` draws.
     """
     mean, rng = table.groupby(["layer", "head"])["logprob_change"].mean(), np.random.default_rng(seed)
-    orders = [("strongest", 0, mean.sort_values()), ("weakest", 0, mean.abs().sort_values())]
+    steps = (mean / TIE).round()  # heads that cost alike come layer by layer, whatever rounding says
+    orders = [("strongest", steps), ("weakest", steps.abs())]
+    orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in orders]
     orders += [("random", draw, mean.iloc[rng.permutation(len(mean))]) for draw in range(n_random)]
     labels = [
         ({"choice": choice, "draw": draw}, [[*map(int, pair)] for pair in order.index])

@@ -19,7 +19,7 @@ import mmflow_utils as mm
 from mmflow_utils.analysis import answers, claims, collect, flow_stages, stats  # noqa: F401 (before they are patched)
 from mmflow_utils.experiments import patching
 from mmflow_utils.params import ROOT
-from mmflow_utils.plots import maps
+from mmflow_utils.plots import heads, maps
 from mmflow_utils.prompts import other_pictures
 from mmflow_utils.results.record import Result
 
@@ -121,9 +121,9 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
         return found
 
     n_layers = int(pd.read_parquet(FRAMES / model / "flow_to_last.parquet", columns=["layer"]).layer.max()) + 1
-    stub = SimpleNamespace(n_layers=n_layers, name=model, model=model, folder=Path(model))
+    stub = SimpleNamespace(n_layers=n_layers, n_heads=4, name=model, model=model, folder=Path(model))
     reader = SimpleNamespace(**vars(stub) | {"model": f"{model}-text"})
-    names: dict[str, Any] = {"In": [], "studied": []}
+    names: dict[str, Any] = {"In": [], "studied": [], "display": lambda *_: None}
 
     def needs_a_model(*_, **__):
         raise RuntimeError("this needs a model, or its data")
@@ -137,7 +137,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
         "manifest": lambda *_, **__: {"depends_on": {}},
         "save_frame": lambda *_, **__: None,
         **dict.fromkeys(("read_questions", "ask_questions", "knockout_sweep", "logit_lens", "encode"), needs_a_model),
-        **{name: lambda *_, **__: None for name in mm.__all__ if name.startswith("plot_")},
+        **{name: lambda *_, **__: SimpleNamespace(axes=[]) for name in mm.__all__ if name.startswith("plot_")},
     }
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
@@ -146,7 +146,8 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
         for module, name in SUMMARIES:
             stack.enter_context(_recording(module, name, run))
         stack.enter_context(patch.object(patching, "load_pairs", lambda *_: []))
-        stack.enter_context(patch.object(maps, "plot_maps", lambda *_, **__: None))
+        for room, name in ((maps, "plot_maps"), (heads, "plot_heads")):
+            stack.enter_context(patch.object(room, name, lambda *_, **__: None))
         scratch = stack.enter_context(tempfile.TemporaryDirectory())  # for what a cell writes
         for number, source in enumerate(code):
             if number < 3:  # imports, parameters, setup
