@@ -123,8 +123,8 @@ def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, s
     """
     mean, rng = table.groupby(["layer", "head"])["logprob_change"].mean(), np.random.default_rng(seed)
     steps = (mean / TIE).round()  # heads that cost alike come layer by layer, whatever rounding says
-    orders = [("strongest", steps), ("weakest", steps.abs())]
-    orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in orders]
+    ranked = {"strongest": steps, "weakest": steps.abs()}
+    orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in ranked.items()]
     orders += [("random", draw, mean.iloc[rng.permutation(len(mean))]) for draw in range(n_random)]
     labels = [
         ({"choice": choice, "draw": draw}, [[*map(int, pair)] for pair in order.index])
