@@ -1,15 +1,18 @@
 """The paper's claims as numbers, and what was measured of them in each model: task by task, then all together."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
 import pandas as pd
 
 from mmflow_utils.analysis import claim_measures as measures
 from mmflow_utils.analysis.collect import HELD, LEAD, REMOVED, WRITTEN_BY
-from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample, stage_layers
+from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample, stage_layers, with_image_numbers
 from mmflow_utils.analysis.sentences import format_number
+from mmflow_utils.analysis.stats import curves
 
 POOLED = "all tasks"
 VERDICTS = ("holds", "does not hold", "undecided", "not applicable", "not measured")
@@ -55,9 +58,8 @@ def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
         return pd.DataFrame(columns=["model", "task", *_judge(CLAIMS[0], {})])
     rows = []
     for model, mine in effects.groupby("model"):
-        for task, part in [*mine.groupby("task", dropna=False), (POOLED, mine)]:
-            lines = _lines(part, n_boot, seed)
-            rows += [{"model": model, "task": task} | _judge(claim, lines) for claim in CLAIMS]
+        of_task = _lines(mine, n_boot, seed) | _lines(mine.assign(task=POOLED), n_boot, seed)
+        rows += [{"model": model, "task": task} | _judge(claim, of_task[task]) for task in of_task for claim in CLAIMS]
     return pd.DataFrame(rows)
 
 
@@ -103,17 +105,21 @@ def _count(verdicts: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _lines(part: pd.DataFrame, n_boot: int, seed: int) -> dict[str, measures.Line]:
-    images, lines = sorted(part.loc[~part["line"].str.startswith(HELD), "image_id"].unique()), {}
-    bands = stage_layers(part, ["line"], n_boot=n_boot, seed=seed)
-    for (name, mine), (_, band) in zip(part.groupby("line"), bands.groupby("line"), strict=True):
-        own = None if name.startswith(HELD) else images  # pairs show pictures of their own
-        draws = resample(mine, images=own, n_boot=n_boot, seed=seed)
+def _lines(mine: pd.DataFrame, n_boot: int, seed: int) -> dict[str, dict[str, measures.Line]]:
+    """Describe each line of each task of a model."""
+    by, found = ["task", "line"], defaultdict[str, dict[str, measures.Line]](dict)
+    bands, used = stage_layers(mine, by, n_boot=n_boot, seed=seed), with_image_numbers(mine)
+    shown = used["image_id"].where(~mine["line"].str.startswith(HELD)).groupby(mine["task"], dropna=False)
+    images = {task: np.unique(some.dropna()).tolist() for task, some in shown}
+    for ((task, name), band), (_, rows) in zip(curves(bands, by), used.groupby(curves(mine, by).ngroup()), strict=True):
+        own = None if name.startswith(HELD) else images[task]  # pairs show pictures of their own
+        draws = resample(rows, images=own, n_boot=n_boot, seed=seed)
         low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
         counted = (int(band[column].min()) for column in ("n", "n_clusters"))
-        n_layers, has_stage = int(mine["n_layers"].max()), bool(band["in_stage"].any())
-        lines[name] = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
-    return lines
+        n_layers, has_stage = int(rows["n_layers"].max()), bool(band["in_stage"].any())
+        line = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
+        found[task][name] = line
+    return found
 
 
 def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:

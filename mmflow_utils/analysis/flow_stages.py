@@ -79,8 +79,8 @@ def find_stages(
     """
     by, rule = list(by), {"share": share, "negligible": negligible}
     table = stage_layers(effects, by, **rule, n_boot=n_boot, seed=seed)
-    found, used = [], effects[[*by, "layer", "image_id", "effect", "n_layers"]]
-    for (_, mine), (_, curve) in zip(curves(used, by), curves(table, by), strict=True):
+    found, used = [], with_image_numbers(effects)
+    for (_, mine), (_, curve) in zip(used.groupby(curves(effects, by).ngroup()), curves(table, by), strict=True):
         draws = resample(mine, n_boot=n_boot, seed=seed)
         half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
         top = strongest_index(curve["mean"].to_numpy()[None])[0]
@@ -120,6 +120,12 @@ def strongest_index(draws: Draws) -> Int[np.ndarray, " draws"]:
     """Return where each draw is strongest: of layers that print alike the first, whichever rounding lifts."""
     with np.errstate(invalid="ignore"):
         return (draws >= draws.max(1, keepdims=True) - TIE).argmax(1)
+
+
+def with_image_numbers(effects: pd.DataFrame) -> pd.DataFrame:
+    """Return what `resample` needs, in numbers alone: curve by curve, texts would cost more than all the rest."""
+    images = pd.factorize(effects["image_id"], sort=True)[0]
+    return effects[["layer", "effect", "n_layers"]].assign(image_id=images)
 
 
 def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: int, seed: int) -> Draws:

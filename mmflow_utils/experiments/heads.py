@@ -13,15 +13,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.attribution import attribute_heads
-from mmflow_utils.engine.closeness import probabilities, rounding
-from mmflow_utils.engine.reference import Run
-from mmflow_utils.experiments.knockout import answer_rows
+from mmflow_utils.engine.closeness import rounding
+from mmflow_utils.experiments.knockout import answer_rows, run_edits
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
@@ -35,7 +31,6 @@ _MEASURED = (
     "token", "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
     "correct_pct",
 )  # fmt: skip
-N_PLAIN = 12  # edits of a checked sample that are run in full passes, too: of hundreds
 TIE = 5e-3  # nats: costs that differ by less are alike
 ONE_LAYER: Any = {"window": 1, "layers": [0]}
 
@@ -60,7 +55,7 @@ def head_sweep(
         model, samples, flows, intervention, method, progress: As for `knockout_sweep`.
         sets: Heads to cut together, as from `head_sets`: labels and `heads`, pairs of layer and head. By default every
             head alone.
-        n_check: As for `knockout_sweep`; of a sample `N_PLAIN` edits are checked.
+        n_check: As for `knockout_sweep`.
 
     Returns:
         A frame of one row per sample, flow and set, with its labels (by default `layer` and `head`) and the numbers of
@@ -77,16 +72,7 @@ def head_sweep(
         planned = [replace(cut, layers=range(h[0][0], h[-1][0] + 1), heads=h) for cut in cuts for h in heads]
         if not planned:
             return []
-        some = slice(None, None, -(-len(planned) // N_PLAIN) | 1)  # odd, so that it meets one head after the other
-
-        def compute(way: str) -> Run:
-            return loop.engine(way)(model, encoded, planned if way == method else planned[some])
-
-        def compared(run: Run) -> Float[Tensor, "rows vocab"]:
-            held = run.variants[some] if len(run.variants) == len(planned) else run.variants
-            return probabilities(torch.cat([run.base[None], held]))
-
-        run = loop.run(encoded, compute, compared, tolerance=rounding(model.dtype))
+        run = run_edits(loop, encoded, planned, rounding(model.dtype))
         rows = answer_rows(model, encoded.sample, planned, run)
         return [row | label for row, label in zip(rows, labels * len(cuts), strict=True)]
 

@@ -21,7 +21,7 @@ from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.prompts.flows import Flow, Intervention, Variant, whole_depth
 from mmflow_utils.results.record import Result
 
-__all__ = ["COLUMNS", "answer_rows", "knockout_sweep", "stays_first"]
+__all__ = ["COLUMNS", "answer_rows", "knockout_sweep", "run_edits", "stays_first"]
 
 COLUMNS = (
     "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", "token",
@@ -61,7 +61,7 @@ def knockout_sweep(
         heads: the query heads to block in each layer, all by default; `head_sweep` takes each alone.
         encoder: makes the prompt and its positions; replace it for other positions or a longer prompt
             (App. C, App. E).
-        n_check: how many samples the sweep is held against the reference on.
+        n_check: how many samples the sweep is held against the reference on, in some variants of each.
         tolerance: largest difference in probability that this check allows; by default 1e-4 in float32, and
             what rounding makes likely in half precision.
         progress: show a bar.
@@ -94,11 +94,7 @@ def knockout_sweep(
         planned = [variant for _, variant in loop.plan(encoded, wanted, heads=heads, **where)]
         if not planned:
             return []
-
-        def compute(method: str) -> Run:
-            return loop.engine(method)(model, encoded, planned)
-
-        run = loop.run(encoded, compute, _every_probability, tolerance=tolerance)
+        run = run_edits(loop, encoded, planned, tolerance)
         return [row | {"window": width} for row in answer_rows(model, encoded.sample, planned, run)]
 
     columns = WHOLE_DEPTH_COLUMNS if whole else COLUMNS
@@ -112,8 +108,16 @@ def stays_first(model: VLM, run: Run) -> list[bool]:
     return (changed[:, token] - others.amax(1) > rounding(model.dtype)).tolist()
 
 
-def _every_probability(run: Run) -> Float[Tensor, "rows vocab"]:
-    return probabilities(torch.cat([run.base[None], run.variants]))
+def run_edits(loop: Loop, encoded: Encoded, planned: Sequence[Variant], tolerance: float) -> Run:
+    """Run variants of a prompt, checked by the probability of every word."""
+
+    def compute(run: Callable[..., Run], some: Sequence[Variant]) -> Run:
+        return run(loop.model, encoded, some)
+
+    def words(run: Run, some: slice) -> Float[Tensor, "rows vocab"]:
+        return probabilities(torch.cat([run.base[None], run.variants[some]]))
+
+    return loop.run(encoded, planned, compute, words, tolerance=tolerance)
 
 
 def answer_rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ from mmflow_utils.results.record import Result
 
 __all__ = ["Loop"]
 
+N_PLAIN = 16  # variants of a checked sample that are run in full passes, too: of hundreds
+Engine = Callable[..., Run]
 Found = TypeVar("Found")
 Wanted = tuple[str, Flow, Intervention]  # a label, and what is to be done
 
@@ -110,7 +112,7 @@ class Loop:
         """Note what is left out of a sample, and why."""
         self.skipped.append({"sample_id": encoded.sample.sample_id, **what, "reason": reason})
 
-    def engine(self, method: str) -> Callable[..., Run]:
+    def engine(self, method: str) -> Engine:
         """Return a method's engine; the sweep takes up what the prompt before this one left."""
         return engine(method) if method == "reference" else partial(engine(method), prefix=self.prefix)
 
@@ -122,15 +124,26 @@ class Loop:
     def run(
         self,
         encoded: Encoded,
-        compute: Callable[[str], Found],
-        values: Callable[[Found], Tensor],
+        planned: Sequence[Variant],
+        compute: Callable[[Engine, Sequence[Variant]], Found],
+        values: Callable[[Found, slice], Tensor],
         *,
         tolerance: float,
         unit: str = "probability",
     ) -> Found:
-        """Compute by the loop's method; on the first samples the plain way too, and hold the two together."""
-        found = compute(self.method)
+        """Compute by the loop's method; on the first samples, in some variants, the plain way too: both must agree.
+
+        Args:
+            encoded: the prompt.
+            planned: all variants; `N_PLAIN` of them are checked, spread over flows and layers, others in each sample.
+            compute: by an engine, for some variants.
+            values: of what was computed for some variants, numbers to be compared.
+            tolerance: their largest difference, in `unit`.
+        """
+        found = compute(self.engine(self.method), planned)
         if self.checks:
-            plain = values(compute("reference"))
-            self.differences.append(check_close(encoded, values(found), plain, tolerance=tolerance, unit=unit))
+            step = -(-len(planned) // N_PLAIN) | 1  # odd, so that it meets one head or layer after the other
+            some = slice(len(self.differences) % min(step, len(planned)), None, step)
+            plain = values(compute(self.engine("reference"), planned[some]), slice(None))
+            self.differences.append(check_close(encoded, values(found, some), plain, tolerance=tolerance, unit=unit))
         return found

@@ -186,14 +186,16 @@ def _measure_words(
         planned = loop.plan(encoded, wanted, window=window, layers=layers, needs=[positions], kind="knockout")
         if not planned:
             return []
-        read = encoded.positions[positions]
+        read, edits = encoded.positions[positions], [variant for _, variant in planned]
 
-        def compute(method: str) -> list[float]:
-            rows = [variant for _, variant in planned]
-            base, changed = top_words(model, encoded, rows, positions=read, top_k=top_k, run=loop.engine(method))
+        def compute(run: Callable[..., Run], some: Sequence[Variant]) -> list[float]:
+            base, changed = top_words(model, encoded, some, positions=read, top_k=top_k, run=run)
             return [jaccard(base, words, pooled=pooled) for words in changed]
 
-        similar = loop.run(encoded, compute, torch.tensor, tolerance=tolerance, unit="Jaccard similarity")
+        def values(found: list[float], some: slice) -> Tensor:
+            return torch.tensor(found[some])
+
+        similar = loop.run(encoded, edits, compute, values, tolerance=tolerance, unit="Jaccard similarity")
         return [
             {
                 "knockout": label,

@@ -3,8 +3,6 @@
 Cells run in this process, which has imported everything already; what a kernel of its own does is tested elsewhere.
 """
 
-from dataclasses import replace
-
 import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -13,8 +11,6 @@ from papermill.parameterize import parameterize_notebook
 
 import mmflow_utils as mm
 from miniature import train
-from mmflow_utils.engine import sweep
-from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.params import ROOT
 from workflow.graph import notebooks_of
 from workflow.run_notebook import run_notebook
@@ -37,20 +33,8 @@ FEW_OF_ITS_OWN = {
     "18_where_routes_come_from": {"models": ["mini-next", "planted"], "n_few": 1},
     "90_train_miniature": {"n_questions": 2},
 }
-ONE_IN = 5  # no divisor of 12 layers: each flow is looked at, in one layer or another
 # What a model is loaded by.
 ASKS = ("model", "checkpoint", "revision", "language_model", "prompt", "do_pad", "dtype", "device", "device_map")
-
-
-def run_some_in_full(model, encoded, variants, **options):
-    """Stand in for the reference in notebooks' self-checks, most of their time: one in five, else the sweep again.
-
-    All are held together in tests/engine, and on `mini` where the notebooks are compared with their outputs.
-    """
-    found = run_reference(model, encoded, variants[::ONE_IN], **options)
-    rows = sweep.run_sweep(model, encoded, variants, **options).variants.clone()
-    rows[::ONE_IN] = found.variants
-    return replace(found, variants=rows)
 
 
 def load_once(params, load=mm.load_model, loaded={}):  # noqa: B006 (what is loaded stays)
@@ -62,7 +46,6 @@ def load_once(params, load=mm.load_model, loaded={}):  # noqa: B006 (what is loa
 @pytest.fixture(autouse=True)
 def in_haste(monkeypatch, held_out=train.held_out):
     monkeypatch.setattr(mm, "load_model", load_once)
-    monkeypatch.setattr(sweep, "run_reference", run_some_in_full)
     monkeypatch.setattr(train, "held_out", lambda n, *rest: held_out(min(n, 16), *rest))  # of 256, which numbers take
 
 
