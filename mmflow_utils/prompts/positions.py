@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 __all__ = ["PositionSets", "find_objects", "find_options", "find_phrase", "question_sets", "tokens_in"]
 
@@ -284,6 +285,7 @@ def _gaps(text: str, words: Sequence[re.Match[str]]) -> list[str]:
     return [gap.strip().replace("—", "-") for gap in between]
 
 
+@lru_cache(maxsize=4096)  # the words of a data set are few, and each is set beside each
 def _same_noun(a: str, b: str) -> bool:
     pairs = ((one, other, *ends) for one, other in ((a, b), (b, a)) for ends in _PLURALS)
     return any(re.search(end, one) and re.sub(end, plural, one) == other for one, other, end, plural in pairs)
