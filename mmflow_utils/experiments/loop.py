@@ -27,7 +27,7 @@ from mmflow_utils.results.record import Result
 
 __all__ = ["Loop"]
 
-N_PLAIN = 16  # variants of a checked sample that are run in full passes, too: of hundreds
+N_PLAIN = 12  # variants of a checked sample that are run in full passes, too: of hundreds
 Engine = Callable[..., Run]
 Found = TypeVar("Found")
 Wanted = tuple[str, Flow, Intervention]  # a label, and what is to be done
