@@ -73,6 +73,6 @@ def _mark(axis: plt.Axes, cells: np.ndarray, n_marked: int, most: float) -> None
     for row, column in zip(*np.unravel_index(np.argsort(-far, axis=None)[:n_marked], cells.shape), strict=True):
         if far[row, column] >= most / 10:
             text = f"{cells[row, column]:.{digits}f}".replace("-", "−")
-            ink, halo = ("white", "none") if cells[row, column] < -0.45 * most else ("#1A1A1A", "white")
+            ink, halo = ("white", "#08306B") if cells[row, column] < -0.45 * most else ("#1A1A1A", "white")
             look: dict[str, Any] = {"color": ink, "path_effects": [withStroke(linewidth=1.8, foreground=halo)]}
             axis.text(column + 0.5, row + 0.5, text, fontsize=7.5, ha="center", va="center", **look)
