@@ -1,5 +1,6 @@
 """The miniature: a drawn world, questions about it in GQA's format, and small models trained on it."""
 
+from miniature.after_text import AFTER_TEXT_RECIPE
 from miniature.build import PROMPT, build_model, build_processor, build_tokenizer
 from miniature.dataset import write_split
 from miniature.drawing import draw_scene
@@ -11,6 +12,7 @@ from miniature.train import Recipe, Trainer
 from miniature.world import FRAMES, Scene, Thing, sample_scene
 
 __all__ = [
+    "AFTER_TEXT_RECIPE",
     "FRAMES",
     "NEXT_RECIPE",
     "PROMPT",

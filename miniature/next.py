@@ -27,6 +27,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from miniature.after_text import give_reader
 from miniature.build import IMAGE_SIZE, MEAN, PATCH_SIZE, STD, build_model, build_processor, build_tokenizer
 from miniature.train import Recipe
 from miniature.world import FRAMES
@@ -65,6 +66,8 @@ def begin(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     folder = ROOT / recipe.begins_with
     tokenizer = AutoTokenizer.from_pretrained(folder)
     mini = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    if recipe.reads_first:
+        return give_reader(mini, ROOT / recipe.reads_first), build_processor(tokenizer)
     return give_tiles(mini, tokenizer), build_next_processor(tokenizer)
 
 

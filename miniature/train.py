@@ -49,6 +49,7 @@ class Recipe:
 
     seed: int = 0
     begins_with: str | None = None  # folder of the miniature whose weights it takes up, from the project's root
+    reads_first: str | None = None  # folder of a text-only miniature, whose decoder it takes instead
     frames: Sequence[Sequence[int]] = (SQUARE,)  # widths and heights of the pictures
     tower_steps: int = 1000
     text_steps: int = 1000
