@@ -281,7 +281,7 @@ CLAIMS = (
         paper="App. F, Fig. 14",
         says="accuracy intact without them in the last 20 of 40 layers of LLaVA-v1.6-13B (from depth 0.5 on), in "
         "about 40 % less time",
-        lines={REMOVED: "efficiency"},
+        lines={REMOVED: "efficiency_removed"},
         measure=measures.in_second_half,
         measured=f"loss of accuracy (percentage points; intact: below {NEGLIGIBLE:g})",
         holds=SMALL,

@@ -15,7 +15,7 @@ WRITTEN_BY = {
     "image_patch_knockout": "04",
     "logit_lens": "05",
     "module_knockout": "06",
-    "efficiency": "07",
+    "efficiency_removed": "07",
     "patching": "17",
 }
 """The results that are read, and the number of the notebook that writes each."""
@@ -96,7 +96,7 @@ def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "cor
         raise ValueError(f"results must be among {', '.join(WRITTEN_BY)}, got {', '.join(sorted(unknown))}")
     parts = [pd.DataFrame(columns=list(COLUMNS))]
     for name, frame in results.items():
-        part = _of_removal(frame) if name == "efficiency" else _lines_of(name, frame, protocol)
+        part = _of_removal(frame) if name == "efficiency_removed" else _lines_of(name, frame, protocol)
         if "n_layers" not in part:
             part = part.assign(n_layers=part.groupby("model")["layer"].transform("max") + 1)
         need_columns(part, [column for column in COLUMNS if column != "window"])

@@ -390,7 +390,7 @@ def test_removal_is_the_loss_of_accuracy_against_the_intact_model():
     ]
     frame = pd.DataFrame(rows, columns=["n_layers_without", "way", "from_layer", "correct_pct"])
     frame = frame.assign(model="m", sample_id="q", image_id="i", task="T")
-    effects = collect_effects({"efficiency": frame})
+    effects = collect_effects({"efficiency_removed": frame})
     assert effects[["layer", "effect", "n_layers"]].to_numpy().tolist() == [[10, 100, 20], [15, 0, 20]]
 
 
