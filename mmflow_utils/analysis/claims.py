@@ -117,8 +117,7 @@ def _lines(mine: pd.DataFrame, n_boot: int, seed: int) -> dict[str, dict[str, me
         low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
         counted = (int(band[column].min()) for column in ("n", "n_clusters"))
         n_layers, has_stage = int(rows["n_layers"].max()), bool(band["in_stage"].any())
-        line = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
-        found[task][name] = line
+        found[task][name] = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
     return found
 
 

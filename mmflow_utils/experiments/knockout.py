@@ -114,10 +114,10 @@ def run_edits(loop: Loop, encoded: Encoded, planned: Sequence[Variant], toleranc
     def compute(run: Callable[..., Run], some: Sequence[Variant]) -> Run:
         return run(loop.model, encoded, some)
 
-    def words(run: Run, some: slice) -> Float[Tensor, "rows vocab"]:
+    def values(run: Run, some: slice) -> Float[Tensor, "rows vocab"]:
         return probabilities(torch.cat([run.base[None], run.variants[some]]))
 
-    return loop.run(encoded, planned, compute, words, tolerance=tolerance)
+    return loop.run(encoded, planned, compute, values, tolerance=tolerance)
 
 
 def answer_rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:

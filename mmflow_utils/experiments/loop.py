@@ -133,12 +133,8 @@ class Loop:
     ) -> Found:
         """Compute by the loop's method; on the first samples, in some variants, the plain way too: both must agree.
 
-        Args:
-            encoded: the prompt.
-            planned: all variants; `N_PLAIN` of them are checked, spread over flows and layers, others in each sample.
-            compute: by an engine, for some variants.
-            values: of what was computed for some variants, numbers to be compared.
-            tolerance: their largest difference, in `unit`.
+        `compute` takes an engine and variants. `values` gives numbers to compare, of those variants of what it found;
+        `N_PLAIN` are compared, spread over flows and layers, others in each sample.
         """
         found = compute(self.engine(self.method), planned)
         if self.checks:

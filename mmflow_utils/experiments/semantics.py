@@ -188,14 +188,11 @@ def _measure_words(
             return []
         read, edits = encoded.positions[positions], [variant for _, variant in planned]
 
-        def compute(run: Callable[..., Run], some: Sequence[Variant]) -> list[float]:
+        def compute(run: Callable[..., Run], some: Sequence[Variant]) -> Tensor:
             base, changed = top_words(model, encoded, some, positions=read, top_k=top_k, run=run)
-            return [jaccard(base, words, pooled=pooled) for words in changed]
+            return torch.tensor([jaccard(base, words, pooled=pooled) for words in changed], dtype=torch.float64)
 
-        def values(found: list[float], some: slice) -> Tensor:
-            return torch.tensor(found[some])
-
-        similar = loop.run(encoded, edits, compute, values, tolerance=tolerance, unit="Jaccard similarity")
+        similar = loop.run(encoded, edits, compute, Tensor.__getitem__, tolerance=tolerance, unit="Jaccard similarity")
         return [
             {
                 "knockout": label,
@@ -208,7 +205,7 @@ def _measure_words(
                 "pooled": pooled,
                 "jaccard": value,
             }
-            for (label, variant), value in zip(planned, similar, strict=True)
+            for (label, variant), value in zip(planned, similar.tolist(), strict=True)
         ]
 
     return loop.over(samples, measure, SEMANTICS_COLUMNS, name="Semantics", progress=progress)

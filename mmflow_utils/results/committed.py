@@ -14,8 +14,8 @@ from mmflow_utils.results.record import Result
 
 FOLDER = ROOT / "assets" / "results"
 N_ANEW, TOLERANCE = 3, 1e-4  # samples that are measured again; how far their probabilities may be off
-BY_LAYER = {"knockout_sweep": "p_knockout", "module_knockout": "jaccard", "question_semantics": "jaccard"}
-BY_LAYER |= {"patch_sweep": "p_patched"}
+BY_LAYER = {"knockout_sweep": "p_knockout", "patch_sweep": "p_patched"}
+BY_LAYER |= dict.fromkeys(("module_knockout", "question_semantics"), "jaccard")
 """Experiments that can be asked for some layers alone, and what they measure there."""
 N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass, too
 # What makes a result: what a notebook has of its own comes in through samples and arguments.

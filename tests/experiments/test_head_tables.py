@@ -12,7 +12,7 @@ from mmflow_utils.engine.attribution import attribute_heads
 from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.experiments.heads import head_screen, head_sets, head_sweep
 from mmflow_utils.experiments.knockout import knockout_sweep
-from mmflow_utils.plots.heads import plot_heads
+from mmflow_utils.plots.maps import plot_heads
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, Flow, Variant
 

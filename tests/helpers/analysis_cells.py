@@ -19,7 +19,7 @@ import mmflow_utils as mm
 from mmflow_utils.analysis import answers, claims, collect, flow_stages, stats  # noqa: F401 (before they are patched)
 from mmflow_utils.experiments import patching
 from mmflow_utils.params import ROOT
-from mmflow_utils.plots import heads, maps
+from mmflow_utils.plots import maps
 from mmflow_utils.prompts import other_pictures
 from mmflow_utils.results.record import Result
 
@@ -146,8 +146,8 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
         for module, name in SUMMARIES:
             stack.enter_context(_recording(module, name, run))
         stack.enter_context(patch.object(patching, "load_pairs", lambda *_: []))
-        for room, name in ((maps, "plot_maps"), (heads, "plot_heads")):
-            stack.enter_context(patch.object(room, name, lambda *_, **__: None))
+        for name in ("plot_maps", "plot_heads"):
+            stack.enter_context(patch.object(maps, name, lambda *_, **__: None))
         scratch = stack.enter_context(tempfile.TemporaryDirectory())  # for what a cell writes
         for number, source in enumerate(code):
             if number < 3:  # imports, parameters, setup

@@ -27,9 +27,8 @@ from mmflow_utils.params import ROOT
 from mmflow_utils.plots.curves import plot_curves, plot_flow
 from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.flow_stages import plot_stages
-from mmflow_utils.plots.heads import plot_heads
 from mmflow_utils.plots.image_patches import plot_image_patches, plot_norms
-from mmflow_utils.plots.maps import plot_map, plot_maps
+from mmflow_utils.plots.maps import plot_heads, plot_map, plot_maps
 from mmflow_utils.plots.pictures import plot_accuracy, plot_contact_sheet, plot_sample
 from mmflow_utils.plots.style import TASK_ORDER, WORD_COLORS
 from mmflow_utils.prompts import flows
