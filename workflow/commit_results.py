@@ -27,7 +27,8 @@ __all__ = ["commit_results"]
 
 Found = tuple[str, Result]
 LIMIT_MB = 25.0  # of all models together
-ASKED_OTHERWISE = ("prompt", "data_sha256")  # by a notebook that shows captions in place of the picture
+# By a notebook that shows captions in place of the picture, or asks about pairs of pictures.
+ASKED_OTHERWISE = ("prompt", "data_sha256", "questions", "scene_graphs", "images")
 
 
 def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path]:
@@ -56,7 +57,8 @@ def _measured(params: Params, folder: Path) -> Iterator[Found]:
     """Give what was measured in parts with these parameters; what notebooks made of it is made anew from it."""
     now = manifest(params)["depends_on"]
     now = {name: value for name, value in now.items() if name not in ASKED_OTHERWISE}
-    for file in sorted(folder.glob("*.parquet")):
+    rounds = [file for file in folder.glob("*/*.parquet") if file.stem.startswith(file.parent.name)]  # `ask_in_parts`
+    for file in sorted([*folder.glob("*.parquet"), *rounds]):
         frame, made_from = read_frame(file)
         run = made_from["depends_on"]
         if "experiment" not in run:
