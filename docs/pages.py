@@ -20,6 +20,7 @@ from mmflow_utils.results.frames import find_frame, read_manifest
 
 LINK = re.compile(r"\[([^\]]+)\]\((\w+\.ipynb)(?:#[^)]*)?\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+COMMITTED = ".committed"  # in the outputs: notebooks as they come with the project, as if they had run here
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
 
 
@@ -118,10 +119,11 @@ def _printed(notebook: NotebookNode) -> str:
 
 def describe_run(notebook: NotebookNode, executed: Path) -> str:
     """Say in HTML which model a page is about, when and how it ran, and what made its results."""
-    changed = changed_parameters(notebook)
+    changed, is_committed = changed_parameters(notebook), executed.parent.parent.name == COMMITTED
     said = [f"Model <strong>{html.escape(executed.parent.name)}</strong>"]
     if when := notebook.metadata.get("papermill", {}).get("end_time"):
         said.append(f"ran on {datetime.fromisoformat(when):%d %B %Y at %H:%M} UTC")
+    said += ["as it comes with the project"] if is_committed else []
     names = ", ".join(changed)
     said.append(f"other than the notebook's defaults: {html.escape(names)}" if names else "default parameters")
     rows = {"Parameters": changed} if changed else {}

@@ -9,9 +9,9 @@ from pathlib import Path
 import nbformat
 import pypandoc
 
-from docs.pages import PICTURES, findings, main_figure, short_answer, title_of
+from docs.pages import COMMITTED, PICTURES, findings, main_figure, short_answer, title_of
 from mmflow_utils.params import ROOT
-from workflow.graph import COMPARISON, SHOWN, describe_left_out, read_params
+from workflow.graph import COMPARISON, SHOWN, SUBJECT, describe_left_out, read_params
 
 FAILED = ".failed.ipynb"
 
@@ -25,26 +25,38 @@ def write_start_page(pages: Path, models: dict[str, list[Path]], docs: Path) -> 
     first, *others = models
     welcome = pypandoc.convert_text(welcome_of(ROOT / "README.md"), "rst", format="gfm")
     parts = [heading("Cross-modal information flow", "="), welcome, HOLDS, caution_about(models)]
-    figures = [show_figure(pages, notebook) for notebook in models[first] if notebook.name.startswith(SHOWN)]
-    if any(figures):
-        parts += [heading(f"What was found about {first}"), *figures]
+    for model in dict.fromkeys((SUBJECT, first)):
+        notebooks = models.get(model, [])
+        figures = [show_figure(pages, notebook) for notebook in notebooks if notebook.name.startswith(SHOWN)]
+        if any(figures):
+            parts += [heading(f"What was found about {model}"), where_from(notebooks), *figures]
     parts += [heading("The path to read"), "Begin with the tour, then in the order of the numbers."]
-    parts += [failures(models[first]), gallery(models[first], "nblinkgallery"), absent(models[first])]
+    parts += section(models[first], "nblinkgallery")
     if compared := [path for paths in models.values() for path in paths if path.stem.startswith(COMPARISON)]:
         newest = max(compared, key=lambda path: path.stat().st_mtime)
         said = "Where each stage begins and ends in every model, and which of the paper's claims hold"
         parts += [heading("The models side by side"), f"{said}: :doc:`{address(newest)}`."]
     for model in others:
-        parts += [heading(model), failures(models[model]), gallery(models[model], "nblinkgallery")]
-        parts.append(absent(models[model]))
+        parts += [heading(model), *section(models[model], "nblinkgallery")]
     for model, notebooks in models.items():
-        content = [heading(model, "="), failures(notebooks), gallery(notebooks, "nbgallery"), absent(notebooks)]
-        write(pages / model / "index.rst", content)
+        write(pages / model / "index.rst", [heading(model, "="), *section(notebooks, "nbgallery")])
     contents = [f"{model}/index" for model in models]
     if names := write_docs(pages, docs):
         parts += [heading("For reference"), "\n".join(f"- :doc:`docs/{name}`" for name in names)]
         contents.append("docs/index")
     write(pages / "index.rst", [*parts, listing("toctree", contents, ":hidden:")])
+
+
+def section(notebooks: list[Path], directive: str) -> list[str]:
+    """List a model's notebooks: where they come from, which failed, their thumbnails, which it has not."""
+    return [where_from(notebooks), failures(notebooks), gallery(notebooks, directive), absent(notebooks)]
+
+
+def where_from(notebooks: list[Path]) -> str:
+    """Say of pages that come with the project that they do."""
+    folder = notebooks[0].parent
+    said = f"These pages come with the project; ``make report MODEL={folder.name}`` makes them anew."
+    return said if folder.parent.name == COMMITTED else ""
 
 
 def welcome_of(readme: Path) -> str:

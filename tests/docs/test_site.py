@@ -15,6 +15,7 @@ from site_checks import CHECKS, DESK, Addresses, broken_links, broken_markdown_l
 
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.results.frames import manifest, save_frame
+from workflow.graph import SUBJECT, names, opens_with
 
 pytestmark = pytest.mark.browser
 
@@ -70,7 +71,7 @@ def site(tmp_path_factory):
         shutil.copy(file, docs)
     (docs / "linked.md").write_text(DOC)
     (docs / "other.md").write_text("# Other\n\n## Far down\n\nText.\n")
-    built = build("--outputs", outputs, "--docs", docs)
+    built = build("--outputs", outputs, "--docs", docs, "--no-committed")
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     return outputs / "site"
@@ -264,6 +265,27 @@ def test_pages_of_docs_lead_to_pages_of_the_site(site):
     linked = Addresses((site / "docs" / "linked.html").read_text(encoding="utf-8"))
     assert {"../mini/00_tour.html", "other.html#far-down", "#a-table"} <= set(linked.targets)
     assert not [target for target in linked.targets if "mini.yaml" in target]
+
+
+@pytest.mark.slow
+def test_what_comes_with_the_project_is_shown_first_and_said_to(tmp_path):
+    put_executed("02_flow_to_last", tmp_path / "mini", model="mini")
+    built = build("--outputs", tmp_path, "--docs", tmp_path / "none")
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    start = (tmp_path / "site" / "index.html").read_text("utf-8")
+    shown = re.findall(r'<figure.*?href="([\w./-]+)"', start, re.S)
+    first = ("02_flow_to_last", "03_image_to_question", "14_compare_models")
+    assert shown == [f"{SUBJECT}/{name}.html" for name in first] + ["mini/02_flow_to_last.html"]
+    assert "These pages come with the project" in start
+    for name in (name for name in names() if opens_with(name) == SUBJECT):
+        page = (tmp_path / "site" / SUBJECT / f"{name}.html").read_text("utf-8")
+        assert "as it comes with the project" in page
+    page = (tmp_path / "site" / SUBJECT / "17_activation_patching.html").read_text("utf-8")
+    assert "Download the frame" in page and "Results: patching" in page
+    assert (tmp_path / "site" / SUBJECT / "patching.parquet").is_file()
+    put_executed("02_flow_to_last", tmp_path / SUBJECT)  # where the model was run here, its run is the report
+    assert build("--outputs", tmp_path, "--docs", tmp_path / "none").returncode == 0
+    assert not (tmp_path / "site" / SUBJECT / "17_activation_patching.html").exists()
 
 
 def test_without_a_run_there_is_no_report(tmp_path):
