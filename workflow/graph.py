@@ -37,7 +37,7 @@ OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "10", "13", "14", "17")
 # Whose results a notebook reads, beside the samples.
 RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07", "16", "17")}
 PARTS = "_in_parts("  # ends the name of what a notebook calls that measures in parts
-SHOWN = ("02", "03", COMPARISON)  # whose main figures the report opens with
+SHOWN = ("02", "03", COMPARISON, "17")  # whose main figures the report opens with
 
 
 def names() -> list[str]:

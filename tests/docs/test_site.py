@@ -274,7 +274,7 @@ def test_what_comes_with_the_project_is_shown_first_and_said_to(tmp_path):
     assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
     start = (tmp_path / "site" / "index.html").read_text("utf-8")
     shown = re.findall(r'<figure.*?href="([\w./-]+)"', start, re.S)
-    first = ("02_flow_to_last", "03_image_to_question", "14_compare_models")
+    first = ("02_flow_to_last", "03_image_to_question", "14_compare_models", "17_activation_patching")
     assert shown == [f"{SUBJECT}/{name}.html" for name in first] + ["mini/02_flow_to_last.html"]
     assert "These pages come with the project" in start
     for name in (name for name in names() if opens_with(name) == SUBJECT):
