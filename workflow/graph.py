@@ -33,7 +33,7 @@ TRAINING = "9"  # from 90 on: how a model of this project was trained
 AROUND = "91"  # around a language model that was there before
 # The model that notebooks which show a finding open with, chosen in 18 by its rule; the others open with mini.
 SUBJECT = "llava-smollm2"
-OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "10", "13", "14", "17")
+OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "10", "12", "13", "14", "17")
 # Whose results a notebook reads, beside the samples.
 RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07", "16", "17")}
 PARTS = "_in_parts("  # ends the name of what a notebook calls that measures in parts
