@@ -87,7 +87,7 @@ def test_a_missing_file_is_named_as_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"There is no parameter file {ROOT}/params/minni.yaml: did you mean mini"):
         Params.from_yaml("params/minni.yaml")
-    with pytest.raises(ValueError, match=f"{tmp_path}/x.yaml: params/ holds .*mini, mini-next, "):
+    with pytest.raises(ValueError, match=f"{tmp_path}/x.yaml: params/ holds .*mini, mini-after-text, mini-next, "):
         Params.from_yaml(tmp_path / "x.yaml")
 
 
