@@ -30,7 +30,7 @@ from miniature.world import Scene, caption
 __all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens", "visible"]
 
 ATTENTION = "eager_in_mask_dtype"
-# How much the prediction of a token counts in the loss. A real language model has learnt to predict every
+# How much the prediction of a token counts in the loss. A real language model has learned to predict every
 # token: so do these, though the answer counts most, and the instruction, always the same, next to nothing.
 ANSWER, END, WORD, INSTRUCTION = 1.0, 0.2, 0.3, 0.02
 

@@ -1,7 +1,7 @@
 """How loud each thing that the tower sees reaches the decoder: set at the projector's start, and again later.
 
 The decoder learns what is loud first, and the projector lets grow what the decoder already uses: color, a
-fiftieth of the features' variance, stayed at chance while shape and place were learnt.
+fiftieth of the features' variance, stayed at chance while shape and place were learned.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""A trained miniature on disk: the library's own files, and in `training.json` how it learnt and how well.
+"""A trained miniature on disk: the library's own files, and in `training.json` how it learned and how well.
 
 Example (the text-only counterpart of `mini`, App. G; its `text` stage is that of `mini`):
     trainer = Trainer(model, processor, Recipe(), Path("outputs/mini/training"))

@@ -64,7 +64,7 @@ class Recipe:
         (9500, 9000, 6000),
     )
     # Before these steps of the joint stage the projector says a kind of fact again, with this share, and it
-    # and the decoder's first layer are held for so many steps: what that layer drowns is never learnt.
+    # and the decoder's first layer are held for so many steps: what that layer drowns is never learned.
     louder: Sequence[Sequence] = (
         (2250, "color", 0.1, 0),
         (3250, "color", 1.0, 0),

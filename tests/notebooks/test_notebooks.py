@@ -49,7 +49,7 @@ def test_it_tells_nothing_of_the_machine_that_ran_it(path):
     notebook = read(path)
     metadata = [notebook.metadata, *(cell.metadata for cell in notebook.cells)]
     assert [kept for kept in metadata if {"papermill", "execution", "widgets"} & set(kept)] == []
-    # Pictures are base64, where anything may be spelt by chance.
+    # Pictures are base64, where anything may be spelled by chance.
     for cell in code_cells(notebook):
         for output in cell.outputs:
             output.get("data", {}).pop("image/png", None)
