@@ -47,7 +47,6 @@ CUTS: dict[str, list[Cut]] = {  # where a notebook's own parameters say nothing 
     "06": [(1, (*IMAGE_TO_QUESTION * 3,), None)],  # two modules and an edge, read at every position of the question
     "07": [],  # a few samples
     "09": [(0.02, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
-    "11": [(1, (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
     "16": [],  # a few samples
     "17": [],  # a few pairs
 }
@@ -95,6 +94,7 @@ def _by_own_parameters(params: Params, n_layers: int) -> dict[str, list[Cut]]:
     return {
         "04": [(1, (*IMAGE_PATCHES_TO_QUESTION, *random), None)],
         "08": [(of_one_task, flows, width) for width in window_sizes(n_layers)],
+        "11": [(share("11_unimodal_llm"), (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
         "13": [(share("13_fine_grained_flow"), PARTS, None)],
     }
 
