@@ -9,7 +9,7 @@ import pandas as pd
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.params import ROOT, Params
-from mmflow_utils.results.frames import find_frame, read_frame
+from mmflow_utils.results.frames import find_frame, pack, read_frame, unpack
 from mmflow_utils.results.record import Result
 
 FOLDER = ROOT / "assets" / "results"
@@ -60,7 +60,8 @@ def take_committed(
         return None
     file, result = found
     for sample, stored, narrow in _some_rows(result.frame, samples[:N_ANEW], whole, flows):
-        if problem := _problem(stored, measure([sample], **narrow).frame):
+        anew, _ = unpack(pack(measure([sample], **narrow).frame, whole))  # from a file lists come as arrays
+        if problem := _problem(stored, anew):
             raise ValueError(
                 f"{file.relative_to(ROOT)} is not what this machine measures: of sample {sample.sample_id}, {problem}. "
                 "FRESH=1 measures all anew."

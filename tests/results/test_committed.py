@@ -152,3 +152,21 @@ def test_what_comes_with_the_project_is_whole():
     for file in committed.FOLDER.glob("*/*.parquet"):
         frame, manifest = read_frame(file)
         assert len(frame) and manifest["depends_on"]["model"] == file.parent.name
+
+
+@pytest.mark.parametrize(("said", "agrees"), [(["▁sea", "gull"], True), (["▁sea", "gul", "l"], False)])
+def test_lists_of_words_are_compared_as_a_file_gives_them_back(tmp_path, monkeypatch, said, agrees):
+    monkeypatch.setattr(committed, "FOLDER", tmp_path)
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    whole = {"depends_on": {"model": "tiny", "experiment": "answer_subwords"}}
+    rows = pd.DataFrame({"sample_id": [s.sample_id for s in FEW], "subwords": [["▁sea", "gull"]] * len(FEW)})
+    save_frame(rows, tmp_path / "tiny" / "words.parquet", whole)
+
+    def anew(some):
+        return Result(pd.DataFrame({"sample_id": [some[0].sample_id], "subwords": [said]}))
+
+    if agrees:
+        assert len(committed.take_committed(tmp_path / "words.parquet", whole, FEW, anew).frame) == len(FEW)
+    else:
+        with pytest.raises(ValueError, match="subwords differs"):
+            committed.take_committed(tmp_path / "words.parquet", whole, FEW, anew)
