@@ -11,7 +11,7 @@ from tiny import tiny_sample, tiny_vlm
 
 from mmflow_utils.engine import sweep
 from mmflow_utils.engine.reference import run_reference
-from mmflow_utils.experiments import curation
+from mmflow_utils.experiments import curation, loop
 from mmflow_utils.experiments.knockout import COLUMNS, WHOLE_DEPTH_COLUMNS, knockout_sweep
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import (
@@ -40,6 +40,12 @@ def run(*args, **options):
 
 def samples_of(folder, n=2):
     return [tiny_sample(folder, sample_id=f"q{i}", seed=i, size=(30 + 8 * i, 30)) for i in range(n)]
+
+
+@pytest.fixture
+def every_variant(monkeypatch):
+    """Hold all variants of a checked sample against full passes."""
+    monkeypatch.setattr(loop, "N_PLAIN", 10**6)
 
 
 def test_each_row_is_what_its_logits_say(tmp_path):
@@ -76,7 +82,7 @@ def test_sweep_and_reference_give_the_same_frame(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("intervention", ["zero_value", "mean_value", "attention_output", "mlp_output"])
-def test_every_intervention_passes_its_own_check(intervention, tmp_path):
+def test_every_intervention_passes_its_own_check(intervention, tmp_path, every_variant):
     result = sweep_of(tiny_vlm("llava_next"), samples_of(tmp_path), intervention=intervention, n_check=9)
     assert result.max_check_diff < 1e-5
     assert result.frame.rel_change_pct.abs().max() > 1
@@ -95,6 +101,42 @@ def test_a_sweep_that_is_wrong_is_caught(tmp_path, monkeypatch):
         run(model, samples)
     assert sweep_of(model, samples, tolerance=0.5).max_check_diff > 1e-4
     assert sweep_of(model, samples, n_check=0).max_check_diff is None
+
+
+def test_a_check_takes_some_variants_of_every_flow_and_others_in_each_sample(tmp_path, monkeypatch):
+    taken = []
+
+    def noting(model, encoded, planned, **options):
+        taken.append([(str(variant.flow), variant.layer) for variant in planned])
+        return run_reference(model, encoded, planned, **options)
+
+    monkeypatch.setattr(loop, "N_PLAIN", 4)
+    monkeypatch.setattr(sweep, "run_reference", noting)
+    model = tiny_vlm()
+    run(model, samples_of(tmp_path, 4), n_check=3)
+    assert len(taken) == 3  # the fourth is not checked
+    assert all(3 <= len(set(some)) == len(some) <= 4 for some in taken)
+    assert len({variant for some in taken for variant in some}) == sum(map(len, taken))
+    assert {flow for some in taken for flow, _ in some} == set(map(str, FLOWS))
+    assert {layer for some in taken for _, layer in some} == set(range(model.n_layers))
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_one_variant_that_is_wrong_is_caught_where_it_is_looked_at(tmp_path, monkeypatch, at):
+    model, samples = tiny_vlm(), samples_of(tmp_path, 3)
+    right, calls = sweep.run_sweep, []
+
+    def wrong(*args, **kwargs):  # in the variant with which the check of this sample begins
+        result = right(*args, **kwargs)
+        calls.append(len(calls))
+        rows = result.variants.clone()
+        rows[at] += (calls[-1] == at) * torch.arange(rows.shape[1])
+        return replace(result, variants=rows)
+
+    monkeypatch.setattr(sweep, "run_sweep", wrong)
+    monkeypatch.setattr(loop, "N_PLAIN", 4)
+    with pytest.raises(ValueError, match=f"on sample q{at}, more than the tolerance"):
+        run(model, samples, n_check=3)
 
 
 def test_a_sweep_that_gives_no_numbers_is_caught(tmp_path, monkeypatch):
@@ -153,7 +195,7 @@ def test_without_two_options_there_is_no_logit_difference(options, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_routes_are_cut_together_and_in_all_layers(family, tmp_path):
+def test_routes_are_cut_together_and_in_all_layers(family, tmp_path, every_variant):
     model, samples = tiny_vlm(family, n_kv_heads=2), samples_of(tmp_path)
     result = sweep_of(model, samples, (*IMAGE_ROUTES, *NO_QUESTION), window="all", n_check=9)
     assert result.max_check_diff < 1e-5 and not result.skipped
