@@ -81,10 +81,8 @@ _COLUMNS = [field.name for field in fields(Sample) if field.name != "other_image
 
 def picture_by_picture(samples: Sequence[Sample]) -> list[int]:
     """Return the order, by index, in which questions about one picture follow each other, the first seen first."""
-    first: dict[str, int] = {}
-    for n, sample in enumerate(samples):
-        first.setdefault(sample.image_id, n)
-    return sorted(range(len(samples)), key=lambda n: first[samples[n].image_id])
+    pictures, _ = pd.Series([sample.image_id for sample in samples], dtype=object).factorize()
+    return pictures.argsort(kind="stable").tolist()
 
 
 def load_image(sample: Sample) -> Image.Image:

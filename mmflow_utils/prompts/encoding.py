@@ -71,11 +71,10 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     text += answer_prefix if isinstance(answer_prefix, str) else ""
     extra = [] if isinstance(answer_prefix, str) else [int(token) for token in answer_prefix]
     picture = load_image(sample) if "<image>" in chars else None
-    inputs, written = _process(model, text, picture)
-    offsets = _offsets(model, text, chars.get("<image>"), written, inputs["input_ids"][0].tolist())
-    inputs = _append(inputs, extra)
-    offsets += [(len(text), len(text))] * len(extra)
+    inputs, written = _process(model, text, picture, extra)
     ids = inputs["input_ids"][0].tolist()
+    offsets = _offsets(model, text, chars.get("<image>"), written, ids[: len(ids) - len(extra)])
+    offsets += [(len(text), len(text))] * len(extra)
     most = getattr(model.text.config, "max_position_embeddings", None)
     if most and len(ids) > most:  # the model would run, on positions that it never saw in training
         raise ValueError(
@@ -92,12 +91,12 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
     other = None
     if picture and sample.other_image:
         shown = load_image(replace(sample, image=sample.other_image, image_size=None))
-        other = _on_device(model, _append(_process(model, text, shown)[0], extra))
+        other, _ = _process(model, text, shown, extra)
         if other["input_ids"][0].tolist() != ids:
             raise ValueError(f"{sample.other_image} takes other tokens than sample {sample.sample_id}'s own picture.")
     # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
     names = (text[a:b] or model.tokenizer.decode([token]) for token, (a, b) in zip(ids, offsets, strict=True))
-    return Encoded(sample, _on_device(model, inputs), positions, text, tuple(names), other)
+    return Encoded(sample, inputs, positions, text, tuple(names), other)
 
 
 def image_positions(encoded: Encoded, n_patches: int | None = None) -> list[int]:
@@ -176,23 +175,25 @@ def _special_in(model: VLM, text: str) -> str | None:
     return next((token for token in known if token in text), text)
 
 
-def _process(model: VLM, text: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], str]:
-    """Return the model's inputs, and what the processor writes into the text for the picture."""
-    special = _wants_special(model, text)
+def _process(model: VLM, text: str, picture: Image.Image | None, extra: Sequence[int]) -> tuple[dict[str, Tensor], str]:
+    """Return the model's inputs, `extra` tokens at their end, and what the processor writes for the picture."""
+    special, written = _wants_special(model, text), ""
     if picture is None:
-        return dict(model.tokenizer(text, return_tensors="pt", add_special_tokens=special)), ""
-    mean = getattr(model.processor.image_processor, "image_mean", None) or (0, 0, 0)
-    picture = _square(model, picture, tuple(int(255 * part) for part in mean))
-    made = model.processor(
-        images=picture,
-        text=text,
-        add_special_tokens=special,
-        return_text_replacement_offsets=True,
-        **_picture_options(model),
-    )
-    ((replaced,),) = made.pop("text_replacement_offsets")
-    # Not return_tensors="pt": not every processor then spares what is no tensor.
-    return dict(made.convert_to_tensors("pt")), replaced["replacement"]
+        made = model.tokenizer(text, return_tensors="pt", add_special_tokens=special)
+    else:
+        mean = getattr(model.processor.image_processor, "image_mean", None) or (0, 0, 0)
+        made = model.processor(
+            images=_square(model, picture, tuple(int(255 * part) for part in mean)),
+            text=text,
+            add_special_tokens=special,
+            return_text_replacement_offsets=True,
+            **_picture_options(model),
+        )
+        ((replaced,),) = made.pop("text_replacement_offsets")
+        written = replaced["replacement"]
+        made = made.convert_to_tensors("pt")  # not by the processor: not every one then spares what is no tensor
+    inputs = _append(made, extra)
+    return {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()}, written
 
 
 def _picture_options(model: VLM) -> dict[str, bool]:
@@ -235,21 +236,15 @@ def _offsets(
             f"{model.name}'s processor and tokenizer cut the prompt differently, so its words can't be "
             f"located: {text!r}. Check that the checkpoint's tokenizer and processor files belong together."
         )
-    behind, longer = begin + len(written), len(written) - (end - begin)
+    longer = len(written) - (end - begin)
 
     def in_prompt(first: int, stop: int) -> tuple[int, int]:
-        if stop <= begin:
-            return first, stop
-        if first >= behind:
-            return first - longer, stop - longer
         # A token may join the last characters before the picture, or the first after it, with written ones.
-        return (first, begin) if first < begin else (end, max(end, stop - longer))
+        if first < begin or stop <= begin:
+            return first, min(stop, begin)
+        return max(end, first - longer), max(end, stop - longer)
 
     return [in_prompt(*pair) for pair in cut["offset_mapping"]]
-
-
-def _on_device(model: VLM, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()}
 
 
 def _append(inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
@@ -322,8 +317,7 @@ def _flag_tokens(
 ) -> Float[Tensor, " image_tokens"]:
     """Return for each image token whether a box reaches into it: above 0 yes, 0 no, NaN for a newline.
 
-    Args:
-        size: Width and height of the stored picture.
+    `size` is the width and height of the stored picture.
     """
     drawn = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     for box in boxes:

@@ -114,7 +114,9 @@ class Variant:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        _check_intervention(self.intervention)
+        if self.intervention not in get_args(Intervention):
+            names = ", ".join(get_args(Intervention))
+            raise ValueError(f"intervention must be one of {names}, got {self.intervention!r}")
         if not isinstance(self.layers, range) or self.layers.step != 1 or self.layers.start < 0:
             raise ValueError(f"layers must be a range of consecutive layers from 0 up, not {self.layers!r}")
         if not self.target:
@@ -238,7 +240,6 @@ def variants(
     >>> [v.layers for v in variants(positions, IMAGE_TO_QUESTION, window=3, n_layers=3)]
     [range(0, 2), range(0, 3), range(1, 3)]
     """
-    _check_intervention(intervention)
     flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
     layers = range(n_layers) if layers is None else tuple(layers)
     if not flows or not layers:
@@ -259,11 +260,6 @@ def variants(
             for i, held in windows
         ]
     return found
-
-
-def _check_intervention(name: str) -> None:
-    if name not in get_args(Intervention):
-        raise ValueError(f"intervention must be one of {', '.join(get_args(Intervention))}, got {name!r}")
 
 
 def _each(sources: str, targets: str) -> tuple[Flow, ...]:

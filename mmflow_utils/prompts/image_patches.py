@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _DRAW = re.compile(r"image_random_\d+")
+_N_TRIES, _CLOSE, _LOOSEST = 500, 0.1, 0.25  # shares of the number of patches that random boxes should reach
 
 
 def locate_image_patches(
@@ -46,7 +47,6 @@ def locate_image_patches(
     out, there that pixel went, through any resizing, cropping, padding and tiling.
 
     Args:
-        model: The model.
         encoded: A prompt with a picture.
         sets: Position sets to name; where a position is in several, the first one counts.
 
@@ -72,19 +72,12 @@ def locate_image_patches(
 
 
 def random_boxes(
-    boxes: Iterable[Box],
-    patches: pd.DataFrame,
-    size: tuple[int, int],
-    *,
-    rng: np.random.Generator,
-    n_tries: int = 500,
-    close: float = 0.1,
-    loosest: float = 0.25,
+    boxes: Iterable[Box], patches: pd.DataFrame, size: tuple[int, int], *, rng: np.random.Generator
 ) -> tuple[Box, ...] | None:
     """Move boxes to random places of the same picture, beside the image patches that they lie on now.
 
-    The first try counts whose boxes reach as many *other* image patches as the boxes do now, to within the share
-    `close`; if none of `n_tries` does, the nearest one to within `loosest`.
+    The first try counts whose boxes reach as many *other* image patches as the boxes do now, to within a tenth; if
+    none of 500 does, the nearest one to within a quarter.
 
     Args:
         boxes: In pixels of the stored picture of width and height `size`; each moves on its own.
@@ -103,20 +96,18 @@ def random_boxes(
     edges = patches[["x", "y", "w", "h"]].to_numpy(dtype=float)
     taken = _touched(edges, boxes)
     wanted = int(taken.sum())
-    best, least = None, floor(loosest * wanted) + 1
-    for _ in range(n_tries if wanted else 0):
+    best, least = None, floor(_LOOSEST * wanted) + 1
+    for _ in range(_N_TRIES if wanted else 0):
         moved = tuple(_move(box, size, rng) for box in boxes)
         off = abs(int((_touched(edges, moved) & ~taken).sum()) - wanted)
-        if off <= close * wanted:
+        if off <= _CLOSE * wanted:
             return moved
         if off < least:
             best, least = moved, off
     return best
 
 
-def encode_random_patches(
-    model: VLM, sample: Sample, *, n_draws: int = 5, seed: int = 0, n_tries: int = 500
-) -> Encoded:
+def encode_random_patches(model: VLM, sample: Sample, *, n_draws: int = 5, seed: int = 0) -> Encoded:
     """Encode a sample and name the image patches under random boxes, for a control that the paper lacks.
 
     The sets `image_random_1` to `image_random_<n_draws>` hold the patches under boxes of the size and shape of the
@@ -132,7 +123,7 @@ def encode_random_patches(
     rng = np.random.default_rng([seed, crc32(sample.sample_id.encode())])
     related, found = set(positions["image_related"]), {}
     for name in names:
-        moved = random_boxes(boxes, patches, size, rng=rng, n_tries=n_tries)
+        moved = random_boxes(boxes, patches, size, rng=rng)
         found[name] = set(find_image_patches(model, encoded, moved or ())) - related
     if not all(found.values()):
         reason = "the picture has no room for boxes of that size beside the related image patches"
@@ -206,30 +197,24 @@ def _patch_edges(model: VLM, size: tuple[int, int]) -> Float[Tensor, "tiles patc
     side, found = model.image_patch_size, []
     for red, green, blue in processed_drawing(model, Image.fromarray(drawing)).double().numpy():
         inside = blue > 0.999
-        x = _edges(red, inside, axis=0, side=side, length=width)
-        y = _edges(green, inside, axis=1, side=side, length=height)
-        rows, columns = np.meshgrid(np.arange(len(y) - 1), np.arange(len(x) - 1), indexing="ij")
-        at = [x[columns], y[rows], x[columns + 1], y[rows + 1]]
-        found.append(np.stack(at, axis=-1).reshape(-1, 4))
+        x = _edges(red, inside, side=side, length=width)
+        y = _edges(green.T, inside.T, side=side, length=height)
+        (left, top), (right, bottom) = np.meshgrid(x[:-1], y[:-1]), np.meshgrid(x[1:], y[1:])
+        found.append(np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4))
     return torch.from_numpy(np.stack(found)).float()
 
 
 def _edges(
-    shade: Float[np.ndarray, "rows columns"],
-    inside: Bool[np.ndarray, "rows columns"],
-    *,
-    axis: int,
-    side: int,
-    length: int,
+    shade: Float[np.ndarray, "across along"], inside: Bool[np.ndarray, "across along"], *, side: int, length: int
 ) -> Float[np.ndarray, " patches_plus_1"]:
-    """Fit the straight line from processed to stored pixels along an axis, and read it at the patches' edges.
+    """Fit the straight line from processed to stored pixels along the second axis, and read it at the patches' edges.
 
     Colors have 256 steps, which is coarser than a pixel in a large picture; the line is not.
     """
-    n_pixels = shade.shape[1 - axis]
-    used = np.flatnonzero(inside.any(axis))
+    n_pixels = shade.shape[1]
+    used = np.flatnonzero(inside.any(0))
     if len(used) < 2:
         return np.zeros(n_pixels // side + 1)  # nothing of the picture is here
-    middle = np.where(inside, shade, 0).sum(axis)[used] / inside.sum(axis)[used]
+    middle = np.where(inside, shade, 0).sum(0)[used] / inside.sum(0)[used]
     slope, start = np.polyfit(used, middle * length, 1)
     return np.clip(slope * (np.arange(0, n_pixels + 1, side) - 0.5) + start, 0, length)

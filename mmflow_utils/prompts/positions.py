@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import product
 
 __all__ = ["PositionSets", "find_objects", "find_options", "find_phrase", "question_sets", "tokens_in"]
 
@@ -172,7 +173,6 @@ def find_objects(question: str, objects: Sequence[Named]) -> tuple[tuple[Range, 
     """Find the names of the objects that a question is about.
 
     Args:
-        question: The question.
         objects: Name and, where GQA annotates it, the half-open range of words (split at spaces) that stands for the
             object: the name is sought there, and where those words don't hold it ("it", "the lady"), they are the
             name. An object that GQA writes "_" is asked for, not named, and counts for nothing.
@@ -186,7 +186,8 @@ def find_objects(question: str, objects: Sequence[Named]) -> tuple[tuple[Range, 
     named = [(name, _characters(question, words)) for name, words in objects if name != UNNAMED]
     if not named:
         return None, "the question names no object"
-    claimed = {_name_in(question, name, held) for name, held in named if held}
+    # GQA annotates "white wall" for the object "wall".
+    claimed = {(find_phrase(question, name, within=held) or [held])[-1] for name, held in named if held}
     names = [name for name, held in named if held is None]
     for name in sorted(set(names), key=len, reverse=True):  # "water bottle" before "bottle"
         found = find_phrase(question, name)
@@ -296,12 +297,10 @@ def _pairs_around_or(text: str, true: list[Range], false: list[Range]) -> set[tu
     pairs = set()
     for gap in re.finditer(r"\bor\b", text, re.IGNORECASE):
         near = []
-        for left, right in ((true, false), (false, true)):
-            before = [r for r in left if r[1] <= gap.start()]
-            after = [r for r in right if r[0] >= gap.end()]
-            if before and after:
-                a, b = max(before, key=lambda r: (r[1], -r[0])), min(after, key=lambda r: (r[0], -r[1]))
-                near.append((b[0] - a[1], a[0] - b[1], (a, b) if left is true else (b, a)))
+        for pair in product(true, false):
+            left, right = sorted(pair)
+            if left[1] <= gap.start() and gap.end() <= right[0]:
+                near.append((right[0] - left[1], left[0] - right[1], pair))
         if near:
             pairs.add(min(near)[-1])
     return pairs
@@ -319,9 +318,3 @@ def _characters(text: str, words: tuple[int, int] | None) -> Range | None:
     start, end = ranges[words[0]][0], ranges[words[1] - 1][1]
     bare = list(_WORD.finditer(text, start, end))
     return (bare[0].start(), bare[-1].end()) if bare else None
-
-
-def _name_in(text: str, name: str, held: Range) -> Range:
-    # GQA annotates "white wall" for the object "wall".
-    found = find_phrase(text, name, within=held)
-    return found[-1] if found else held
