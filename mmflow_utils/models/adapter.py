@@ -4,7 +4,7 @@ logits = model.unembed(model.final_norm(resid_post))
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
 from math import isqrt
@@ -227,11 +227,8 @@ def text_inputs(
         can be run again without the vision tower; and the library's own logits at the positions to read.
     """
     caught: dict[str, Any] = {}
-    hook = model.text.register_forward_pre_hook(lambda _, __, kwargs: caught.update(kwargs), with_kwargs=True)
-    try:
+    with model.text.register_forward_pre_hook(lambda _, __, kwargs: caught.update(kwargs), with_kwargs=True):
         logits = model.hf(**inputs, use_cache=False, logits_to_keep=torch.tensor(read)).logits[0]
-    finally:
-        hook.remove()
     return caught, logits
 
 
@@ -244,13 +241,8 @@ def decoder_inputs(model: VLM, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         caught.update(kwargs)
         raise _Left
 
-    hook = model.text.register_forward_pre_hook(leave, with_kwargs=True)
-    try:
+    with suppress(_Left), model.text.register_forward_pre_hook(leave, with_kwargs=True):
         model.hf(**inputs, use_cache=False)
-    except _Left:
-        pass
-    finally:
-        hook.remove()
     return caught
 
 
@@ -272,9 +264,6 @@ def picture_features(model: VLM, inputs: Mapping[str, Tensor]) -> Float[Tensor, 
         )
     caught: list[Tensor] = []
     projector = model.hf.base_model.multi_modal_projector
-    hook = projector.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
+    with projector.register_forward_pre_hook(lambda _, args: caught.append(args[0])):
         model.hf.get_image_features(**{k: inputs[k] for k in ("pixel_values", "image_sizes") if k in inputs})
-    finally:
-        hook.remove()
     return torch.cat(caught)

@@ -32,7 +32,7 @@ from transformers import (
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging
 
-from mmflow_utils.models.adapter import FAMILIES, VLM, compute_device
+from mmflow_utils.models.adapter import FAMILIES, VLM, compute_device, decoder_inputs
 from mmflow_utils.models.partial import adapter_base, language_weights, merge_adapter
 from mmflow_utils.models.precision import find_device, weights_options
 from mmflow_utils.models.sources import find_checkpoint, gguf_file, reason_of
@@ -82,21 +82,18 @@ def load_model(params: Any) -> VLM:
     base = adapter_base(adapter)
     if base and not (folder / "config.json").is_file():
         folder = find_checkpoint(base)
-    config = _read_config(folder)
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    config, kind = _read_config(folder)
     options = weights_options(params, device, kind, config) | {"gguf_file": gguf_file(folder), "config": config}
     options |= _FUSED
     if language_model := getattr(params, "language_model", None):
-        state = load_file(folder / "model.safetensors") | language_weights(language_model)
         kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        options |= {"state_dict": state}
+        options["state_dict"] = load_file(folder / "model.safetensors") | language_weights(language_model)
     hf = _read_weights(kind, folder, options)
     if base:
         hf = merge_adapter(hf, adapter)
     model = _with_words(params, hf, folder)
     _check_decoder(model, folder)
-    if sees:
+    if model.processor is not None:
         _check_picture(model, folder)
     return model
 
@@ -104,23 +101,24 @@ def load_model(params: Any) -> VLM:
 @_library_quiet()
 def load_without_weights(params: Any, folder: Path) -> VLM:
     """Load all but the weights of a folder, which may lack them: prompts can be made, and counted, but not run."""
-    config = _read_config(folder)
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    config, kind = _read_config(folder)
     with torch.device("meta"):
         return replace(_with_words(params, kind.from_config(config), folder), device=torch.device("cpu"))
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def _read_config(folder: Path) -> tuple[PreTrainedConfig, Any]:
+    """Read a configuration, and name the automatic class that makes its model."""
     what = "a model configuration (config.json)"
     config: Any = _read_part(AutoConfig, folder, what, gguf_file=gguf_file(folder), **_FUSED)
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.model_type not in FAMILIES:
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return config, AutoModelForCausalLM
+    if config.model_type not in FAMILIES:
         raise ValueError(
             f"Expected a vision-language model of a family that is served here ({', '.join(FAMILIES)}), but "
             f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
             "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
         )
-    return config
+    return config, AutoModelForImageTextToText
 
 
 def _with_words(params: Any, hf: PreTrainedModel, folder: Path) -> VLM:
@@ -240,24 +238,15 @@ def _beside_patches(config: PreTrainedConfig) -> int:
 
 def _check_picture(model: VLM, folder: Path) -> None:
     """Refuse parts that don't see a picture alike: the library would stop at the first prompt."""
-    reached: list[bool] = []
-
-    def stop(*_: Any) -> None:
-        reached.append(True)
-        raise ValueError
-
-    hook = model.text.register_forward_pre_hook(stop)
     try:
-        inputs = model.processor(images=Image.new("RGB", (64, 48)), text=model.image_token, return_tensors="pt")
-        model.hf(**{k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in inputs.items()})
+        made = model.processor(images=Image.new("RGB", (64, 48)), text=model.image_token, return_tensors="pt")
+        inputs = {k: t.to(model.device, model.dtype if t.is_floating_point() else None) for k, t in made.items()}
+        decoder_inputs(model, inputs)
     except Exception as error:  # what doesn't fit shows in many ways
-        if not reached:
-            raise ValueError(
-                f"Expected a picture processor and a vision tower that cut a picture alike in {folder}, but they don't "
-                f"(vision_feature_select_strategy, patch_size or the picture's size is to blame): {reason_of(error)}"
-            ) from None
-    finally:
-        hook.remove()
+        raise ValueError(
+            f"Expected a picture processor and a vision tower that cut a picture alike in {folder}, but they don't "
+            f"(vision_feature_select_strategy, patch_size or the picture's size is to blame): {reason_of(error)}"
+        ) from None
 
 
 def pictures_only(kind: Any) -> type[ProcessorMixin]:

@@ -5,7 +5,6 @@ hf = merge_adapter(hf, folder)
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -46,46 +45,34 @@ def merge_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
         ValueError: Quantized weights, into which nothing can be merged exactly; an adapter whose matrices
             don't fit the base, or of which a part finds no place in it.
     """
-    from peft import PeftModel  # seconds to import, and few models need it
+    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, and few models need it
 
     # Weights of a GGUF file are whole numbers no more once they are loaded.
     if getattr(hf, "is_quantized", False) and getattr(hf, "quantization_method", None) != "gguf":
         raise ValueError(
             f"The adapter in {folder} can't be merged exactly into quantized weights: set dtype to bfloat16 or float32."
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it looks for the base by its name, which is loaded already
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it looks for the base by its name, which is loaded already
+        try:
             adapted = PeftModel.from_pretrained(hf, str(folder))
-    except Exception as error:  # what a file that doesn't fit raises depends on where it doesn't
-        raise ValueError(f"The adapter in {folder} doesn't fit its base: {reason_of(error)[:200]}") from None
-    _check_complete(adapted, folder)
+        except Exception as error:  # what a file that doesn't fit raises depends on where it doesn't
+            raise ValueError(f"The adapter in {folder} doesn't fit its base: {reason_of(error)[:200]}") from None
+        taken = get_peft_model_state_dict(adapted)
+    # PEFT only warns of weights that find no place.
+    if lost := sorted(load_file(folder / "adapter_model.safetensors").keys() ^ taken.keys()):
+        raise ValueError(f"The adapter in {folder} doesn't fit its base: {len(lost)} weights, such as {lost[0]}.")
     return adapted.merge_and_unload(safe_merge=True)
 
 
-def _check_complete(adapted: Any, folder: Path) -> None:
-    """Hold what was loaded against the file: PEFT only warns of weights that find no place."""
-    from peft import get_peft_model_state_dict
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # here too
-        stored, taken = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(adapted)
-    if lost := sorted(stored.keys() ^ taken.keys()):
-        raise ValueError(f"The adapter in {folder} doesn't fit its base: {len(lost)} weights, such as {lost[0]}.")
-
-
-def language_weights(checkpoint: str, revision: str | None = None) -> dict[str, Tensor]:
+def language_weights(checkpoint: str) -> dict[str, Tensor]:
     """Return a language model's weights by the names that they have inside a LLaVA, in float32.
 
     Raises:
         ValueError: See `find_checkpoint`.
     """
-    folder = find_checkpoint(checkpoint, revision)
+    folder = find_checkpoint(checkpoint)
     options = dict(gguf_file=gguf_file(folder), dtype=torch.float32, local_files_only=True)
     alone = AutoModelForCausalLM.from_pretrained(folder, **options)
-    weights = {
-        f"model.language_model.{name.removeprefix('model.')}": tensor
-        for name, tensor in alone.state_dict().items()
-        if name.startswith("model.")
-    }
+    weights = {f"model.language_model.{name}": tensor for name, tensor in alone.base_model.state_dict().items()}
     return weights | {"lm_head.weight": alone.get_output_embeddings().weight.detach()}

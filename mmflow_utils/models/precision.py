@@ -43,13 +43,8 @@ def find_device(params: Any) -> torch.device:
 def weights_options(params: Any, device: torch.device, kind: Any, config: PreTrainedConfig) -> dict[str, Any]:
     """Give `from_pretrained` its precision and placement.
 
-    Weights go straight to their device, one after another: no copy of the whole model is made on the way.
-
-    Args:
-        params: anything with the attributes `dtype, device_map` of `Params`.
-        device: from `find_device`.
-        kind: the automatic class that will read the weights.
-        config: the model's configuration.
+    Weights go straight to their device, one after another: no copy of the whole model is made on the way. `params` is
+    anything with the attributes `dtype, device_map` of `Params`, `kind` the automatic class that will read the weights.
     """
     place = {"device_map": params.device_map or {"": device}}
     if params.dtype not in QUANTIZED:
@@ -64,9 +59,9 @@ def _outside_decoder(kind: Any, config: PreTrainedConfig) -> list[str]:
     """Name the matrices that are no part of the decoder's layers: the picture's path and the unembedding."""
     with torch.device("meta"):
         skeleton = kind.from_config(config)
-    inside = {id(module) for module in skeleton.get_decoder().modules()}
+    inside = {*skeleton.get_decoder().modules()}
     named = skeleton.named_modules()
-    return [name for name, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
+    return [name for name, module in named if isinstance(module, nn.Linear) and module not in inside]
 
 
 def _check_quantization(dtype: str, device: torch.device) -> None:

