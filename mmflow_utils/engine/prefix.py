@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmflow_utils.engine.closeness import check_head, probabilities, rounding
 from mmflow_utils.engine.reference import Run, collect_stream
-from mmflow_utils.models.adapter import VLM, compute_device, decoder_inputs, text_inputs
+from mmflow_utils.models.adapter import VLM, decoder_inputs, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 
 __all__ = ["Prefix", "Uncut", "run_clean"]
@@ -80,8 +80,7 @@ class Prefix:
 
     def go_on(self, model: VLM, inputs: Mapping[str, Tensor], start: int, rows: slice) -> Tensor:
         """Run a prompt from position `start` on, and return the logits at some of the decoder's rows."""
-        states = model.text(**self.decoder_arguments(model, inputs, start)).last_hidden_state[0, rows]
-        return model.unembed(states.to(compute_device(model.unembed)))
+        return model.unembed(model.text(**self.decoder_arguments(model, inputs, start)).last_hidden_state[0, rows])
 
     def fits(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> bool:
         """Tell whether going on from stored keys gives this model's own output; tried once for each model."""
