@@ -113,8 +113,9 @@ class PackedPass:
         self.rows = self.rows.to(hidden.device)
         if i and hidden is not self.left:  # something was added between two layers, as Qwen3-VL adds to the picture
             added = (hidden - self.left.to(hidden.device))[0]
-            for own, low in ((self.rows[b.first :][: len(b.rows)], b.rows[0] - self.start) for b in self.branches):
-                own += added[low:][: len(own)]
+            for branch in self.branches:
+                own = self._rows_of(branch)
+                own += added[branch.rows[0] - self.start :][: len(own)]
         self.mask = self._square(kwargs.get("attention_mask"))
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
@@ -252,14 +253,14 @@ class PackedPass:
 
     def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
         """Copy its parent's rows into a new branch, except those at the positions to keep."""
-        parent, n_rows = branch.parent, len(branch.rows)
-        own = self.rows[branch.first : branch.first + n_rows]
-        kept = [p - branch.rows[0] for p in keep]
+        own, low = self._rows_of(branch), branch.rows[0]
+        kept = [p - low for p in keep]
         mine = own[kept]
-        own.copy_(
-            clean[branch.rows[0] - self.start :][:n_rows] if parent is None else self.rows[parent.first :][:n_rows]
-        )
+        own.copy_(self._rows_of(branch.parent) if branch.parent else clean[low - self.start :][: len(own)])
         own[kept] = mine
+
+    def _rows_of(self, branch: Branch) -> Float[Tensor, "r d"]:
+        return self.rows[branch.first :][: len(branch.rows)]
 
     def _index(self, here: Here) -> slice | Int[Tensor, " r"]:
         rows = [b.first + p - b.rows[0] for b, positions in here.items() for p in positions]

@@ -137,6 +137,6 @@ def _run_donor(
 
 
 def _gather(encoded: Encoded, base: Tensor, donor: Tensor, rows: Sequence[Tensor]) -> Patched:
-    variants = torch.stack(list(rows)) if rows else base.new_empty(0, len(base))
+    variants = torch.stack([base, *rows])[1:]
     need_numbers(encoded, base, donor, variants)
     return Patched(base, donor, variants)

@@ -45,7 +45,7 @@ class Run:
         cls, encoded: Encoded, base: Tensor, variants: Sequence[Tensor], resid_post: Sequence[Tensor], *, one: bool
     ):
         """Stack what was found at the positions read; where just `one` was asked for, drop their axis."""
-        changed = torch.stack(list(variants)) if variants else base.new_empty(0, *base.shape)
+        changed = torch.stack([base, *variants])[1:]
         need_numbers(encoded, base, changed)
         states = torch.stack(list(resid_post))
         return cls(base[0], changed[:, 0], states[:, 0]) if one else cls(base, changed, states)
