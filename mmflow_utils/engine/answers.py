@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mmflow_utils.engine.closeness import need_numbers
 from mmflow_utils.engine.prefix import Prefix, run_clean
-from mmflow_utils.models.adapter import VLM, compute_device
+from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 
 __all__ = ["answer_together", "greedy_answer"]
@@ -92,17 +92,16 @@ class _SideBySide:
 
     def read_prompts(self) -> Float[Tensor, "prompts vocab"]:
         """Run what the prompts don't share, and return the logits behind each."""
-        lengths = [prompt.inputs["input_ids"].shape[1] - len(self.owners) for prompt in self.prompts]
         starts = len(self.owners)
+        lengths = [prompt.inputs["input_ids"].shape[1] - starts for prompt in self.prompts]
         places = [
             torch.arange(starts, starts + n)[None] if part.get("position_ids") is None else part["position_ids"].cpu()
             for part, n in zip(self.parts, lengths, strict=True)
         ]
         self.next_place = torch.cat([place[..., -1:] + 1 for place in places], dim=-1)
-        tokens = torch.cat([prompt.inputs["input_ids"][:, starts:] for prompt in self.prompts], dim=1)
         owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        embeds = [part["inputs_embeds"] for part in self.parts if part.get("inputs_embeds") is not None]
-        given = {"inputs_embeds": torch.cat(embeds, dim=1)} if embeds else {"input_ids": tokens}
+        name = "input_ids" if self.parts[0].get("inputs_embeds") is None else "inputs_embeds"
+        given = {name: torch.cat([part[name] for part in self.parts], dim=1)}
         ends = torch.tensor(lengths).cumsum(0) - 1
         return self._run(given, owners, torch.cat(places, dim=-1), ends)
 
@@ -134,20 +133,15 @@ class _SideBySide:
         """Run some rows, each of one prompt and at its place in it, and return the logits at those to read."""
         model, before = self.model, len(self.owners)
         self.owners = torch.cat([self.owners, owners])
-        mask = self._mask(owners, before).to(model.device)
+        # Each row sees the shared beginning, and of the rest what is its own and not after it.
+        own = (self.owners == -1) | (self.owners == owners[:, None])
+        earlier = torch.arange(len(self.owners)) <= before + torch.arange(len(owners))[:, None]
         with model.attention_kernel("sdpa"):  # takes a mask of yes and no
             out = model.text(
                 **given,
                 position_ids=places.to(model.device),
-                attention_mask=mask,
+                attention_mask=(own & earlier)[None, None].to(model.device),
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        states = out.last_hidden_state[0, read.to(out.last_hidden_state.device)]
-        return model.unembed(states.to(compute_device(model.unembed))).float().cpu()
-
-    def _mask(self, owners: Int[Tensor, " rows"], before: int) -> Bool[Tensor, "1 1 rows keys"]:
-        """Let each row see the shared beginning, and of the rest what is its own and not after it."""
-        own = (self.owners == -1) | (self.owners == owners[:, None])
-        earlier = torch.arange(len(self.owners)) <= before + torch.arange(len(owners))[:, None]
-        return (own & earlier)[None, None]
+        return model.unembed(out.last_hidden_state[0, read.to(out.last_hidden_state.device)]).float().cpu()

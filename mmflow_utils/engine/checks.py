@@ -3,8 +3,9 @@
 check_model(model, encoded)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import pandas as pd
 import torch
@@ -35,10 +36,11 @@ def check_model(model: VLM, encoded: Encoded, *, strict: bool = True) -> pd.Data
     Raises:
         ValueError: A check that failed.
     """
-    checks = {
+    checks: dict[str, Callable[[VLM, Encoded], object]] = {
         "every layer has its parts": _check_layers,
         "attention and MLP are all that a layer adds": _check_sum,
-        "head of normed residual stream gives the logits": _check_head,
+        # Every clean run's norm and unembedding are held against the library's own output.
+        "head of normed residual stream gives the logits": partial(run_reference, variants=[]),
         "empty knockout changes nothing": _check_empty,
         "blocked attention is 0, the rest renormalizes": _check_mask,
         "positions are the words they are called": _check_positions,
@@ -46,7 +48,8 @@ def check_model(model: VLM, encoded: Encoded, *, strict: bool = True) -> pd.Data
     rows = []
     for name, check in checks.items():
         try:
-            problem = check(model, encoded)
+            check(model, encoded)
+            problem = ""
         except (AttributeError, ValueError, KeyError, RuntimeError) as error:
             problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         rows.append({"check": name, "passed": not problem, "detail": problem or "as expected"})
@@ -55,14 +58,14 @@ def check_model(model: VLM, encoded: Encoded, *, strict: bool = True) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def _check_layers(model: VLM, encoded: Encoded) -> str:
+def _check_layers(model: VLM, encoded: Encoded) -> None:
     for layer in range(model.n_layers):
         model.attention(layer), model.mlp(layer), model.value_proj(layer), model.output_proj(layer)
-    said = model.text.config.num_hidden_layers
-    return "" if model.n_layers == said else f"found {model.n_layers} layers, the configuration says {said}"
+    if model.n_layers != (said := model.text.config.num_hidden_layers):
+        raise ValueError(f"found {model.n_layers} layers, the configuration says {said}")
 
 
-def _check_sum(model: VLM, encoded: Encoded) -> str:
+def _check_sum(model: VLM, encoded: Encoded) -> None:
     """Silence attention and MLP of one layer at every position: what enters it must leave it (Eq. 1)."""
     layer, everywhere = model.n_layers // 2, tuple(range(encoded.positions.n_tokens))
     with ExitStack() as stack:
@@ -70,25 +73,19 @@ def _check_sum(model: VLM, encoded: Encoded) -> str:
             silent = Variant(layers=range(layer, layer + 1), target=everywhere, intervention=part)
             stack.enter_context(intervene(model, silent, encoded.positions.n_tokens))
         stream = run_reference(model, encoded, []).resid_post
-    worst = (stream[layer + 1] - stream[layer]).abs().max().item()
-    return f"without either, layer {layer} still changes the stream by {worst:.1e}" if worst else ""
+    if worst := (stream[layer + 1] - stream[layer]).abs().max().item():
+        raise ValueError(f"without either, layer {layer} still changes the stream by {worst:.1e}")
 
 
-def _check_head(model: VLM, encoded: Encoded) -> str:
-    run_reference(model, encoded, [])  # holds norm and unembedding of its clean run against the library's own output
-    return ""
-
-
-def _check_empty(model: VLM, encoded: Encoded) -> str:
+def _check_empty(model: VLM, encoded: Encoded) -> None:
     nothing = Variant(layers=range(model.n_layers), target=encoded.positions["last"])
     run = run_reference(model, encoded, [nothing])
     both = probabilities(run.variants[0]), probabilities(run.base)
     names = ("An empty knockout", "the clean run")
     check_close(encoded, *both, tolerance=rounding(model.dtype), names=names, advice=_UNSUPPORTED)
-    return ""
 
 
-def _check_mask(model: VLM, encoded: Encoded) -> str:
+def _check_mask(model: VLM, encoded: Encoded) -> None:
     """Block Question -> Last in one layer and look at that layer's attention pattern itself."""
     layer, source = model.n_layers // 2, list(encoded.positions["question"])
     last = encoded.positions.last
@@ -96,14 +93,13 @@ def _check_mask(model: VLM, encoded: Encoded) -> str:
     expected = attention_pattern(model, encoded, layer)[:, last].clone()  # no inference tensor
     blocked = attention_pattern(model, encoded, layer, variant)[:, last]
     if blocked[:, source].any():
-        return f"a blocked edge keeps an attention weight of {blocked[:, source].max():.1e}"
+        raise ValueError(f"a blocked edge keeps an attention weight of {blocked[:, source].max():.1e}")
     expected[:, source] = 0.0
     expected /= expected.sum(-1, keepdim=True)
     names = ("The other attention weights", "the clean ones, renormalized,")
     check_close(
         encoded, blocked, expected, tolerance=rounding(model.dtype), names=names, unit="weight", advice=_UNSUPPORTED
     )
-    return ""
 
 
 def attention_pattern(
@@ -134,13 +130,12 @@ def _watch_attention(
     return [one.float().cpu() for one in seen]
 
 
-def _check_positions(model: VLM, encoded: Encoded) -> str:
+def _check_positions(model: VLM, encoded: Encoded) -> None:
     positions, ids = encoded.positions, encoded.inputs["input_ids"][0].tolist()
     said = model.tokenizer.decode([ids[p] for p in positions["question"]]).strip()
     if "".join(said.split()) != "".join(encoded.sample.question.split()):
-        return f"the question's positions read {said!r}, not {encoded.sample.question!r}"
-    wrong = [p for p in positions.get("image") if ids[p] != model.image_token_id]
-    if wrong:
-        return f"position {wrong[0]} is called an image token, but reads {encoded.tokens[wrong[0]]!r}"
-    at_end = positions.last == positions.n_tokens - 1 == len(ids) - 1
-    return "" if at_end else f"last is {positions.last}, but the prompt has {len(ids)} tokens"
+        raise ValueError(f"the question's positions read {said!r}, not {encoded.sample.question!r}")
+    if wrong := [p for p in positions.get("image") if ids[p] != model.image_token_id]:
+        raise ValueError(f"position {wrong[0]} is called an image token, but reads {encoded.tokens[wrong[0]]!r}")
+    if not positions.last == positions.n_tokens - 1 == len(ids) - 1:
+        raise ValueError(f"last is {positions.last}, but the prompt has {len(ids)} tokens")

@@ -62,8 +62,7 @@ def check_close(
 def check_head(model: VLM, encoded: Encoded, stream: Float[Tensor, "n_read d"], own: Float[Tensor, "n_read vocab"]):
     """Refuse a model whose own logits are not the stream after its last layer, normed and unembedded."""
     need_numbers(encoded, own)
-    normed = model.final_norm(stream.to(compute_device(model.final_norm), model.dtype))
-    ours = model.unembed(normed.to(compute_device(model.unembed)))
+    ours = model.unembed(model.final_norm(stream.to(compute_device(model.final_norm), model.dtype)))
     names = ("Norm and unembedding", "the library's own output")
     advice = "the adapter doesn't fit this model, choose another"
     both = probabilities(ours), probabilities(own)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["PACKED_ATTENTION", "Attend", "Block", "Capture", "allowed", "as_index", "keys_only"]
+__all__ = ["PACKED_ATTENTION", "Attend", "Block", "Capture", "as_index", "keys_only"]
 
 PACKED_ATTENTION = "mmflow_packed"
 # So many own keys stand side by side in one call: enough to keep it busy, few enough that the scores between
@@ -196,12 +196,6 @@ def as_index(rows: list[int], device: torch.device) -> slice | Tensor:
     if rows == list(range(first, first + len(rows))):
         return slice(first, first + len(rows))
     return torch.tensor(rows, device=device)
-
-
-def allowed(mask: Tensor) -> Bool[Tensor, "rows n"]:
-    """Return which keys a layer's own mask, in any of the library's forms, lets each position see."""
-    mask = mask[0, 0]
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling: float) -> Tensor:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmflow_utils.engine.closeness import check_head
-from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, allowed, as_index, keys_only
+from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, as_index, keys_only
 from mmflow_utils.engine.plan import Branch
 from mmflow_utils.engine.prefix import Prefix, Uncut
 from mmflow_utils.engine.reference import Keep
@@ -58,14 +58,12 @@ class PackedPass:
             return {}
         norm = self.model.final_norm
         rows = torch.cat([self._kept(self.model.unembed(norm(x.to(compute_device(norm))))) for x in self.finals])
+        branches = [branch for some in self._slices(self.last) for branch in some]
         found: dict[int, Tensor] = {}
-        first = 0
-        for branch in (branch for some in self._slices(self.last) for branch in some):
-            n_read = len(branch.reads(self.read))
+        for branch, own in zip(branches, rows.split([len(b.reads(self.read)) for b in branches]), strict=True):
             # Before its first row a branch is the clean run.
-            whole = torch.cat([self.base[: len(self.read) - n_read], rows[first : first + n_read]])
+            whole = torch.cat([self.base[: len(self.read) - len(own)], own])
             found |= dict.fromkeys(branch.variants, whole)
-            first += n_read
         return found
 
     def _run_clean(self, encoded: Encoded) -> Float[Tensor, "n_read vocab"]:
@@ -108,19 +106,17 @@ class PackedPass:
 
     def _before(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """See what goes into a layer of the clean pass; cut the last layer down to the rows that are read."""
-        hidden, kwargs = args[0] if args else kwargs["hidden_states"], {**kwargs}
-        kwargs.pop("hidden_states", None)
-        hidden = hidden.to(compute_device(layer))  # layers may be spread over devices: rows follow
+        hidden = args[0].to(compute_device(layer))  # layers may be spread over devices: rows follow
         if i == 0:
             self._remember(hidden[0, self._here(self.read)])
             self.rows = hidden.new_empty(sum(len(b.rows) for b in self.branches), hidden.shape[-1])
         self.rows = self.rows.to(hidden.device)
         if i and hidden is not self.left:  # something was added between two layers, as Qwen3-VL adds to the picture
             added = (hidden - self.left.to(hidden.device))[0]
-            for own, low in ((self.rows[b.first :][: len(b.rows)], b.rows[0] - self.start) for b in self.branches):
-                own += added[low:][: len(own)]
+            for branch in self.branches:
+                own = self._rows_of(branch)
+                own += added[branch.rows[0] - self.start :][: len(own)]
         self.mask = self._square(kwargs.get("attention_mask"))
-        self._check_order(self.mask)
         self.clean_in, self.kwargs, self.clean = hidden[0], kwargs, Capture()
         if i < self.last:
             return (hidden, *args[1:]), {**kwargs, PACKED_ATTENTION: self.clean}
@@ -139,16 +135,16 @@ class PackedPass:
         """Return which positions a layer's mask lets each position see; a prefix's rows, which aren't run, nothing."""
         if mask is None:
             return None
-        name = "mask", id(mask)
-        if name not in self.known:
+        if id(mask) not in self.known:
+            seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
+            square = F.pad(seen, (0, 0, self.start, 0))
+            self._check_order(square)
             # The mask itself is held, so that no other one gets its id.
-            self.known[name] = mask, F.pad(allowed(mask), (0, 0, self.start, 0))
-        return self.known[name][1]
+            self.known[id(mask)] = mask, square
+        return self.known[id(mask)][1]
 
-    def _check_order(self, mask: Bool[Tensor, "n n"] | None) -> None:
+    def _check_order(self, mask: Bool[Tensor, "n n"]) -> None:
         """Refuse rows that depend on what comes after them, as the tokens of an image do in some families."""
-        if mask is None or ("order", id(mask)) in self.known:
-            return
         ahead = mask.triu(1)
         both_ways = set((ahead.any(0) | ahead.any(1)).nonzero().flatten().tolist())
         edited = {position for branch in self.branches for position in branch.target}
@@ -159,7 +155,6 @@ class PackedPass:
                 f"Position {wrong[0]} is a target or is read, but lies among tokens that attend to later "
                 "ones too (an image's, in this model), which the sweep can't take: set method to reference."
             )
-        self.known["order", id(mask)] = True
 
     def _after(self, i: int, layer: nn.Module, args: tuple, hidden: Float[Tensor, "1 m d"]) -> None:
         """Take all branches through the layer that the clean pass has just left."""
@@ -192,11 +187,8 @@ class PackedPass:
 
         Within a slice come the branches with keys of their own, then those that begin in this layer.
         """
-        families: list[list[Branch]] = []
-        for branch in self.branches:
-            if branch.born <= i:
-                families += [[]] if branch.parent is None else []
-                families[-1].append(branch)
+        begun = (branch for branch in self.branches if branch.born <= i)
+        families = [list(family) for _, family in groupby(begun, key=lambda branch: branch.parent or branch)]
         sizes = [sum(len(branch.rows) for branch in family) for family in families]
         most = self.start + len(self.clean_in)
         even = sum(sizes) / max(1, math.ceil(sum(sizes) / most))
@@ -261,14 +253,14 @@ class PackedPass:
 
     def _copy_parent(self, branch: Branch, clean: Float[Tensor, "n d"], keep: tuple[int, ...] = ()) -> None:
         """Copy its parent's rows into a new branch, except those at the positions to keep."""
-        parent, n_rows = branch.parent, len(branch.rows)
-        own = self.rows[branch.first : branch.first + n_rows]
-        kept = [p - branch.rows[0] for p in keep]
+        own, low = self._rows_of(branch), branch.rows[0]
+        kept = [p - low for p in keep]
         mine = own[kept]
-        own.copy_(
-            clean[branch.rows[0] - self.start :][:n_rows] if parent is None else self.rows[parent.first :][:n_rows]
-        )
+        own.copy_(self._rows_of(branch.parent) if branch.parent else clean[low - self.start :][: len(own)])
         own[kept] = mine
+
+    def _rows_of(self, branch: Branch) -> Float[Tensor, "r d"]:
+        return self.rows[branch.first :][: len(branch.rows)]
 
     def _index(self, here: Here) -> slice | Int[Tensor, " r"]:
         rows = [b.first + p - b.rows[0] for b, positions in here.items() for p in positions]
@@ -292,4 +284,4 @@ def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:
     }
     if kwargs.get("position_ids") is not None:
         picked["position_ids"] = pick(kwargs["position_ids"], -1)
-    return {k: v for k, v in kwargs.items() if k != "hidden_states"} | picked
+    return kwargs | picked

@@ -17,7 +17,7 @@ from mmflow_utils.engine.closeness import need_numbers
 from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.plan import Branch
 from mmflow_utils.engine.reference import collect_stream
-from mmflow_utils.models.adapter import VLM, compute_device, text_inputs
+from mmflow_utils.models.adapter import VLM, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 
 __all__ = ["Patch", "Patched", "run_patched", "run_patched_reference"]
@@ -102,16 +102,16 @@ def run_patched_reference(model: VLM, encoded: Encoded, donor: Encoded, patches:
         with ExitStack() as hooks:
             for i in patch.layers:
                 put = partial(_put, list(patch.positions), stream[i])
-                hooks.enter_context(model.layers[i].register_forward_pre_hook(put, with_kwargs=True))
-            hidden = model.text(**kwargs).last_hidden_state[0, [encoded.positions.last]]
-            rows.append(model.unembed(hidden.to(compute_device(model.unembed)))[0].float().cpu())
+                hooks.enter_context(model.layers[i].register_forward_pre_hook(put))
+            states = model.text(**kwargs).last_hidden_state[0, encoded.positions.last]
+            rows.append(model.unembed(states).float().cpu())
     return _gather(encoded, own[0].float().cpu(), theirs, rows)
 
 
-def _put(positions: list[int], state: Tensor, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+def _put(positions: list[int], state: Tensor, _: nn.Module, args: tuple) -> tuple:
+    hidden = args[0].clone()
     hidden[0, positions] = state[positions].to(hidden)
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+    return hidden, *args[1:]
 
 
 def _run_donor(
@@ -137,6 +137,6 @@ def _run_donor(
 
 
 def _gather(encoded: Encoded, base: Tensor, donor: Tensor, rows: Sequence[Tensor]) -> Patched:
-    variants = torch.stack(list(rows)) if rows else base.new_empty(0, len(base))
+    variants = torch.stack([base, *rows])[1:]
     need_numbers(encoded, base, donor, variants)
     return Patched(base, donor, variants)

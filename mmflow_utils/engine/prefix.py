@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmflow_utils.engine.closeness import check_head, probabilities, rounding
 from mmflow_utils.engine.reference import Run, collect_stream
-from mmflow_utils.models.adapter import VLM, compute_device, decoder_inputs, text_inputs
+from mmflow_utils.models.adapter import VLM, decoder_inputs, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 
 __all__ = ["Prefix", "Uncut", "run_clean"]
@@ -80,8 +80,7 @@ class Prefix:
 
     def go_on(self, model: VLM, inputs: Mapping[str, Tensor], start: int, rows: slice) -> Tensor:
         """Run a prompt from position `start` on, and return the logits at some of the decoder's rows."""
-        states = model.text(**self.decoder_arguments(model, inputs, start)).last_hidden_state[0, rows]
-        return model.unembed(states.to(compute_device(model.unembed)))
+        return model.unembed(model.text(**self.decoder_arguments(model, inputs, start)).last_hidden_state[0, rows])
 
     def fits(self, model: VLM, inputs: Mapping[str, Tensor], start: int) -> bool:
         """Tell whether going on from stored keys gives this model's own output; tried once for each model."""
@@ -136,14 +135,14 @@ class _Beginning(DynamicLayer):
 
 def _from(start: int, n_tokens: int, name: str, value: Any) -> Any:
     """Cut an argument of the decoder down to the positions from `start` on."""
-    if name == "attention_mask":
-        return _mask_from(start, n_tokens, value)
-    if name == "inputs_embeds" and value is not None:
-        return value[:, start:]
-    if name in ("input_ids", "position_ids", "cache_position") and value is not None:
-        return value[..., start:]
     if name == "past_key_values" or not isinstance(value, Tensor | list | tuple | dict):
         return value
+    if name == "attention_mask":
+        return _mask_from(start, n_tokens, value)
+    if name == "inputs_embeds":
+        return value[:, start:]
+    if name in ("input_ids", "position_ids", "cache_position"):
+        return value[..., start:]
     raise Uncut(name)
 
 
@@ -152,4 +151,4 @@ def _mask_from(start: int, n_tokens: int, mask: Any) -> Any:
         places = [one.device for one in mask.values() if one is not None]
         causal = torch.ones(1, 1, n_tokens, n_tokens, dtype=torch.bool, device=next(iter(places), None)).tril()
         return {kind: _mask_from(start, n_tokens, causal if one is None else one) for kind, one in mask.items()}
-    return mask[:, :, start:] if mask is not None and mask.ndim == 4 else mask
+    return mask[:, :, start:] if mask.ndim == 4 else mask

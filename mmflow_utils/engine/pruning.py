@@ -62,13 +62,11 @@ class Removal:
 
     def before(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Change what a layer is called with: rows of the prompt that are gone, and columns of its mask."""
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0]
         # In decoding a layer is called with the rows of new tokens, none of which is gone.
         reads_prompt = kwargs["position_embeddings"][0].shape[-2] == self.n_tokens
-        if reads_prompt and i == self.pruning.from_layer - 1 and self.pruning.choice == "attention":
-            return args, kwargs | {PACKED_ATTENTION: self.watch}
-        if i < self.pruning.from_layer:
-            return args, kwargs
+        if i < self.pruning.from_layer:  # just one layer before is hooked, to be watched
+            return args, kwargs | ({PACKED_ATTENTION: self.watch} if reads_prompt else {})
         if reads_prompt and i == self.pruning.from_layer:
             self.kept, self._picked = self._choose(), ()
             hidden = hidden[:, self.kept]
@@ -88,10 +86,8 @@ class Removal:
         given, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
         if self._picked and self._picked[0] is given and self._picked[1] is mask:
             return self._picked[2]
-        left = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        if reads_prompt:
-            left = layer_kwargs_at(kwargs, self.kept) | {"past_key_values": kwargs.get("past_key_values")}
-        left["attention_mask"] = self._mask(mask, reads_prompt)
+        held = {"attention_mask": self._mask(mask, reads_prompt), "past_key_values": kwargs.get("past_key_values")}
+        left = (layer_kwargs_at(kwargs, self.kept) if reads_prompt else kwargs) | held
         self._picked = given, mask, left
         return left
 

@@ -7,7 +7,6 @@ nothing with the sweep: the library's own attention runs, with another mask, ano
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from mmflow_utils.engine.closeness import check_head, need_numbers
-from mmflow_utils.models.adapter import VLM, compute_device, text_inputs
+from mmflow_utils.models.adapter import VLM, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
-from mmflow_utils.prompts.flows import Variant, heads_in
+from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, Variant, heads_in
 
 __all__ = ["Keep", "Run", "check_request", "collect_stream", "intervene", "run_reference"]
 
@@ -46,7 +45,7 @@ class Run:
         cls, encoded: Encoded, base: Tensor, variants: Sequence[Tensor], resid_post: Sequence[Tensor], *, one: bool
     ):
         """Stack what was found at the positions read; where just `one` was asked for, drop their axis."""
-        changed = torch.stack(list(variants)) if variants else base.new_empty(0, *base.shape)
+        changed = torch.stack([base, *variants])[1:]
         need_numbers(encoded, base, changed)
         states = torch.stack(list(resid_post))
         return cls(base[0], changed[:, 0], states[:, 0]) if one else cls(base, changed, states)
@@ -99,8 +98,7 @@ def run_reference(
     other = _other_values(model, encoded) if any(one.intervention == "resample" for one in variants) else ()
     for variant in variants:
         with intervene(model, variant, encoded.positions.n_tokens, other):
-            hidden = model.text(**kwargs).last_hidden_state[0, read]
-            rows.append(kept(model.unembed(hidden.to(compute_device(model.unembed)))))
+            rows.append(kept(model.unembed(model.text(**kwargs).last_hidden_state[0, read])))
         if progress:
             progress()
     return Run.from_parts(encoded, base, rows, stream, one=one)
@@ -127,15 +125,14 @@ def intervene(model: VLM, variant: Variant, n_tokens: int, other: Sequence[Tenso
     blocked = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
     target, source = (torch.tensor(held, dtype=torch.long) for held in (variant.target, variant.source))
     blocked[target[:, None], source] = source <= target[:, None]
-    known: dict[str, Callable[..., None]] = {
-        "mask": _mask_edges,
-        **dict.fromkeys(("zero_value", "mean_value", "resample"), partial(_replace_values, other=other)),
-        "attention_output": _zero_module,
-        "mlp_output": _zero_module,
-    }
     with ExitStack() as hooks:
         for layer in variant.layers:
-            known[variant.intervention](hooks, model, layer, variant, blocked)
+            if variant.intervention == "mask":
+                _mask_edges(hooks, model, layer, variant, blocked)
+            elif variant.intervention in EDGE_INTERVENTIONS:
+                _replace_values(hooks, model, layer, variant, blocked, other)
+            else:
+                _zero_module(hooks, model, layer, variant)
         yield
 
 
@@ -145,11 +142,9 @@ def _mask_edges(hooks: ExitStack, model: VLM, layer: int, variant: Variant, bloc
     starved = torch.zeros(len(blocked), len(edited), dtype=torch.bool)
 
     def change_mask(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        mask = _additive(kwargs.get("attention_mask"), hidden)
-        closed = blocked.to(mask.device)
+        mask = _additive(kwargs.get("attention_mask"), args[0])
         lowest = torch.finfo(mask.dtype).min
-        closed = closed & edited.to(mask.device)[:, None, None]  # [heads or 1, n, n]
+        closed = blocked.to(mask.device) & edited.to(mask.device)[:, None, None]  # [heads or 1, n, n]
         left = (mask > lowest / 2) & ~closed
         # A row without an open key has no softmax. It keeps its own mask, and what it then reads is
         # thrown away below.
@@ -238,7 +233,7 @@ def _replace_values(
     hooks.enter_context(attention.register_forward_hook(rerun, with_kwargs=True))
 
 
-def _zero_module(hooks: ExitStack, model: VLM, layer: int, variant: Variant, blocked: Bool[Tensor, "n n"]) -> None:
+def _zero_module(hooks: ExitStack, model: VLM, layer: int, variant: Variant) -> None:
     """Zero what a module adds to the residual stream at the target positions."""
     module = (model.attention if variant.intervention == "attention_output" else model.mlp)(layer)
 

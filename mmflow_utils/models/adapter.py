@@ -186,7 +186,7 @@ class Unembedding(nn.Module):
 
     def forward(self, states: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
         """Run the library's model over these states in place of its decoder's."""
-        (hf,), flat = self._whole, states.reshape(1, -1, states.shape[-1])
+        (hf,), flat = self._whole, states.to(compute_device(self)).reshape(1, -1, states.shape[-1])
         before = vars(hf.base_model).get("forward")  # accelerate puts its own there
         hf.base_model.forward = lambda *_, **__: _States(last_hidden_state=flat)
         try:
