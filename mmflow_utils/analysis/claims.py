@@ -17,6 +17,7 @@ from mmflow_utils.analysis.stats import curves
 POOLED = "all tasks"
 VERDICTS = ("holds", "does not hold", "undecided", "not applicable", "not measured")
 APART = 1.0  # layers between the centers of what comes first and what comes second
+OF_STAGES = (measures.two_drops, measures.later, measures.depth)  # about where effects are: each line must have one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,6 @@ class Claim:
     measured: str  # what the number is, with its unit
     holds: tuple[float, float] = (NEGLIGIBLE, inf)  # the range
     leads: str = ""  # a difference of two lines that must be above 0 at some layer
-
-    @property
-    def of_stages(self) -> bool:
-        """Tell whether it is about where effects are, so that each line must have one."""
-        return self.measure in (measures.two_drops, measures.later, measures.depth)
 
 
 def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -122,12 +118,11 @@ def _lines(mine: pd.DataFrame, n_boot: int, seed: int) -> dict[str, dict[str, me
 
 
 def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:
-    missing = [name for line, name in claim.lines.items() if line not in lines]
+    missing = dict.fromkeys(WRITTEN_BY[name] for line, name in claim.lines.items() if line not in lines)
     found = {name: lines[name] for name in claim.lines if name in lines}
     value, low, high = measures.NOTHING
     if missing:
-        numbers = ", ".join(dict.fromkeys(WRITTEN_BY[name] for name in missing))
-        verdict, why = "not measured", f"run notebook {numbers} for this model"
+        verdict, why = "not measured", f"run notebook {', '.join(missing)} for this model"
     else:
         verdict, why = _without_number(claim, found, lines.get(claim.leads))
         if not verdict:
@@ -151,13 +146,14 @@ def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object
 
 def _without_number(claim: Claim, lines: Mapping[str, measures.Line], lead: measures.Line | None) -> tuple[str, str]:
     """Judge a claim about effects of which one isn't there; ("", "") where nothing is wanting."""
+    of_stages = claim.measure in OF_STAGES
     none = [name for name, line in lines.items() if line.high.max() < NEGLIGIBLE]
-    if none and (claim.of_stages or len(none) == len(lines)):
+    if none and (of_stages or len(none) == len(lines)):
         return "not applicable", f"{' and '.join(none)}: no layer with an effect of {NEGLIGIBLE:g} or more"
     if lead and lead.low.max() <= 0:
         most = f"{claim.leads}: at most {measures.strongest(lead)}"
         return ("does not hold", most) if lead.high.max() <= 0 else ("undecided", most)
-    unsure = [name for name, line in lines.items() if claim.of_stages and not line.has_stage]
+    unsure = [name for name, line in lines.items() if of_stages and not line.has_stage]
     if unsure:
         return "undecided", f"{' and '.join(unsure)}: no layer whose effect surely exceeds {NEGLIGIBLE:g}"
     return "", ""

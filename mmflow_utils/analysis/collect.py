@@ -46,7 +46,7 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
     models: dict[str, dict[str, list[Path]]] = {}
     for folder in (path for place in (outputs, *others) for path in sorted(Path(place).glob("*"))):
         stored = {name: list_frames(folder / f"{name}.parquet") for name in WRITTEN_BY}
-        if not any(models.get(folder.name, {}).values()):
+        if not models.get(folder.name):
             models[folder.name] = {name: files for name, files in stored.items() if files}
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in WRITTEN_BY}
     for model, stored in sorted(models.items()):
@@ -61,15 +61,15 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
 
 def _hold_together(files: Mapping[str, Path]) -> None:
     """Refuse results that would be compared although they are of different runs."""
-    first: tuple[str, dict] | None = None
+    runs = {}
     for name, file in files.items():
         depends_on = read_manifest(file).get("depends_on", {})
-        shared = {"depends_on": {key: depends_on[key] for key in depends_on if key in IN_COMMON}}
-        first = first or (name, shared)
-        if differ := differences(first[1], shared):
+        runs[name] = {"depends_on": {key: depends_on[key] for key in depends_on if key in IN_COMMON}}
+        first = next(iter(runs))
+        if differ := differences(runs[first], runs[name]):
             raise ValueError(
-                f"{file} and {files[first[0]].name} are of different runs ({'; '.join(differ)}): run the notebooks "
-                f"{WRITTEN_BY[first[0]]} and {WRITTEN_BY[name]} again with the same parameters."
+                f"{file} and {files[first].name} are of different runs ({'; '.join(differ)}): run the notebooks "
+                f"{WRITTEN_BY[first]} and {WRITTEN_BY[name]} again with the same parameters."
             )
 
 
@@ -96,7 +96,7 @@ def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "cor
         raise ValueError(f"results must be among {', '.join(WRITTEN_BY)}, got {', '.join(sorted(unknown))}")
     parts = [pd.DataFrame(columns=list(COLUMNS))]
     for name, frame in results.items():
-        part = _of_removal(frame) if name == "efficiency_removed" else _lines_of(name, frame, protocol)
+        part = _lines_of(name, frame, protocol)
         if "n_layers" not in part:
             part = part.assign(n_layers=part.groupby("model")["layer"].transform("max") + 1)
         need_columns(part, [column for column in COLUMNS if column != "window"])
@@ -120,20 +120,14 @@ def _lines_of(name: str, frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
         need_columns(frame, ["positions", "recovery_pct"])
         mine = frame[frame["positions"].isin(["Image", "Question", "Last"])]
         return mine.assign(line=HELD + mine["positions"], effect=mine["recovery_pct"].clip(upper=100))
+    if name == "efficiency_removed":
+        keys = ["model", "task", "sample_id"]
+        need_columns(frame, [*keys, "way", "n_layers_without", "from_layer", "correct_pct"])
+        mine = frame[frame["way"] == REMOVED]
+        intact, removed = mine[mine["n_layers_without"] == 0], mine[mine["n_layers_without"] > 0]
+        both = removed.merge(intact[[*keys, "correct_pct"]], on=keys, suffixes=("", "_intact"))
+        n_layers, lost = both["from_layer"] + both["n_layers_without"], both["correct_pct_intact"] - both["correct_pct"]
+        return both.assign(line=REMOVED, layer=both["from_layer"], n_layers=n_layers, effect=lost)
     need_columns(frame, ["flow", "source", "rel_change_pct"])
     mine = frame[~frame["source"].str.startswith("image_random")]
     return mine.assign(line=mine["flow"], effect=-mine["rel_change_pct"])
-
-
-def _of_removal(frame: pd.DataFrame) -> pd.DataFrame:
-    keys = ["model", "task", "sample_id"]
-    need_columns(frame, [*keys, "way", "n_layers_without", "from_layer", "correct_pct"])
-    mine = frame[frame["way"] == REMOVED]
-    intact, removed = mine[mine["n_layers_without"] == 0], mine[mine["n_layers_without"] > 0]
-    both = removed.merge(intact[[*keys, "correct_pct"]], on=keys, suffixes=("", "_intact"))
-    return both.assign(
-        line=REMOVED,
-        layer=both["from_layer"],
-        n_layers=both["from_layer"] + both["n_layers_without"],
-        effect=both["correct_pct_intact"] - both["correct_pct"],
-    )

@@ -140,8 +140,7 @@ def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: i
     layer, layers = pd.factorize(effects["layer"].to_numpy()[kept], sort=True)
     image, names = pd.factorize(effects["image_id"].to_numpy()[kept], sort=True)
     if images is not None:
-        place = {name: n for n, name in enumerate(images)}
-        names, image = images, np.array([place[name] for name in names], dtype=int)[image]
+        names, image = images, pd.Index(images).get_indexer(names)[image]
     sums, counts = sums_and_counts(layer, image, values[kept], (len(layers), len(names)))
     return np.vstack([sums.sum(1) / counts.sum(1), resample_means(sums, counts, n_boot, seed)])
 

@@ -255,8 +255,7 @@ def _cluster_table(
     table["mean"] = np.divide(sums.sum(1), n_rows, out=np.full(len(table), np.nan), where=n_rows > 0)
     table["n"] = n_rows.astype(int)
     if "sample_id" in frame:  # a group may hold several rows of a sample, e.g. one per layer
-        samples = frame["sample_id"].where(kept).groupby(group).nunique()
-        table["n"] = samples.to_numpy()
+        table["n"] = frame["sample_id"].where(kept).groupby(group).nunique().to_numpy()
     table["n_clusters"] = (counts > 0).sum(1)
     extremes = groups[value].agg(["min", "max"]).reset_index()
     seen = [curves(extremes, [c for c in by if c != "layer"])[end].transform(end) for end in ("min", "max")]
@@ -280,19 +279,16 @@ def _resample_groups(
     patterns, which = np.unique(counts > 0, axis=0, return_inverse=True)
     for n in np.flatnonzero(patterns.sum(1) > 1):  # the groups that have the very same clusters
         rows, columns = np.flatnonzero(which == n), np.flatnonzero(patterns[n])
-        seeds = [seed, crc32("\n".join(clusters[columns]).encode())]
+        seeds = (seed, crc32("\n".join(clusters[columns]).encode()))
         resampled[:, rows] = resample_means(sums[rows][:, columns], counts[rows][:, columns], n_boot, seeds)
     return resampled
 
 
 def resample_means(
-    sums: Float[np.ndarray, "groups clusters"],
-    counts: Float[np.ndarray, "groups clusters"],
-    n_boot: int,
-    seed: int | Sequence[int],
+    sums: intervals.Cells, counts: intervals.Cells, n_boot: int, seed: int | tuple[int, ...]
 ) -> Float[np.ndarray, "n_boot groups"]:
     """Return each group's mean in every resample of the clusters, NaN where none of its own was drawn."""
-    weights = _draw_counts(sums.shape[1], n_boot, seed if isinstance(seed, int) else tuple(seed))
+    weights = _draw_counts(sums.shape[1], n_boot, seed)
     with np.errstate(invalid="ignore"):
         return (weights @ sums.T) / (weights @ counts.T)
 
@@ -303,9 +299,7 @@ def _draw_counts(n: int, n_boot: int, seed: int | tuple[int, ...]) -> Float[np.n
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
 
 
-def _sign_flip_p(
-    sums: Float[np.ndarray, "groups clusters"], slack: Float[np.ndarray, " groups"], n_flips: int, seed: int
-) -> Float[np.ndarray, " groups"]:
+def _sign_flip_p(sums: intervals.Cells, slack: intervals.PerGroup, n_flips: int, seed: int) -> intervals.PerGroup:
     """Share of sign flips whose sum is as far from 0 as the one observed, less `slack`."""
     rng = np.random.default_rng(seed)
     observed = np.abs(sums.sum(1)) * (1 - 1e-9) - slack  # a tie counts, in spite of rounding

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmflow_utils.plots.image_patches import heat_scale, squares
+from mmflow_utils.plots.image_patches import draw_patches, heat_scale
 from mmflow_utils.plots.style import add_title, draw_picture, flow_color, need, ordered, shown, styled
 
 
@@ -38,8 +38,7 @@ def plot_choice(
     draw_picture(left, image, gray=bool(scale))
     count = f"{len(patches) or 'no'} image patch{'es' * (len(patches) != 0)} cut off"
     left.set_title(f"{patches['weight'].sum():.0f} % of attention on the picture" if scale else count)
-    for name, group in patches.query("w > 0 and h > 0").groupby("set", dropna=False) if len(patches) else ():
-        left.add_collection(squares(group, None if pd.isna(name) else name, scale))
+    draw_patches(left, patches, scale)
     _draw_curves(middle, frame, flow, layer)
     _draw_words(right, words, layer)
     add_title(figure, title, subtitle, gap=0.4, left=0.1, bottom=0.5)

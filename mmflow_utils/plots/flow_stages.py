@@ -48,15 +48,12 @@ def plot_stages(layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", 
     stages = stages[stages["line"].isin(_LINES) & ~(stages["line"].eq(_WHOLE) & stages["model"].isin(parted))]
     stages = stages.sort_values("line", key=lambda lines: lines.map(_LINES.index))
     columns = min(3, len(models))
-    rows = ceil(len(models) / columns)
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.6 * columns + 0.4, 4.4 * rows))
-    for axis, model in zip(axes.flat, models, strict=False):
+    figure, axes = style.empty_panels(len(models), columns, (3.6 * columns + 0.4, 4.4 * ceil(len(models) / columns)))
+    for axis, model in zip(axes, models, strict=True):
         mine, found = (frame[frame["model"] == model] for frame in (layers, stages))
         _draw_model(axis, mine, found, int(depths[model]))
         axis.set_title(f"{model} · {int(depths[model])} layers", pad=16)  # a number may stand above the last layer
-    for axis in axes.flat[len(models) :]:
-        axis.remove()
-    for axis in axes[:, 0]:
+    for axis in axes[::columns]:
         axis.set_ylabel("Layer")
     absent = stages["strongest"].isna()
     n_absent = int(stages[absent].groupby("model").size().max()) if absent.any() else 0

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from mmflow_utils.plots.style import add_title, draw_picture, need, set_color, styled
+from mmflow_utils.plots.style import add_title, draw_picture, empty_panels, need, set_color, styled
 from mmflow_utils.prompts.flows import pretty_name
 
 _VIEWS, _HEAT = ("Whole picture", "Tiles"), "YlOrRd"
@@ -50,19 +50,15 @@ def plot_image_patches(
     panels, objects = _panels(patches), list(objects)
     scale = heat_scale(panels.values())
     rows, columns = ceil(len(panels) / columns), min(columns, len(panels))
-    figure, axes = plt.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (name, part) in zip(axes.flat, panels.items(), strict=False):
+    figure, axes = empty_panels(len(panels), columns)
+    for axis, (name, part) in zip(axes, panels.items(), strict=True):
         pixels = draw_picture(axis, image, gray=bool(scale))
         axis.set_title(name, fontsize=9.5, pad=4)
-        seen = part[(part["w"] > 0) & (part["h"] > 0)]
-        for kind, group in seen.groupby("set", dropna=False):
-            axis.add_collection(squares(group, None if pd.isna(kind) else kind, scale))
+        draw_patches(axis, part, scale)
         for box in (thing.box for thing in objects if thing.box):
             look: dict[str, Any] = {"fill": False, "edgecolor": "#1A1A1A", "linewidth": 1.6, "linestyle": (0, (3, 2))}
             axis.add_patch(Rectangle((box.x - 0.5, box.y - 0.5), box.w, box.h, **look))
-    names = list(dict.fromkeys(kind for part in panels.values() for kind in part["set"].dropna()))
+    names = dict.fromkeys(kind for part in panels.values() for kind in part["set"].dropna())
     handles = [Patch(color=set_color(kind), alpha=0.7, label=pretty_name(kind)) for kind in names]
     in_row = max(1, int(columns * width / 2.3))
     room, gap = 0.15 + 0.22 * ceil(len(handles) / in_row), 0.35  # inches: the legend, a panel's title
@@ -75,8 +71,8 @@ def plot_image_patches(
     legend: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.1 / (columns * width), 0), "ncols": in_row}
     figure.legend(handles=handles, handlelength=1.2, borderaxespad=0.2, borderpad=0, **legend)
     if scale:
-        total, bottom = columns * width + side, axes[-1, 0].get_position().y0
-        beside = (1 - side / total, bottom, 0.12 / total, axes[0, 0].get_position().y1 - bottom)
+        total, bottom = columns * width + side, axes[-1].get_position().y0
+        beside = (1 - side / total, bottom, 0.12 / total, axes[0].get_position().y1 - bottom)
         bar = figure.colorbar(scale, cax=figure.add_axes(beside))
         bar.set_label("Attention to an image token (%)", fontsize=8.5)
         bar.outline.set_visible(False)
@@ -101,18 +97,20 @@ def _panels(patches: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.
     return found
 
 
-def squares(group: pd.DataFrame, kind: str | None, scale: ScalarMappable | None = None) -> PatchCollection:
-    """Return the patches of a set in its color or, with the scale of a heat map, shaded by their weight."""
-    # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
-    squares = [Rectangle((p.x - 0.5, p.y - 0.5), p.w, p.h) for p in group.itertuples()]
-    look: dict[str, Any] = {"facecolor": to_rgba(set_color(kind), 0.45) if kind else "none"}
-    look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0.6}
-    if scale:
-        colors = scale.to_rgba(group["weight"])
-        colors[:, 3] = 0.1 + 0.75 * np.asarray(scale.norm(group["weight"]), dtype=float)  # so that the picture is seen
-        look = {"facecolor": colors, "edgecolor": "none"}
-        look |= {"edgecolor": set_color(kind), "linewidth": 1.4, "zorder": 2} if kind else {}
-    return PatchCollection(squares, label=kind or "in no set", **look)
+def draw_patches(axis: plt.Axes, patches: pd.DataFrame, scale: ScalarMappable | None) -> None:
+    """Draw the patches of each set in its color or, with the scale of a heat map, shaded by their weight."""
+    for name, group in patches.query("w > 0 and h > 0").groupby("set", dropna=False):
+        kind = None if pd.isna(name) else name
+        # Pixel i covers i - 0.5 to i + 0.5 in imshow's coordinates.
+        squares = [Rectangle((p.x - 0.5, p.y - 0.5), p.w, p.h) for p in group.itertuples()]
+        look: dict[str, Any] = {"facecolor": to_rgba(set_color(kind), 0.45) if kind else "none"}
+        look |= {"edgecolor": (1, 1, 1, 0.7), "linewidth": 0.6}
+        if scale:
+            colors = scale.to_rgba(group["weight"])
+            colors[:, 3] = 0.1 + 0.75 * np.asarray(scale.norm(group["weight"]), dtype=float)  # the picture is seen
+            look = {"facecolor": colors, "edgecolor": "none"}
+            look |= {"edgecolor": set_color(kind), "linewidth": 1.4, "zorder": 2} if kind else {}
+        axis.add_collection(PatchCollection(squares, label=kind or "in no set", **look))
 
 
 @styled

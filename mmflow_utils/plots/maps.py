@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from mmflow_utils.plots.style import FLOW_COLORS, TASK_ORDER, add_title, need, ordered, shown, styled
+from mmflow_utils.plots.style import FLOW_COLORS, TASK_ORDER, add_title, empty_panels, need, ordered, shown, styled
 
 # White at no change, so that what a cut does not touch recedes, and only the grid is seen; a rise is rare and
 # another hue.
@@ -70,7 +70,8 @@ def plot_maps(
     panels, names, layers = ordered(summary[panel], TASK_ORDER), ordered(summary[row], ()), sorted({*summary["layer"]})
     most, columns = float(summary["mean"].abs().max()) or 1.0, min(len(panels), 3 if len(layers) <= 8 else 2)
     wide, tall, scale = min(0.4 * len(layers), 7.6 / columns), 0.26 * len(names), Normalize(-most, most)
-    figure, axes = _panels(len(panels), columns, (wide + 0.2, tall + 0.62), right=2.3)
+    size = (columns * (wide + 0.2) + 2.3, ceil(len(panels) / columns) * (tall + 0.62))
+    figure, axes = empty_panels(len(panels), columns, size)
     look: dict[str, Any] = {"cmap": CHANGE, "norm": scale, "linecolor": "#E6E6E6", "linewidths": 0.6, "cbar": False}
     for n, (axis, name) in enumerate(zip(axes, panels, strict=True)):
         cells = summary[summary[panel] == name].pivot(index=row, columns="layer", values="mean").reindex(names, axis=0)
@@ -112,7 +113,8 @@ def plot_heads(
     columns = min(len(panels), 3 if len(x) <= 16 else 2)
     wide, scale = min((0.85 if words else 0.45) * len(x), 8.2 / columns), Normalize(-most, most)
     tall, room = wide * len(y) / len(x) / (1 + words), 1.0 if words else 0.55  # inches: names of the cells
-    figure, axes_of = _panels(len(panels), columns, (wide + room, tall + 0.85), right=1.0)
+    size = (columns * (wide + room) + 1.0, ceil(len(panels) / columns) * (tall + 0.85))
+    figure, axes_of = empty_panels(len(panels), columns, size)
     for axis, name in zip(axes_of, panels, strict=True):
         mine = data[data[panel] == name].pivot(index=axes[1], columns=axes[0], values=value)
         cells = mine.reindex(index=y, columns=x)
@@ -130,16 +132,6 @@ def plot_heads(
     figure.subplots_adjust(wspace=room / wide, hspace=0.85 / tall)
     _draw_scale(figure, scale, label)
     return figure
-
-
-def _panels(n: int, columns: int, cell: tuple[float, float], *, right: float) -> tuple[Figure, list[plt.Axes]]:
-    """Make a grid of panels, so many inches each, with room to the right of them."""
-    rows = ceil(n / columns)
-    size = (columns * cell[0] + right, rows * cell[1])
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis in grid.flat[n:]:
-        axis.remove()
-    return figure, list(grid.flat[:n])
 
 
 def _draw_scale(figure: Figure, scale: Normalize, label: str) -> None:

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from mmflow_utils.analysis.sentences import format_number
-from mmflow_utils.plots.style import add_title, draw_picture, need, ordered, styled
+from mmflow_utils.plots.style import add_title, draw_picture, empty_panels, need, ordered, styled
 
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#882255", "#C98500", "#332288")
 
@@ -36,8 +36,8 @@ def plot_accuracy(frame: pd.DataFrame, *, title: str = "Accuracy by kind of ques
     if frame.duplicated(["structural", "semantic"]).any():
         raise ValueError("a structural x semantic group is duplicated: select one model before drawing")
     rows = ordered(frame["structural"], ("verify", "query", "choose", "logical", "compare"))
-    columns = ordered(frame["semantic"], ("obj", "attr", "cat", "rel", "global"))
     names = {"obj": "Object", "attr": "Attribute", "cat": "Category", "rel": "Relation", "global": "Global"}
+    columns = ordered(frame["semantic"], tuple(names))
     figure, axis = plt.subplots(figsize=(1.1 + 1.35 * len(columns), 0.1 + 0.85 * len(rows)))
     colors = mpl.colormaps["Blues"]  # up to 0.6 of it, where dark text still stands out
     for row in frame.to_dict("records"):
@@ -113,18 +113,16 @@ def plot_contact_sheet(
     if not len(images) or len(captions) not in (0, len(images)):
         raise ValueError(f"expected pictures and as many captions (or none), got {len(images)} and {len(captions)}")
     columns = min(columns, len(images))
-    rows, cell = ceil(len(images) / columns), 10.0 / max(columns, 3)
+    cell = 10.0 / max(columns, 3)
     lines = [[textwrap.fill(line, int(cell * 13.5)) for line in str(text).split("\n")] for text in captions]
     wrapped = ["\n".join(parts) for parts in lines] or [""] * len(images)
     room = 0.17 * max(text.count("\n") + 1 if text else 0 for text in wrapped)  # inches
-    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns, rows * (cell + room)), squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, image, text in zip(axes.flat, images, wrapped, strict=False):
+    figure, axes = empty_panels(len(images), columns, (cell * columns, ceil(len(images) / columns) * (cell + room)))
+    for axis, image, text in zip(axes, images, wrapped, strict=True):
         draw_picture(axis, image)
         axis.set_anchor("N")
-        below = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "fontsize": 8.5}
-        axis.annotate(text, (0, 0), (0, -5), **below)
+        below: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+        axis.annotate(text, (0, 0), (0, -5), fontsize=8.5, **below)
     add_title(figure, title, subtitle, bottom=room + 0.15)
     figure.subplots_adjust(wspace=0.08, hspace=(room + 0.12) / cell)
     return figure

@@ -9,7 +9,7 @@ from typing import Any
 from IPython.display import HTML
 from matplotlib.colors import to_rgb
 
-from mmflow_utils.plots.style import SET_COLORS, set_color
+from mmflow_utils.plots.style import SET_COLORS, ordered, set_color
 from mmflow_utils.prompts.flows import pretty_name
 
 _IMAGE_SETS = ("image", "image_newline", "image_related", "image_other")
@@ -47,9 +47,9 @@ def plot_prompt(tokens: Sequence[str], positions: Any) -> HTML:
             chips.append(_image_chip(run, owner))
         else:
             chips += [_token_chip(tokens[p], p, owner.get(p)) for p in run]
-    order = sorted(drawn, key=lambda n: list(SET_COLORS).index(n) if n in SET_COLORS else len(SET_COLORS))
     legend = [
-        f'<span style="white-space:nowrap">{_dot(n)}{escape(pretty_name(n))} ({len(sets[n])})</span>' for n in order
+        f'<span style="white-space:nowrap">{_dot(n)}{escape(pretty_name(n))} ({len(sets[n])})</span>'
+        for n in ordered(drawn, tuple(SET_COLORS))
     ]
     absent = [f"{escape(pretty_name(n))}: {escape(why)}" for n, why in getattr(positions, "missing", {}).items()]
     note = f'<div style="font-size:0.85em;opacity:0.75">Not in this prompt: {"; ".join(absent)}</div>' if absent else ""

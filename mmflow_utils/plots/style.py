@@ -135,7 +135,7 @@ def shown(value: object) -> str:
     return str(value).replace("->", "→")
 
 
-def ordered(values: pd.Series, first: Sequence[object]) -> list:
+def ordered(values: Iterable, first: Sequence[object]) -> list:
     """Return the distinct values: those in `first` in its order, then the others as they come."""
     found = list(dict.fromkeys(values))
     return [v for v in first if v in found] + [v for v in found if v not in first]
@@ -167,6 +167,14 @@ def legend_handle(label: str, color: str, dashes: Literal["-", "--", ":", "-."])
     return Line2D([], [], color=color, linestyle=dashes, label=label, linewidth=2.4)
 
 
+def empty_panels(n: int, columns: int, size: tuple[float, float] | None = None) -> tuple[Figure, list[plt.Axes]]:
+    """Return a figure of n panels, so many in a row; the size is in inches."""
+    figure, axes = plt.subplots(ceil(n / columns), columns, figsize=size, squeeze=False)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    return figure, list(axes.flat[:n])
+
+
 def panel_grid(
     n: int, title: str, subtitle: str, handles: list[Line2D], *, columns: int | None = None
 ) -> tuple[Figure, list[plt.Axes]]:
@@ -177,16 +185,13 @@ def panel_grid(
     in_row = min(len(handles), max(1, int(width / (0.55 + 0.078 * longest))))
     in_row = ceil(len(handles) / ceil(len(handles) / in_row))  # 4 + 3 rather than 6 + 1
     height = 3.1 if rows == 1 else 2.15
-    size = (width, rows * height + (rows - 1) * 0.55 + 0.62)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure, axes = empty_panels(n, columns, (width, rows * height + (rows - 1) * 0.55 + 0.62))
     gap = 0.52 + 0.21 * ceil(len(handles) / in_row)
     below = add_title(figure, title, subtitle, gap=gap, left=0.72, bottom=0.58, right=0.15)
     figure.subplots_adjust(wspace=0.14, hspace=0.55 / height)
     where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.1 / width, below), "ncols": in_row}
     figure.legend(handles=handles, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.6, **where)
-    for axis in axes.flat[n:]:
-        axis.remove()
-    return figure, list(axes.flat[:n])
+    return figure, axes
 
 
 def label_outside(figure: Figure, axes: list[plt.Axes], x_label: str, y_label: str) -> None:
