@@ -7,7 +7,7 @@ result = patch_sweep(model, load_pairs(model, params))
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.closeness import check_close, probabilities, rounding
 from mmflow_utils.engine.patching import Patch, Patched, run_patched, run_patched_reference
-from mmflow_utils.engine.reference import Run
 from mmflow_utils.experiments.curation import WITHOUT, ask_in_parts, curate, read_questions
 from mmflow_utils.experiments.knockout import stays_first
 from mmflow_utils.experiments.loop import Loop
@@ -59,7 +58,7 @@ def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
             alike.append(sample)
         else:
             alike.remove(first)
-            pairs.append(Pair(**{f.name: getattr(first, f.name) for f in fields(Sample)}, other=sample))
+            pairs.append(Pair(**vars(first), other=sample))
     return pairs
 
 
@@ -115,7 +114,7 @@ def patch_sweep(
     """Put what the other picture's run holds at each position set into each layer, and see whose answer comes.
 
     Args:
-        model: the model.
+        model, progress: As for `knockout_sweep`.
         samples: pairs, both of whose questions it answers correctly.
         sets: position sets. Here `image_related` are the patches of either picture's objects, and `rest_of_question`
             is neither option nor object.
@@ -123,7 +122,6 @@ def patch_sweep(
         window: so many layers, from that one on, have them put in.
         method: `sweep` computes what a patch changes beside one clean pass; `reference` runs the model for each row.
         n_check: how many pairs are held against the reference, each set in one layer or two.
-        progress: show a bar.
 
     Returns:
         A frame of one row per pair, position set and layer, with `COLUMNS`. With the first tokens a and b of the
@@ -196,7 +194,7 @@ def _values(model: VLM, labels: Sequence[tuple], found: Patched) -> Iterable[tup
     logits = torch.cat([torch.stack([found.base, found.donor]), found.variants])
     base, donor, *patched = (logits[:, a] - logits[:, b]).tolist()
     p_base, p_donor, *p_patched = probabilities(logits)[:, a].tolist()
-    flipped = stays_first(model, Run(found.donor, found.variants, found.donor[None]))
+    flipped = stays_first(model, found.donor, found.variants)
     tokens = model.tokenizer.decode([b]), model.tokenizer.decode([a])
     for label, p, diff, is_flipped in zip(labels, p_patched, patched, flipped, strict=True):
         recovery = 100 * (diff - base) / (donor - base)

@@ -17,7 +17,7 @@ from mmflow_utils.data.sample import Sample, is_correct, load_image
 from mmflow_utils.engine.closeness import rounding
 from mmflow_utils.engine.pruning import Pruning, compare_to_knockout, greedy_decode, prompt_embeds
 from mmflow_utils.engine.work import equal_work, work_of
-from mmflow_utils.experiments.curation import answer
+from mmflow_utils.experiments.curation import answer, as_text
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
@@ -25,12 +25,7 @@ from mmflow_utils.results.record import Result
 
 __all__ = ["WAY_COLORS", "picture_sweep", "prune_sweep"]
 
-LAST_LAYERS, RANDOM, FASTV, SMALLER = (
-    "No image in the last layers",
-    "Random tokens",
-    "FastV",
-    "Smaller picture",
-)
+LAST_LAYERS, RANDOM, FASTV, SMALLER = "No image in the last layers", "Random tokens", "FastV", "Smaller picture"
 WAY_COLORS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALLER: "#117733"}
 """The ways to save work, and their colors."""
 
@@ -58,14 +53,13 @@ def prune_sweep(
     attends to most in the layer before. Where even none left would be too much work, there is no row.
 
     Args:
-        model: the model.
+        model, progress: As for `knockout_sweep`.
         samples: questions, whether the model answers them correctly or not: only so is this an accuracy.
         removed: numbers of last layers without image tokens; 0, the intact model, comes along in any case.
         rivals: run these too.
         seed: of the random choice, which differs from sample to sample.
         max_new_tokens: longest answer.
         n_check: how many samples each removal is held against the knockout of the same tokens on.
-        progress: show a bar.
 
     Returns:
         A frame of one row per sample, way and number of layers: from_layer and n_kept (of n_image, newlines
@@ -85,10 +79,10 @@ def prune_sweep(
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
         decode = partial(greedy_decode, model, encoded, max_new_tokens=max_new_tokens)
         embeds, rows, worst = prompt_embeds(model, encoded), [], []
-        intact = said = _say(model, decode(embeds=embeds))
+        intact = said = as_text(model, decode(embeds=embeds))
         for n_without, way, pruning in _plan(model, encoded, counts, rivals, seed):
             if n_without:
-                said = _say(model, decode(pruning, embeds=embeds))
+                said = as_text(model, decode(pruning, embeds=embeds))
             if loop.checks:
                 worst.append(compare_to_knockout(model, encoded, pruning, tolerance=rounding(model.dtype)))
             row = _about(encoded.sample, said, intact) | _cost(model, encoded, pruning)
@@ -147,10 +141,6 @@ def _plan(
         for way, choice in ((RANDOM, "random"), (FASTV, "attention")) if rivals else ():
             if rival := equal_work(model, encoded, pruning, choice=choice, seed=seed):
                 yield n_without, way, rival
-
-
-def _say(model: VLM, ids: Sequence[int]) -> str:
-    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.reference import Run
 from mmflow_utils.engine.sweep import run_sweep
-from mmflow_utils.experiments.loop import Loop, Wanted
+from mmflow_utils.experiments.loop import Engine, Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.prompts.flows import (
@@ -51,8 +50,7 @@ def module_knockout(
     """Zero the output of attention, or of the MLP, at the question, and see which words are left (App. D).
 
     Args:
-        model: the model.
-        samples: questions that it answers correctly.
+        model, samples: as for `knockout_sweep`.
         modules: `attention_output`, `mlp_output` or both.
         window: layers zeroed, l … min(l + window, L) - 1; the paper's is 9.
         positions: the position set where modules are zeroed and words are read.
@@ -89,9 +87,7 @@ def question_semantics(
     """Cut Image -> Question around each layer, and see which of the question's words are left (App. K).
 
     Args:
-        model: the model.
-        samples: questions that it answers correctly.
-        flows: what to cut.
+        model, samples, flows: as for `knockout_sweep`.
         window: width in layers, centered; the paper's is 9.
         positions: the position set where words are read.
         intervention: what is done at the edges.
@@ -144,7 +140,7 @@ def top_words(
     *,
     positions: Sequence[int],
     top_k: int = 10,
-    run: Callable[..., Run] = run_sweep,
+    run: Engine = run_sweep,
 ) -> tuple[Int[Tensor, "n_positions k"], Int[Tensor, "n_variants n_positions k"]]:
     """Give the most probable words at some positions after the last layer, clean and under every variant.
 
@@ -188,7 +184,7 @@ def _measure_words(
             return []
         read, edits = encoded.positions[positions], [variant for _, variant in planned]
 
-        def compute(run: Callable[..., Run], some: Sequence[Variant]) -> Tensor:
+        def compute(run: Engine, some: Sequence[Variant]) -> Tensor:
             base, changed = top_words(model, encoded, some, positions=read, top_k=top_k, run=run)
             return torch.tensor([jaccard(base, words, pooled=pooled) for words in changed], dtype=torch.float64)
 
