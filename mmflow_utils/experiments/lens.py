@@ -43,13 +43,10 @@ def logit_lens(
     answer and the false option without it are in lower case. One clean pass per sample.
 
     Args:
-        model: the model.
-        samples: questions that it answers correctly.
+        model, samples, encoder, progress: as for `knockout_sweep`.
         protocol: `corrected` applies the final norm after every layer. `paper` multiplies by the unembedding
             alone, as the authors do, except after the last layer: the state that the library hands out there
             is normed already, so that point is on another footing than the rest. Both by default.
-        encoder: makes the prompt and its positions.
-        progress: show a bar.
 
     Returns:
         A frame of one row per sample, protocol, layer (after which it is read) and word, with `LENS_COLUMNS`:
