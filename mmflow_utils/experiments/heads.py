@@ -106,8 +106,8 @@ def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, s
     ranked = {"strongest": steps, "weakest": steps.abs()}
     orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in ranked.items()]
     orders += [("random", draw, mean.iloc[rng.permutation(len(mean))]) for draw in range(n_random)]
-    labels = [
-        ({"choice": choice, "draw": draw}, [[*map(int, pair)] for pair in order.index])
+    return [
+        {"choice": choice, "draw": draw, "n_heads": n, "heads": [[*map(int, pair)] for pair in order.index[:n]]}
         for choice, draw, order in orders
+        for n in sizes
     ]
-    return [label | {"n_heads": n, "heads": pairs[:n]} for label, pairs in labels for n in sizes]

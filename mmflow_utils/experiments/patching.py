@@ -149,14 +149,25 @@ def patch_sweep(
         found = run(model, encoded, donor, patches)
         if loop.checks:
             loop.differences.append(_check(model, encoded, donor, patches, found, every=len(windows) + 1))
-        if _gap(found) < LEAST_GAP:  # 0 where both answers begin with the same token
+        a, b = int(found.donor.argmax()), int(found.base.argmax())
+        logits = torch.stack([found.base, found.donor, *found.variants])
+        base, donor, *patched = (logits[:, a] - logits[:, b]).tolist()
+        if donor - base < LEAST_GAP:  # 0 where both answers begin with the same token
             reason = (
                 f"the pictures move the answers' logits apart by less than {LEAST_GAP:g}: there is nothing to recover"
             )
             loop.skip(encoded, reason, positions="all of them")
             return []
-        labels = [(pretty_name(name), some.start, window, len(held[name])) for name, some in planned]
-        return [dict(zip(COLUMNS[3:], values, strict=True)) for values in _values(model, labels, found)]
+        p_base, p_donor, *p_patched = probabilities(logits)[:, a].tolist()
+        flipped = stays_first(model, found.donor, found.variants)
+        tokens = model.tokenizer.decode([b]), model.tokenizer.decode([a])
+        rows = []
+        for (name, some), p, diff, is_flipped in zip(planned, p_patched, patched, flipped, strict=True):
+            labels = pretty_name(name), some.start, window, len(held[name]), *tokens
+            recovery = 100 * (diff - base) / (donor - base)
+            values = *labels, p_base, p, p_donor, base, diff, donor, recovery, 100.0 * is_flipped
+            rows.append(dict(zip(COLUMNS[3:], values, strict=True)))
+        return rows
 
     return loop.over(samples, measure, COLUMNS, name="Patching", progress=progress)
 
@@ -180,22 +191,3 @@ def _check(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch
     ours = torch.cat([found.base[None], found.variants[::every], theirs.variants])
     other = torch.cat([plain.base[None], plain.variants, plain.donor[None]])
     return check_close(encoded, probabilities(ours), probabilities(other), tolerance=rounding(model.dtype))
-
-
-def _gap(found: Patched) -> float:
-    """Return how much further the donor's run prefers its own answer to this one's than this run does."""
-    apart = found.donor - found.base
-    return float(apart[found.donor.argmax()] - apart[found.base.argmax()])
-
-
-def _values(model: VLM, labels: Sequence[tuple], found: Patched) -> Iterable[tuple]:
-    """Give the columns of each patch, in their order, from its labels on."""
-    a, b = int(found.donor.argmax()), int(found.base.argmax())
-    logits = torch.cat([torch.stack([found.base, found.donor]), found.variants])
-    base, donor, *patched = (logits[:, a] - logits[:, b]).tolist()
-    p_base, p_donor, *p_patched = probabilities(logits)[:, a].tolist()
-    flipped = stays_first(model, found.donor, found.variants)
-    tokens = model.tokenizer.decode([b]), model.tokenizer.decode([a])
-    for label, p, diff, is_flipped in zip(labels, p_patched, patched, flipped, strict=True):
-        recovery = 100 * (diff - base) / (donor - base)
-        yield *label, *tokens, p_base, p, p_donor, base, diff, donor, recovery, 100.0 * is_flipped

@@ -85,7 +85,7 @@ def prune_sweep(
                 said = as_text(model, decode(pruning, embeds=embeds))
             if loop.checks:
                 worst.append(compare_to_knockout(model, encoded, pruning, tolerance=rounding(model.dtype)))
-            row = _about(encoded.sample, said, intact) | _cost(model, encoded, pruning)
+            row = _about(encoded.sample, said, intact) | _cost(model, encoded, pruning, encoded)
             rows.append(row | {"way": way, "n_layers_without": n_without})
         loop.differences += [max(worst)] if worst else []
         return rows
@@ -115,7 +115,7 @@ def picture_sweep(
     """
     if not all(0 < scale <= 1 for scale in scales):
         raise ValueError(f"Expected scales above 0 and at most 1, got {list(scales)}.")
-    loop = Loop(model)
+    loop, nothing_removed = Loop(model), Pruning(from_layer=model.n_layers)
     with tempfile.TemporaryDirectory() as folder:
 
         def measure(whole: Encoded) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def picture_sweep(
             for scale in scales:
                 small = encode(model, _shrink(whole.sample, scale, Path(folder)))
                 said = answer(model, small, max_new_tokens=max_new_tokens)
-                row = _about(whole.sample, said, intact) | _cost(model, small, None, whole=whole)
+                row = _about(whole.sample, said, intact) | _cost(model, small, nothing_removed, whole)
                 rows.append(row | {"way": SMALLER, "n_layers_without": 0, "scale": scale})
             return rows
 
@@ -151,15 +151,14 @@ def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
     }
 
 
-def _cost(model: VLM, encoded: Encoded, pruning: Pruning | None, *, whole: Encoded | None = None) -> dict[str, Any]:
-    """Count what a removal costs, in percent of the intact model, or of another prompt's whole."""
-    n_image, n_layers = len(image_positions(encoded)), model.n_layers
-    pruning = pruning or Pruning(from_layer=n_layers)
-    own, full = work_of(model, encoded, pruning), work_of(model, whole or encoded)
+def _cost(model: VLM, encoded: Encoded, pruning: Pruning, whole: Encoded) -> dict[str, Any]:
+    """Count what a removal costs, in percent of the intact model with the whole prompt."""
+    n_image = len(image_positions(encoded))
+    own, full = work_of(model, encoded, pruning), work_of(model, whole)
     return {
         "from_layer": pruning.from_layer,
         "n_image": n_image,
-        "n_kept": pruning.n_kept if pruning.from_layer < n_layers else n_image,
+        "n_kept": pruning.n_kept if pruning.from_layer < model.n_layers else n_image,
         "work_pct": 100 * own.first_token_flops / full.first_token_flops,
         "cache_pct": 100 * own.cache_bytes / full.cache_bytes,
     }

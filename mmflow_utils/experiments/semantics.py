@@ -19,14 +19,7 @@ from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.experiments.loop import Engine, Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
-from mmflow_utils.prompts.flows import (
-    EDGE_INTERVENTIONS,
-    IMAGE_TO_QUESTION,
-    MODULE_INTERVENTIONS,
-    Flow,
-    Intervention,
-    Variant,
-)
+from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, IMAGE_TO_QUESTION, Flow, Intervention, Variant
 from mmflow_utils.results.record import Result
 
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
@@ -35,13 +28,13 @@ SEMANTICS_COLUMNS = (
     "sample_id", "image_id", "task", "knockout", "intervention", "layer", "window", "n_layers_blocked",
     "n_positions", "top_k", "pooled", "jaccard",
 )  # fmt: skip
-_MODULE_NAMES = {"attention_output": "Attention", "mlp_output": "MLP"}
+_MODULES: dict[Intervention, str] = {"attention_output": "Attention", "mlp_output": "MLP"}
 
 
 def module_knockout(
     model: VLM,
     samples: Iterable[Sample],
-    modules: Sequence[Intervention] = MODULE_INTERVENTIONS,
+    modules: Sequence[Intervention] = tuple(_MODULES),
     *,
     window: int,
     positions: str = "question",
@@ -67,10 +60,10 @@ def module_knockout(
         >>> frame.groupby("knockout").jaccard.min().round(2).to_dict()
         {'Attention': 0.14, 'MLP': 0.06}
     """
-    if unknown := [name for name in modules if name not in MODULE_INTERVENTIONS]:
-        raise ValueError(f"modules must be among {', '.join(MODULE_INTERVENTIONS)}, got {unknown}.")
+    if unknown := [name for name in modules if name not in _MODULES]:
+        raise ValueError(f"modules must be among {', '.join(_MODULES)}, got {unknown}.")
     here = Flow(source=positions, target=positions)
-    wanted = [(_MODULE_NAMES[module], here, module) for module in modules]
+    wanted = [(_MODULES[module], here, module) for module in modules]
     return _measure_words(model, samples, wanted, window=window, positions=positions, **options)
 
 
@@ -93,9 +86,8 @@ def question_semantics(
         intervention: what is done at the edges.
         options: `top_k`, the words read at a position (10); `pooled`, False to compare (position, word)
             pairs, so that a word counts once for each position, as the paper's 10·|Q| words say, True to
-            compare the vocabulary of all positions together; `layers` to visit (every one); `method`, `sweep`
-            or `reference`, and `n_check`, how many samples the sweep is held against the reference on;
-            `encoder`; `progress`.
+            compare the vocabulary of all positions together; `layers`, `method`, `n_check` (1), `encoder` and
+            `progress` as for `knockout_sweep`.
 
     Returns:
         A frame of one row per sample, knockout and layer, with `SEMANTICS_COLUMNS`; `jaccard` is 1 where the
