@@ -25,7 +25,7 @@ from mmflow_utils.models.adapter import VLM
 from mmflow_utils.plots.explorer import plot_choice
 from mmflow_utils.plots.style import shown
 from mmflow_utils.prompts.encoding import encode
-from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION
+from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_PATCHES_TO_QUESTION, IMAGE_TO_QUESTION, window_layers
 from mmflow_utils.prompts.image_patches import locate_image_patches
 
 FLOWS = (*IMAGE_TO_QUESTION, *FLOW_TO_LAST, *IMAGE_PATCHES_TO_QUESTION)
@@ -74,7 +74,7 @@ class Explorer(widgets.VBox):
         self.layer = widgets.IntSlider(min=0, max=n_layers - 1, description="Layer", **sliding)
         start = min(window, n_layers)
         self.window = widgets.IntSlider(value=start, min=1, max=n_layers, description="Window", **sliding)
-        heads = {f"attention, head {head}": head for head in range(model.n_heads)}
+        heads = {f"attention, head {head}": slice(head, head + 1) for head in range(model.n_heads)}
         heats = {"image patches cut off": None, "attention, mean of heads": slice(None), **heads}
         self.heat = widgets.Dropdown(options=heats, description="Picture", **wide)
         self.view, self.said = widgets.HTML(), widgets.HTML()
@@ -115,9 +115,8 @@ class Explorer(widgets.VBox):
     def sentence(self) -> str:
         """What the chosen knockout does to the answer."""
         row = self.chosen
-        first = row["layer"] - row["window"] // 2
-        last = min(first + row["window"], self.model.n_layers) - 1
-        where = f"layers {max(first, 0)} to {last}" if last > max(first, 0) else f"layer {last}"
+        cut = window_layers(int(row["layer"]), window=int(row["window"]), n_layers=self.model.n_layers)
+        where = f"layers {cut[0]} to {cut[-1]}" if len(cut) > 1 else f"layer {cut[0]}"
         where = where if self.heads.value is None else f"{self.heads.label} of {where}"
         change = f"{format_number(row['p_base'], 2)} to {format_number(row['p_knockout'], 2)}"
         return (
@@ -160,8 +159,8 @@ class Explorer(widgets.VBox):
         patches = locate_image_patches(self.model, encoded, [name])
         if heads is None:
             return patches.dropna(subset="set")
-        seen = self._attention(self.sample.value, row["target"])[int(row["layer"]), heads]
-        return patches.assign(weight=100 * seen.reshape(-1, seen.shape[-1]).mean(0)[patches["position"]].numpy())
+        seen = self._attention(self.sample.value, row["target"])[int(row["layer"]), heads].mean(0)
+        return patches.assign(weight=100 * seen[patches["position"]].numpy())
 
     def _offer_samples(self) -> None:
         mine = [n for n, sample in enumerate(self.samples) if (sample.task or "") == self.task.value]

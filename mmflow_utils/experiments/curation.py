@@ -9,13 +9,12 @@ Example:
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from mmflow_utils.data.authors import read_authors
@@ -34,15 +33,9 @@ from mmflow_utils.results.frames import load_frame, manifest, save_frame
 from mmflow_utils.results.resume import measure_in_parts
 
 __all__ = [
-    "answer",
-    "ask_in_parts",
-    "ask_questions",
-    "curate",
+    "answer", "as_text", "ask_in_parts", "ask_questions", "curate", "load_samples", "needs_picture", "read_questions",
     "stratified_sample",
-    "load_samples",
-    "needs_picture",
-    "read_questions",
-]
+]  # fmt: skip
 
 # What a curated set depends on: everything else may change without asking the model again.
 DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples", "needs_picture")
@@ -51,20 +44,21 @@ COLUMNS = (*ABOUT_SAMPLE, "prediction", "correct", "reason")
 WITHOUT = "answered_without_picture"
 
 
-@torch.inference_mode()
 def answer(model: VLM, encoded: Encoded, *, max_new_tokens: int = 8) -> str:
     """Let the model answer greedily, and strip what it says (§4)."""
-    return _as_text(model, greedy_answer(model, encoded, max_new_tokens=max_new_tokens))
+    return as_text(model, greedy_answer(model, encoded, max_new_tokens=max_new_tokens))
 
 
-def _as_text(model: VLM, tokens: Sequence[int]) -> str:
+def as_text(model: VLM, tokens: Sequence[int]) -> str:
+    """Return an answer's tokens as words."""
     return model.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
 
 def needs_picture(model: VLM, encoded: Encoded, prefix: Prefix | None = None) -> bool:
     """Return whether the answer's first token falls behind once nothing after the picture may look at it."""
     cut = variants(encoded.positions, NO_PICTURE, n_layers=model.n_layers, **whole_depth(model.n_layers))
-    return not any(stays_first(model, run_sweep(model, encoded, cut, prefix=prefix)))
+    run = run_sweep(model, encoded, cut, prefix=prefix)
+    return not any(stays_first(model, run.base, run.variants))
 
 
 def ask_questions(
@@ -101,13 +95,15 @@ def ask_questions(
 def _judge(model: VLM, samples: Sequence[Sample], prefix: Prefix, without_picture: bool) -> list[dict]:
     """Return a row for each of several questions about one picture."""
     prompts: dict[int, Encoded] = {}
-    rows = [{name: getattr(sample, name) for name in ABOUT_SAMPLE} for sample in samples]
+    answers: dict[int, str | ValueError] = {}
     for n, sample in enumerate(samples):
         try:
             prompts[n] = encode(model, sample)
         except ValueError as error:  # one unusable question doesn't stop the others; its reason is kept
-            rows[n] |= dict(prediction=None, correct=False, reason=str(error))
-    for n, said in zip(prompts, _ask(model, list(prompts.values()), prefix), strict=True):
+            answers[n] = error
+    answers |= zip(prompts, _ask(model, list(prompts.values()), prefix), strict=True)
+    rows = [{name: getattr(sample, name) for name in ABOUT_SAMPLE} for sample in samples]
+    for n, said in answers.items():
         if isinstance(said, ValueError):
             rows[n] |= dict(prediction=None, correct=False, reason=str(said))
             continue
@@ -121,7 +117,7 @@ def _judge(model: VLM, samples: Sequence[Sample], prefix: Prefix, without_pictur
 def _ask(model: VLM, prompts: Sequence[Encoded], prefix: Prefix) -> list[str | ValueError]:
     """Return what the model says to each prompt, or why it says nothing; asked alone where together won't do."""
     try:
-        return [_as_text(model, tokens) for tokens in answer_together(model, prompts, prefix)]
+        return [as_text(model, tokens) for tokens in answer_together(model, prompts, prefix)]
     except ValueError as error:
         if len(prompts) == 1:
             return [error]
@@ -174,22 +170,16 @@ def curate(
         too; and the record of all that was asked (`ask_questions`).
     """
     tasks, samples = list(tasks), list(samples)
-    left = {task: _shuffled([s for s in samples if s.task == task], seed) for task in tasks}
-    kept: dict[str, list[Sample]] = {task: [] for task in tasks}
-    rows: dict[str, list[dict]] = {task: [] for task in tasks}
-    while True:
-        # So many have to be asked in any case; those of all tasks together, since they are about the same pictures.
-        now = {task: left[task][: n_samples - len(kept[task])] for task in tasks}
-        asked = [sample for task in tasks for sample in now[task]]
-        if not asked:
-            break
+    left = {task: iter(_shuffled([s for s in samples if s.task == task], seed)) for task in tasks}
+    kept: dict[str | None, list[Sample]] = {task: [] for task in tasks}
+    rows: dict[str | None, list[dict]] = {task: [] for task in tasks}
+    # So many have to be asked in any case; those of all tasks together, since they are about the same pictures.
+    while asked := [sample for task in tasks for sample in islice(left[task], n_samples - len(kept[task]))]:
         record = ask(model, asked)
         fits = record.correct & ~record[WITHOUT].eq(True) if WITHOUT in record else record.correct
-        whose = [task for task in tasks for _ in now[task]]
-        for task, sample, fit, row in zip(whose, asked, fits, record.to_dict("records"), strict=True):
-            kept[task] += [sample] * bool(fit)
-            rows[task].append(row)
-        left = {task: left[task][len(now[task]) :] for task in tasks}
+        for sample, fit, row in zip(asked, fits, record.to_dict("records"), strict=True):
+            kept[sample.task] += [sample] * bool(fit)
+            rows[sample.task].append(row)
     whole = [row for task in tasks for row in rows[task]]
     return [s for task in tasks for s in kept[task]], pd.DataFrame(whole, columns=list(whole[0] if whole else COLUMNS))
 

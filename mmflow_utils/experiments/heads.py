@@ -16,8 +16,7 @@ import pandas as pd
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.attribution import attribute_heads
-from mmflow_utils.engine.closeness import rounding
-from mmflow_utils.experiments.knockout import answer_rows, run_edits
+from mmflow_utils.experiments.knockout import ANSWER_COLUMNS, answer_rows, run_edits
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
@@ -27,10 +26,6 @@ from mmflow_utils.results.record import Result
 __all__ = ["head_screen", "head_sets", "head_sweep"]
 
 _LABELS = ("sample_id", "image_id", "task", "flow")
-_MEASURED = (
-    "token", "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
-    "correct_pct",
-)  # fmt: skip
 TIE = 5e-3  # nats: costs that differ by less are alike
 ONE_LAYER: Any = {"window": 1, "layers": [0]}
 
@@ -52,10 +47,9 @@ def head_sweep(
     is computed anew; for a flow to the question they cost many, so `head_screen` tells which are worth it.
 
     Args:
-        model, samples, flows, intervention, method, progress: As for `knockout_sweep`.
+        model, samples, flows, intervention, method, n_check, progress: As for `knockout_sweep`.
         sets: Heads to cut together, as from `head_sets`: labels and `heads`, pairs of layer and head. By default every
             head alone.
-        n_check: As for `knockout_sweep`.
 
     Returns:
         A frame of one row per sample, flow and set, with its labels (by default `layer` and `head`) and the numbers of
@@ -72,11 +66,12 @@ def head_sweep(
         planned = [replace(cut, layers=range(h[0][0], h[-1][0] + 1), heads=h) for cut in cuts for h in heads]
         if not planned:
             return []
-        run = run_edits(loop, encoded, planned, rounding(model.dtype))
+        run = run_edits(loop, encoded, planned)
         rows = answer_rows(model, encoded.sample, planned, run)
         return [row | label for row, label in zip(rows, labels * len(cuts), strict=True)]
 
-    return loop.over(samples, measure, (*_LABELS, *labels[0], *_MEASURED), name="Heads", progress=progress)
+    columns = (*_LABELS, *labels[0], *ANSWER_COLUMNS, "correct_pct")
+    return loop.over(samples, measure, columns, name="Heads", progress=progress)
 
 
 def head_screen(model: VLM, samples: Iterable[Sample], flows: Sequence[Flow], *, progress: bool = True) -> Result:
@@ -86,11 +81,10 @@ def head_screen(model: VLM, samples: Iterable[Sample], flows: Sequence[Flow], *,
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for label, cut in loop.plan(encoded, [(str(flow), flow, "mask") for flow in flows], **ONE_LAYER):
-            found = attribute_heads(model, encoded, source=cut.source, target=cut.target).tolist()
+            found = attribute_heads(model, encoded, source=cut.source, target=cut.target).double().numpy()
             rows += [
                 {"flow": label, "layer": layer, "head": head, "logprob_change": change}
-                for layer, changes in enumerate(found)
-                for head, change in enumerate(changes)
+                for (layer, head), change in np.ndenumerate(found)
             ]
         return rows
 
@@ -112,8 +106,8 @@ def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, s
     ranked = {"strongest": steps, "weakest": steps.abs()}
     orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in ranked.items()]
     orders += [("random", draw, mean.iloc[rng.permutation(len(mean))]) for draw in range(n_random)]
-    labels = [
-        ({"choice": choice, "draw": draw}, [[*map(int, pair)] for pair in order.index])
+    return [
+        {"choice": choice, "draw": draw, "n_heads": n, "heads": [[*map(int, pair)] for pair in order.index[:n]]}
         for choice, draw, order in orders
+        for n in sizes
     ]
-    return [label | {"n_heads": n, "heads": pairs[:n]} for label, pairs in labels for n in sizes]

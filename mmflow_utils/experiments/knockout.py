@@ -23,9 +23,11 @@ from mmflow_utils.results.record import Result
 
 __all__ = ["COLUMNS", "answer_rows", "knockout_sweep", "run_edits", "stays_first"]
 
+ANSWER_COLUMNS = (
+    "token", "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
+)  # fmt: skip
 COLUMNS = (
-    "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", "token",
-    "p_base", "p_knockout", "rel_change_pct", "logprob_change", "logit_diff_base", "logit_diff_change",
+    "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", *ANSWER_COLUMNS,
 )  # fmt: skip
 WHOLE_DEPTH_COLUMNS = (*COLUMNS, "correct_pct")
 
@@ -84,7 +86,6 @@ def knockout_sweep(
     """
     flows = (flows,) if isinstance(flows, Flow) else tuple(flows)
     wanted = [(str(flow), flow, intervention) for flow in flows]
-    tolerance = rounding(model.dtype) if tolerance is None else tolerance
     loop = Loop(model, encoder, method, n_check)
     whole = window == "all"
     width = model.n_layers if whole else window
@@ -101,37 +102,35 @@ def knockout_sweep(
     return loop.over(samples, measure, columns, name="Knockout", progress=progress)
 
 
-def stays_first(model: VLM, run: Run) -> list[bool]:
-    """Return for each variant whether the intact model's token is still ahead of all others, by more than rounding."""
-    token, changed = int(run.base.argmax()), probabilities(run.variants)
+def stays_first(model: VLM, base: Float[Tensor, " vocab"], variants: Float[Tensor, "rows vocab"]) -> list[bool]:
+    """Return for each row of logits whether the token that `base` puts first is ahead there, by more than rounding."""
+    token, changed = int(base.argmax()), probabilities(variants)
     others = changed.index_fill(1, torch.tensor([token]), 0)
     return (changed[:, token] - others.amax(1) > rounding(model.dtype)).tolist()
 
 
-def run_edits(loop: Loop, encoded: Encoded, planned: Sequence[Variant], tolerance: float) -> Run:
+def run_edits(loop: Loop, encoded: Encoded, planned: Sequence[Variant], tolerance: float | None = None) -> Run:
     """Run variants of a prompt, checked by the probability of every word."""
-
-    def compute(run: Callable[..., Run], some: Sequence[Variant]) -> Run:
-        return run(loop.model, encoded, some)
-
-    def values(run: Run, some: slice) -> Float[Tensor, "rows vocab"]:
-        return probabilities(torch.cat([run.base[None], run.variants[some]]))
-
-    return loop.run(encoded, planned, compute, values, tolerance=tolerance)
+    return loop.run(
+        encoded,
+        planned,
+        lambda engine, some: engine(loop.model, encoded, some),
+        lambda run, some: probabilities(torch.cat([run.base[None], run.variants[some]])),
+        tolerance=rounding(loop.model.dtype) if tolerance is None else tolerance,
+    )
 
 
 def answer_rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:
     """Turn logits into rows: one per variant."""
     token = int(run.base.argmax())
     base, changed = run.base.double().log_softmax(-1), run.variants.double().log_softmax(-1)
-    logprob_change = (changed[:, token] - base[token]).tolist()
+    logprob_change, p_changed = (changed[:, token] - base[token]).tolist(), changed[:, token].exp().tolist()
     text = model.tokenizer.decode([token])
     diff_base, diff_change = _logit_differences(model, sample, run, text)
-    p_base, stays = base[token].exp().item(), stays_first(model, run)
+    p_base, stays = base[token].exp().item(), stays_first(model, run.base, run.variants)
     rows = []
     for n, variant in enumerate(planned):
         assert variant.flow is not None  # `variants` labels each
-        p_knockout = changed[n, token].exp().item()
         rows.append(
             {
                 "flow": str(variant.flow),
@@ -141,8 +140,8 @@ def answer_rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run
                 "n_layers_blocked": variant.n_layers_blocked,
                 "token": text,
                 "p_base": p_base,
-                "p_knockout": p_knockout,
-                "rel_change_pct": 100 * (p_knockout - p_base) / p_base,
+                "p_knockout": p_changed[n],
+                "rel_change_pct": 100 * (p_changed[n] - p_base) / p_base,
                 "logprob_change": logprob_change[n],
                 "logit_diff_base": diff_base,
                 "logit_diff_change": diff_change[n],

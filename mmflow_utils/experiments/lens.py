@@ -7,6 +7,7 @@ decision_layers(frame)                               # from where on is the answ
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,13 +44,10 @@ def logit_lens(
     answer and the false option without it are in lower case. One clean pass per sample.
 
     Args:
-        model: the model.
-        samples: questions that it answers correctly.
+        model, samples, encoder, progress: as for `knockout_sweep`.
         protocol: `corrected` applies the final norm after every layer. `paper` multiplies by the unembedding
             alone, as the authors do, except after the last layer: the state that the library hands out there
             is normed already, so that point is on another footing than the rest. Both by default.
-        encoder: makes the prompt and its positions.
-        progress: show a bar.
 
     Returns:
         A frame of one row per sample, protocol, layer (after which it is read) and word, with `LENS_COLUMNS`:
@@ -126,21 +124,11 @@ def _rows(
     logprobs, rows = logits.double().log_softmax(-1), []
     top = [model.tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
     bare = len(logits) - 1 if protocol == "paper" else 0
+    norms = ["none"] * bare + ["final norm"] * (len(logits) - bare)
     for word, token in words.items():
         own = logprobs[:, token]
         ranks = (logprobs > own[:, None]).sum(-1) + 1
-        values = zip(own.exp().tolist(), own.tolist(), ranks.tolist(), top, strict=True)
+        read = pd.DataFrame({"norm": norms, "probability": own.exp(), "logprob": own, "rank": ranks, "top_token": top})
         shared = {"protocol": protocol, "word": word, "token": model.tokenizer.decode([token])}
-        rows += [
-            shared
-            | {
-                "norm": "none" if layer < bare else "final norm",
-                "layer": layer,
-                "probability": probability,
-                "logprob": logprob,
-                "rank": rank,
-                "top_token": top_token,
-            }
-            for layer, (probability, logprob, rank, top_token) in enumerate(values)
-        ]
+        rows += read.assign(layer=read.index, **shared).to_dict("records")
     return rows

@@ -112,10 +112,6 @@ class Loop:
         """Note what is left out of a sample, and why."""
         self.skipped.append({"sample_id": encoded.sample.sample_id, **what, "reason": reason})
 
-    def engine(self, method: str) -> Engine:
-        """Return a method's engine; the sweep takes up what the prompt before this one left."""
-        return engine(method) if method == "reference" else partial(engine(method), prefix=self.prefix)
-
     @property
     def checks(self) -> bool:
         """Whether a sample measured now is to be checked."""
@@ -136,10 +132,13 @@ class Loop:
         `compute` takes an engine and variants. `values` gives numbers to compare, of those variants of what it found;
         `N_PLAIN` are compared, spread over flows and layers, others in each sample.
         """
-        found = compute(self.engine(self.method), planned)
+        plain_way = engine("reference")
+        # The sweep takes up what the prompt before this one left.
+        way = plain_way if self.method == "reference" else partial(engine(self.method), prefix=self.prefix)
+        found = compute(way, planned)
         if self.checks:
             step = -(-len(planned) // N_PLAIN) | 1  # odd, so that it meets one head or layer after the other
             some = slice(len(self.differences) % min(step, len(planned)), None, step)
-            plain = values(compute(self.engine("reference"), planned[some]), slice(None))
+            plain = values(compute(plain_way, planned[some]), slice(None))
             self.differences.append(check_close(encoded, values(found, some), plain, tolerance=tolerance, unit=unit))
         return found

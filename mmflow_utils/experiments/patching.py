@@ -7,7 +7,7 @@ result = patch_sweep(model, load_pairs(model, params))
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.closeness import check_close, probabilities, rounding
 from mmflow_utils.engine.patching import Patch, Patched, run_patched, run_patched_reference
-from mmflow_utils.engine.reference import Run
 from mmflow_utils.experiments.curation import WITHOUT, ask_in_parts, curate, read_questions
 from mmflow_utils.experiments.knockout import stays_first
 from mmflow_utils.experiments.loop import Loop
@@ -59,7 +58,7 @@ def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
             alike.append(sample)
         else:
             alike.remove(first)
-            pairs.append(Pair(**{f.name: getattr(first, f.name) for f in fields(Sample)}, other=sample))
+            pairs.append(Pair(**vars(first), other=sample))
     return pairs
 
 
@@ -115,7 +114,7 @@ def patch_sweep(
     """Put what the other picture's run holds at each position set into each layer, and see whose answer comes.
 
     Args:
-        model: the model.
+        model, progress: As for `knockout_sweep`.
         samples: pairs, both of whose questions it answers correctly.
         sets: position sets. Here `image_related` are the patches of either picture's objects, and `rest_of_question`
             is neither option nor object.
@@ -123,7 +122,6 @@ def patch_sweep(
         window: so many layers, from that one on, have them put in.
         method: `sweep` computes what a patch changes beside one clean pass; `reference` runs the model for each row.
         n_check: how many pairs are held against the reference, each set in one layer or two.
-        progress: show a bar.
 
     Returns:
         A frame of one row per pair, position set and layer, with `COLUMNS`. With the first tokens a and b of the
@@ -151,14 +149,25 @@ def patch_sweep(
         found = run(model, encoded, donor, patches)
         if loop.checks:
             loop.differences.append(_check(model, encoded, donor, patches, found, every=len(windows) + 1))
-        if _gap(found) < LEAST_GAP:  # 0 where both answers begin with the same token
+        a, b = int(found.donor.argmax()), int(found.base.argmax())
+        logits = torch.stack([found.base, found.donor, *found.variants])
+        base, donor, *patched = (logits[:, a] - logits[:, b]).tolist()
+        if donor - base < LEAST_GAP:  # 0 where both answers begin with the same token
             reason = (
                 f"the pictures move the answers' logits apart by less than {LEAST_GAP:g}: there is nothing to recover"
             )
             loop.skip(encoded, reason, positions="all of them")
             return []
-        labels = [(pretty_name(name), some.start, window, len(held[name])) for name, some in planned]
-        return [dict(zip(COLUMNS[3:], values, strict=True)) for values in _values(model, labels, found)]
+        p_base, p_donor, *p_patched = probabilities(logits)[:, a].tolist()
+        flipped = stays_first(model, found.donor, found.variants)
+        tokens = model.tokenizer.decode([b]), model.tokenizer.decode([a])
+        rows = []
+        for (name, some), p, diff, is_flipped in zip(planned, p_patched, patched, flipped, strict=True):
+            labels = pretty_name(name), some.start, window, len(held[name]), *tokens
+            recovery = 100 * (diff - base) / (donor - base)
+            values = *labels, p_base, p, p_donor, base, diff, donor, recovery, 100.0 * is_flipped
+            rows.append(dict(zip(COLUMNS[3:], values, strict=True)))
+        return rows
 
     return loop.over(samples, measure, COLUMNS, name="Patching", progress=progress)
 
@@ -182,22 +191,3 @@ def _check(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch
     ours = torch.cat([found.base[None], found.variants[::every], theirs.variants])
     other = torch.cat([plain.base[None], plain.variants, plain.donor[None]])
     return check_close(encoded, probabilities(ours), probabilities(other), tolerance=rounding(model.dtype))
-
-
-def _gap(found: Patched) -> float:
-    """Return how much further the donor's run prefers its own answer to this one's than this run does."""
-    apart = found.donor - found.base
-    return float(apart[found.donor.argmax()] - apart[found.base.argmax()])
-
-
-def _values(model: VLM, labels: Sequence[tuple], found: Patched) -> Iterable[tuple]:
-    """Give the columns of each patch, in their order, from its labels on."""
-    a, b = int(found.donor.argmax()), int(found.base.argmax())
-    logits = torch.cat([torch.stack([found.base, found.donor]), found.variants])
-    base, donor, *patched = (logits[:, a] - logits[:, b]).tolist()
-    p_base, p_donor, *p_patched = probabilities(logits)[:, a].tolist()
-    flipped = stays_first(model, Run(found.donor, found.variants, found.donor[None]))
-    tokens = model.tokenizer.decode([b]), model.tokenizer.decode([a])
-    for label, p, diff, is_flipped in zip(labels, p_patched, patched, flipped, strict=True):
-        recovery = 100 * (diff - base) / (donor - base)
-        yield *label, *tokens, p_base, p, p_donor, base, diff, donor, recovery, 100.0 * is_flipped

@@ -17,7 +17,7 @@ from mmflow_utils.data.sample import Sample, is_correct, load_image
 from mmflow_utils.engine.closeness import rounding
 from mmflow_utils.engine.pruning import Pruning, compare_to_knockout, greedy_decode, prompt_embeds
 from mmflow_utils.engine.work import equal_work, work_of
-from mmflow_utils.experiments.curation import answer
+from mmflow_utils.experiments.curation import answer, as_text
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
@@ -25,12 +25,7 @@ from mmflow_utils.results.record import Result
 
 __all__ = ["WAY_COLORS", "picture_sweep", "prune_sweep"]
 
-LAST_LAYERS, RANDOM, FASTV, SMALLER = (
-    "No image in the last layers",
-    "Random tokens",
-    "FastV",
-    "Smaller picture",
-)
+LAST_LAYERS, RANDOM, FASTV, SMALLER = "No image in the last layers", "Random tokens", "FastV", "Smaller picture"
 WAY_COLORS = {LAST_LAYERS: "#D55E00", FASTV: "#332288", RANDOM: "#8A8A8A", SMALLER: "#117733"}
 """The ways to save work, and their colors."""
 
@@ -58,14 +53,13 @@ def prune_sweep(
     attends to most in the layer before. Where even none left would be too much work, there is no row.
 
     Args:
-        model: the model.
+        model, progress: As for `knockout_sweep`.
         samples: questions, whether the model answers them correctly or not: only so is this an accuracy.
         removed: numbers of last layers without image tokens; 0, the intact model, comes along in any case.
         rivals: run these too.
         seed: of the random choice, which differs from sample to sample.
         max_new_tokens: longest answer.
         n_check: how many samples each removal is held against the knockout of the same tokens on.
-        progress: show a bar.
 
     Returns:
         A frame of one row per sample, way and number of layers: from_layer and n_kept (of n_image, newlines
@@ -85,13 +79,13 @@ def prune_sweep(
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
         decode = partial(greedy_decode, model, encoded, max_new_tokens=max_new_tokens)
         embeds, rows, worst = prompt_embeds(model, encoded), [], []
-        intact = said = _say(model, decode(embeds=embeds))
+        intact = said = as_text(model, decode(embeds=embeds))
         for n_without, way, pruning in _plan(model, encoded, counts, rivals, seed):
             if n_without:
-                said = _say(model, decode(pruning, embeds=embeds))
+                said = as_text(model, decode(pruning, embeds=embeds))
             if loop.checks:
                 worst.append(compare_to_knockout(model, encoded, pruning, tolerance=rounding(model.dtype)))
-            row = _about(encoded.sample, said, intact) | _cost(model, encoded, pruning)
+            row = _about(encoded.sample, said, intact) | _cost(model, encoded, pruning, encoded)
             rows.append(row | {"way": way, "n_layers_without": n_without})
         loop.differences += [max(worst)] if worst else []
         return rows
@@ -121,7 +115,7 @@ def picture_sweep(
     """
     if not all(0 < scale <= 1 for scale in scales):
         raise ValueError(f"Expected scales above 0 and at most 1, got {list(scales)}.")
-    loop = Loop(model)
+    loop, nothing_removed = Loop(model), Pruning(from_layer=model.n_layers)
     with tempfile.TemporaryDirectory() as folder:
 
         def measure(whole: Encoded) -> list[dict[str, Any]]:
@@ -129,7 +123,7 @@ def picture_sweep(
             for scale in scales:
                 small = encode(model, _shrink(whole.sample, scale, Path(folder)))
                 said = answer(model, small, max_new_tokens=max_new_tokens)
-                row = _about(whole.sample, said, intact) | _cost(model, small, None, whole=whole)
+                row = _about(whole.sample, said, intact) | _cost(model, small, nothing_removed, whole)
                 rows.append(row | {"way": SMALLER, "n_layers_without": 0, "scale": scale})
             return rows
 
@@ -149,10 +143,6 @@ def _plan(
                 yield n_without, way, rival
 
 
-def _say(model: VLM, ids: Sequence[int]) -> str:
-    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
 def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
     return {
         "prediction": said,
@@ -161,15 +151,14 @@ def _about(sample: Sample, said: str, intact: str) -> dict[str, Any]:
     }
 
 
-def _cost(model: VLM, encoded: Encoded, pruning: Pruning | None, *, whole: Encoded | None = None) -> dict[str, Any]:
-    """Count what a removal costs, in percent of the intact model, or of another prompt's whole."""
-    n_image, n_layers = len(image_positions(encoded)), model.n_layers
-    pruning = pruning or Pruning(from_layer=n_layers)
-    own, full = work_of(model, encoded, pruning), work_of(model, whole or encoded)
+def _cost(model: VLM, encoded: Encoded, pruning: Pruning, whole: Encoded) -> dict[str, Any]:
+    """Count what a removal costs, in percent of the intact model with the whole prompt."""
+    n_image = len(image_positions(encoded))
+    own, full = work_of(model, encoded, pruning), work_of(model, whole)
     return {
         "from_layer": pruning.from_layer,
         "n_image": n_image,
-        "n_kept": pruning.n_kept if pruning.from_layer < n_layers else n_image,
+        "n_kept": pruning.n_kept if pruning.from_layer < model.n_layers else n_image,
         "work_pct": 100 * own.first_token_flops / full.first_token_flops,
         "cache_pct": 100 * own.cache_bytes / full.cache_bytes,
     }

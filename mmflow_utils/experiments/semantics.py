@@ -15,19 +15,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.reference import Run
 from mmflow_utils.engine.sweep import run_sweep
-from mmflow_utils.experiments.loop import Loop, Wanted
+from mmflow_utils.experiments.loop import Engine, Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
-from mmflow_utils.prompts.flows import (
-    EDGE_INTERVENTIONS,
-    IMAGE_TO_QUESTION,
-    MODULE_INTERVENTIONS,
-    Flow,
-    Intervention,
-    Variant,
-)
+from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, IMAGE_TO_QUESTION, Flow, Intervention, Variant
 from mmflow_utils.results.record import Result
 
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
@@ -36,13 +28,13 @@ SEMANTICS_COLUMNS = (
     "sample_id", "image_id", "task", "knockout", "intervention", "layer", "window", "n_layers_blocked",
     "n_positions", "top_k", "pooled", "jaccard",
 )  # fmt: skip
-_MODULE_NAMES = {"attention_output": "Attention", "mlp_output": "MLP"}
+_MODULES: dict[Intervention, str] = {"attention_output": "Attention", "mlp_output": "MLP"}
 
 
 def module_knockout(
     model: VLM,
     samples: Iterable[Sample],
-    modules: Sequence[Intervention] = MODULE_INTERVENTIONS,
+    modules: Sequence[Intervention] = tuple(_MODULES),
     *,
     window: int,
     positions: str = "question",
@@ -51,8 +43,7 @@ def module_knockout(
     """Zero the output of attention, or of the MLP, at the question, and see which words are left (App. D).
 
     Args:
-        model: the model.
-        samples: questions that it answers correctly.
+        model, samples: as for `knockout_sweep`.
         modules: `attention_output`, `mlp_output` or both.
         window: layers zeroed, l … min(l + window, L) - 1; the paper's is 9.
         positions: the position set where modules are zeroed and words are read.
@@ -69,10 +60,10 @@ def module_knockout(
         >>> frame.groupby("knockout").jaccard.min().round(2).to_dict()
         {'Attention': 0.14, 'MLP': 0.06}
     """
-    if unknown := [name for name in modules if name not in MODULE_INTERVENTIONS]:
-        raise ValueError(f"modules must be among {', '.join(MODULE_INTERVENTIONS)}, got {unknown}.")
+    if unknown := [name for name in modules if name not in _MODULES]:
+        raise ValueError(f"modules must be among {', '.join(_MODULES)}, got {unknown}.")
     here = Flow(source=positions, target=positions)
-    wanted = [(_MODULE_NAMES[module], here, module) for module in modules]
+    wanted = [(_MODULES[module], here, module) for module in modules]
     return _measure_words(model, samples, wanted, window=window, positions=positions, **options)
 
 
@@ -89,17 +80,14 @@ def question_semantics(
     """Cut Image -> Question around each layer, and see which of the question's words are left (App. K).
 
     Args:
-        model: the model.
-        samples: questions that it answers correctly.
-        flows: what to cut.
+        model, samples, flows: as for `knockout_sweep`.
         window: width in layers, centered; the paper's is 9.
         positions: the position set where words are read.
         intervention: what is done at the edges.
         options: `top_k`, the words read at a position (10); `pooled`, False to compare (position, word)
             pairs, so that a word counts once for each position, as the paper's 10·|Q| words say, True to
-            compare the vocabulary of all positions together; `layers` to visit (every one); `method`, `sweep`
-            or `reference`, and `n_check`, how many samples the sweep is held against the reference on;
-            `encoder`; `progress`.
+            compare the vocabulary of all positions together; `layers`, `method`, `n_check` (1), `encoder` and
+            `progress` as for `knockout_sweep`.
 
     Returns:
         A frame of one row per sample, knockout and layer, with `SEMANTICS_COLUMNS`; `jaccard` is 1 where the
@@ -144,7 +132,7 @@ def top_words(
     *,
     positions: Sequence[int],
     top_k: int = 10,
-    run: Callable[..., Run] = run_sweep,
+    run: Engine = run_sweep,
 ) -> tuple[Int[Tensor, "n_positions k"], Int[Tensor, "n_variants n_positions k"]]:
     """Give the most probable words at some positions after the last layer, clean and under every variant.
 
@@ -188,7 +176,7 @@ def _measure_words(
             return []
         read, edits = encoded.positions[positions], [variant for _, variant in planned]
 
-        def compute(run: Callable[..., Run], some: Sequence[Variant]) -> Tensor:
+        def compute(run: Engine, some: Sequence[Variant]) -> Tensor:
             base, changed = top_words(model, encoded, some, positions=read, top_k=top_k, run=run)
             return torch.tensor([jaccard(base, words, pooled=pooled) for words in changed], dtype=torch.float64)
 

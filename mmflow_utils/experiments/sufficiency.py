@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from mmflow_utils.data.sample import Sample
-from mmflow_utils.engine.reference import Run, intervene, run_reference
+from mmflow_utils.engine.closeness import probabilities
+from mmflow_utils.engine.reference import intervene, run_reference
 from mmflow_utils.experiments.knockout import stays_first
 from mmflow_utils.experiments.loop import Loop
 from mmflow_utils.models.adapter import VLM
@@ -55,7 +58,6 @@ def keep_flows(
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
         base, rows = run_reference(model, encoded, []).base, []
         token = int(base.argmax())
-        p_base = base.double().softmax(-1)[token].item()
         for name, flows in kept.items():
             if problem := next(filter(None, (flow_problem(encoded.positions, flow) for flow, _ in flows)), None):
                 loop.skip(encoded, problem, choice=name)
@@ -64,9 +66,9 @@ def keep_flows(
                 for cut in all_but(encoded.positions, flows, n_layers=model.n_layers):
                     stack.enter_context(intervene(model, cut, encoded.positions.n_tokens))
                 left = run_reference(model, encoded, []).base
-            found = {"kept": name, "token": model.tokenizer.decode([token]), "p_base": p_base}
-            found |= {"p_kept": left.double().softmax(-1)[token].item()}
-            rows.append(found | {"correct_pct": 100.0 * stays_first(model, Run(base, left[None], base[None]))[0]})
+            p_base, p_kept = probabilities(torch.stack([base, left]))[:, token].tolist()
+            found = {"kept": name, "token": model.tokenizer.decode([token]), "p_base": p_base, "p_kept": p_kept}
+            rows.append(found | {"correct_pct": 100.0 * stays_first(model, base, left[None])[0]})
         return rows
 
     return loop.over(samples, measure, COLUMNS, name="Sufficiency", progress=progress)
