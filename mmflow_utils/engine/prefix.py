@@ -135,14 +135,14 @@ class _Beginning(DynamicLayer):
 
 def _from(start: int, n_tokens: int, name: str, value: Any) -> Any:
     """Cut an argument of the decoder down to the positions from `start` on."""
-    if name == "past_key_values" or not isinstance(value, Tensor | list | tuple | dict):
-        return value
     if name == "attention_mask":
         return _mask_from(start, n_tokens, value)
-    if name == "inputs_embeds":
+    if name == "inputs_embeds" and value is not None:
         return value[:, start:]
-    if name in ("input_ids", "position_ids", "cache_position"):
+    if name in ("input_ids", "position_ids", "cache_position") and value is not None:
         return value[..., start:]
+    if name == "past_key_values" or not isinstance(value, Tensor | list | tuple | dict):
+        return value
     raise Uncut(name)
 
 
@@ -151,4 +151,4 @@ def _mask_from(start: int, n_tokens: int, mask: Any) -> Any:
         places = [one.device for one in mask.values() if one is not None]
         causal = torch.ones(1, 1, n_tokens, n_tokens, dtype=torch.bool, device=next(iter(places), None)).tril()
         return {kind: _mask_from(start, n_tokens, causal if one is None else one) for kind, one in mask.items()}
-    return mask[:, :, start:] if mask.ndim == 4 else mask
+    return mask[:, :, start:] if mask is not None and mask.ndim == 4 else mask
