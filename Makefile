@@ -29,9 +29,12 @@ export OMP_NUM_THREADS ?= 1
 $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml; the models are \
     $(sort $(basename $(notdir $(wildcard params/*.yaml))))))
 LINT = $(BIN)/ruff check && $(BIN)/ruff format --check
-NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
+export JUPYTER_PATH := $(CURDIR)/workflow/jupyter
+NBVAL := $(BIN)/python -m pytest -q -rs --nbval --nbval-sanitize-with tests/sanitize.cfg
+# Notebooks that a command starts needn't import the libraries anew. With WARM= each does.
+WARM ?= $(BIN)/python workflow/warm.py serve
 
-.PHONY: report check test regression quick notebooks data bench docs lock
+.PHONY: report check test regression stages quick notebooks data bench docs lock
 .NOTPARALLEL:
 
 # What is measured once is loaded the next time: with FRESH in the environment it is measured anew.
@@ -39,7 +42,7 @@ export FRESH
 
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
-	@$(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
+	@$(WARM) $(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
 	    --config model=$(MODEL) shards=$(SHARDS) $(if $(filter-out 0,$(FRESH)),--forceall); \
 	status=$$?; $(BIN)/python -m docs.build && exit $$status
 
@@ -59,6 +62,9 @@ test: $(READY)
 
 # NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't. With two threads take one of WORKERS.
 regression: $(READY)
+	@$(WARM) $(MAKE) --no-print-directory stages
+
+stages:
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && export MMFLOW_OUTPUTS=$$folder/outputs && \
 	stages=$$([ -n "$(NOTEBOOKS)" ] && echo "$(NOTEBOOKS)" || $(BIN)/python -m workflow.graph --all --stages) && \
 	echo "$$stages" | while read -r notebooks; do \

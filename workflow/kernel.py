@@ -17,8 +17,8 @@ class OwnKernel(AsyncKernelManager):
     """Start `python3` with this interpreter, whatever kernels are installed elsewhere under that name."""
 
     @default("kernel_spec_manager")
-    def _look_nowhere(self) -> KernelSpecManager:
-        return KernelSpecManager(kernel_dirs=[])  # what is found nowhere is the interpreter's own
+    def _look_here(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[str(ROOT / "workflow" / "jupyter" / "kernels")])
 
     @default("transport_encryption")
     def _without_a_notice(self) -> str:

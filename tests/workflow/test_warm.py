@@ -1,0 +1,158 @@
+"""`workflow/warm.py -m` is `python -m`: the same whether somebody serves or not, but that nothing is imported anew."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mmflow_utils.params import ROOT
+
+WARM = str(ROOT / "workflow" / "warm.py")
+# A server that has imported little, run by `python -c` with its command behind it.
+SERVER = f"""
+import sys
+sys.argv[0] = {WARM!r}
+sys.path[0] = {str(ROOT)!r}
+from workflow import warm
+warm.IMPORTED = ["colorsys"]
+sys.exit(warm.main(sys.argv[1:]))
+"""
+PROBE = """
+import json, os, signal, sys, time
+sys.stdout.write(json.dumps({
+    "pid": os.getpid(), "name": __name__, "argv": sys.argv[1:], "folder": os.getcwd(), "path": sys.path[0],
+    "told": os.environ.get("TOLD"), "imported": "colorsys" in sys.modules, "said": sys.stdin.readline(),
+}) + "\\n")
+sys.stdout.flush()
+print("beside", file=sys.stderr)
+what = sys.argv[1] if len(sys.argv) > 1 else ""
+if what == "wait":
+    time.sleep(60)
+if what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(eval(what or "None"))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a command, where somebody serves and where nobody does."""
+    (tmp_path / "probe.py").write_text(PROBE)
+
+    def run(*command, served=True, **options):
+        server = [sys.executable, "-c", SERVER, "serve"] if served else []
+        environment = {name: value for name, value in os.environ.items() if name != "MMFLOW_WARM"} | {"TOLD": "größer"}
+        options = {"cwd": tmp_path, "env": environment, "stdout": -1, "stderr": -1, "text": True} | options
+        return subprocess.Popen([*server, *command], **options)
+
+    return run
+
+
+def said(text):
+    return json.loads(text.splitlines()[0])
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_it_has_its_own_arguments_folder_environment_files_and_name(run, tmp_path, served):
+    warm = (sys.executable, "-IS", WARM, "-m", "probe", "None", "two words")
+    process = run(*warm, served=served, stdin=-1)
+    out, beside = process.communicate("asked\n", timeout=60)
+    found = said(out)
+    assert found.pop("pid") and found.pop("imported") == served
+    assert found == {
+        "name": "__main__", "argv": ["None", "two words"], "folder": str(tmp_path), "path": str(tmp_path),
+        "told": "größer", "said": "asked\n",
+    }  # fmt: skip
+    assert (process.returncode, beside) == (0, "beside\n")
+
+
+@pytest.mark.parametrize("served", [True, False])
+@pytest.mark.parametrize(
+    ("what", "code", "says"),
+    [("3", 3, ""), ("True", 1, ""), ("'a reason'", 1, "a reason"), ("1 / 0", 1, "ZeroDivisionError"), ("die", 137, "")],
+)
+def test_it_ends_as_it_would(run, served, what, code, says):
+    shell = f'{sys.executable} -IS {WARM} -m probe "{what}"; echo code $?'
+    out, beside = run("bash", "-c", shell, served=served, stdin=subprocess.DEVNULL).communicate(timeout=60)
+    assert f"code {code}" in out and says in beside
+
+
+def test_a_module_that_is_missing_is_named(run):
+    process = run(sys.executable, "-IS", WARM, "-m", "no_such_module")
+    assert "No module named no_such_module" in process.communicate(timeout=60)[1] and process.returncode == 1
+
+
+def test_many_are_served_at_once(run):
+    shell = f"for n in 1 2 3 4 5; do {sys.executable} -IS {WARM} -m probe $n & done; wait"
+    out, _ = run("bash", "-c", shell, stdin=subprocess.DEVNULL).communicate(timeout=60)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert sorted(one["argv"] for one in found) == [[str(n)] for n in range(1, 6)]
+    assert len({one["pid"] for one in found}) == 5
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_who_asked_ends_the_fork(run, tmp_path, sent):
+    shell = f"exec {sys.executable} -IS {WARM} -m probe wait"
+    process = run("bash", "-c", f"({shell}) & echo $! >asked; wait $!; echo code $?", stdin=subprocess.DEVNULL)
+    fork = said(process.stdout.readline())["pid"]
+    asked = int((tmp_path / "asked").read_text())
+    assert asked != fork
+    os.kill(asked, sent)
+    out, _ = process.communicate(timeout=30)
+    assert ends(fork) and "code 0" not in out
+
+
+def test_a_fork_ends_with_the_parent_of_who_asked(run):
+    shell = f"bash -c '{sys.executable} -IS {WARM} -m probe wait & sleep 60' & echo $!; wait"
+    process = run("bash", "-c", shell, stdin=subprocess.DEVNULL)
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    parent = int(next(line for line in lines if re.fullmatch(r"\d+\n", line)))
+    fork = json.loads(next(line for line in lines if line.startswith("{")))["pid"]
+    os.kill(parent, signal.SIGKILL)
+    assert ends(fork)
+    process.kill()
+
+
+def test_forks_end_with_the_command_whose_exit_code_is_given_back(run):
+    shell = f"{sys.executable} -IS {WARM} -m probe wait & sleep 2; exit 5"
+    process = run("bash", "-c", shell, stdin=subprocess.DEVNULL)
+    fork = said(process.stdout.readline())["pid"]
+    assert process.wait(30) == 5 and ends(fork)
+
+
+def test_where_there_is_a_gpu_nobody_serves(run, tmp_path):
+    without = SERVER.replace("sys.exit(", "warm.GPU = warm.Path('/dev/null')\nsys.exit(")
+    process = run(sys.executable, "-c", without, "serve", sys.executable, "-IS", WARM, "-m", "probe", "4", served=False,
+                  stdin=subprocess.DEVNULL)  # fmt: skip
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 4 and not said(out)["imported"]
+
+
+def test_what_is_imported_reads_no_settings_of_a_person(run, tmp_path):
+    (tmp_path / "home").mkdir()
+    code = "import matplotlib, sys; print(matplotlib.get_configdir(), 'torch' in sys.modules)"
+    (tmp_path / "where.py").write_text(code)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MMFLOW"))}
+    command = [sys.executable, WARM, "serve", sys.executable, "-IS", WARM, "-m", "where"]
+    process = run(*command, served=False, env=environment | {"HOME": str(tmp_path / "home")})
+    assert process.communicate(timeout=120)[0].split() == [str(ROOT / ".cache" / "mplconfigdir"), "True"]
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends(pid):
+    for _ in range(100):
+        if not alive(pid):
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,157 @@
+"""Start `python -m MODULE` at once: as a fork of one process that has imported what takes seconds.
+
+python workflow/warm.py -m MODULE …     as `python -m MODULE …`, and that itself where nobody serves
+python workflow/warm.py serve COMMAND…  run a command, and serve all that it starts in this way
+
+A report is twenty notebooks of two processes each, which would import torch, transformers or papermill each anew.
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+SERVED_AT = "MMFLOW_WARM"  # names a socket, which only this user can open
+IMPORTED = ["mmflow_utils.models.load", "accelerate", "seaborn", "matplotlib_inline.backend_inline"]
+IMPORTED += ["ipykernel.kernelapp", "papermill", "tqdm.notebook"]
+GPU = Path("/dev/nvidiactl")  # its driver doesn't survive a fork once an import has woken it
+MOST = 1 << 17  # bytes of a request: arguments and environment
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def serve(command: Sequence[str]) -> int:
+    """Run a command, be asked for forks until it ends, and return its exit code.
+
+    What libraries read from the environment when they are imported, threads for instance, is the same for all forks.
+    """
+    if sys.platform != "linux" or GPU.exists():
+        return subprocess.run(command).returncode
+    folder = tempfile.mkdtemp()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{folder}/socket")
+    listener.listen()
+    running = subprocess.Popen(command, env=os.environ | {SERVED_AT: f"{folder}/socket"})
+    signal.signal(signal.SIGINT, lambda *_: None)  # from a keyboard it comes to the command, too
+    signal.signal(signal.SIGTERM, lambda *_: running.terminate())
+    _import()  # while the command starts
+    forks: dict[socket.socket, int] = {}
+    while running.poll() is None:
+        for ready in select.select([listener, *forks], [], [], 0.02)[0]:
+            if ready is listener:
+                _fork(listener, forks)
+            else:  # who asked is gone, and so goes what was asked for
+                os.kill(forks[ready], signal.SIGKILL)
+        for asked in list(forks):
+            _tell_its_end(asked, forks)
+    for pid in forks.values():
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder)
+    return running.returncode
+
+
+def _import() -> None:
+    sys.path[0] = str(Path(__file__).parents[1])
+    from workflow.kernel import keep_caches_here
+
+    keep_caches_here()
+    for name in IMPORTED:
+        import_module(name)
+    gc.freeze()  # forks share what they never look through
+
+
+def _fork(listener: socket.socket, forks: dict[socket.socket, int]) -> None:
+    asked, _ = listener.accept()
+    request, files, *_ = socket.recv_fds(asked, MOST, 3)
+    pid = os.fork()
+    if not pid:
+        for one in (listener, asked, *forks):
+            one.close()
+        become(json.loads(request), files)
+    forks[asked] = pid
+    asked.send(b"%d" % pid)
+    for file in files:
+        os.close(file)
+
+
+def _tell_its_end(asked: socket.socket, forks: dict[socket.socket, int]) -> None:
+    ended, status = os.waitpid(forks[asked], os.WNOHANG)
+    if ended:
+        del forks[asked]
+        with asked, suppress(BrokenPipeError):
+            asked.send(b"%d" % os.waitstatus_to_exitcode(status))
+
+
+def become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
+    """Be the process that was asked for, with its files, folder, environment and arguments."""
+    os.setsid()
+    for signum in FORWARDED:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    module, *arguments = request["arguments"]
+    sys.argv, sys.path[0] = [module, *arguments], request["folder"]
+    code: Any = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    # What the interpreter does at its end, but for taking every module apart, which takes a second.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
+
+
+def ask(arguments: Sequence[str]) -> int:
+    """Have a fork made, stand for it until it ends, and return its exit code."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        try:
+            server.connect(os.environ[SERVED_AT])
+        except (KeyError, OSError):
+            os.execv(sys.executable, [sys.executable, "-Xfrozen_modules=off", "-m", *arguments])
+        request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+        parent = os.getppid()
+        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        pid = int(server.recv(64))
+        for signum in FORWARDED:
+            signal.signal(signum, lambda number, _: os.kill(pid, number))
+        while not select.select([server], [], [], 1.0)[0]:
+            if os.getppid() != parent:  # a kernel ends with who started it
+                return 1
+        code = int(server.recv(64) or -signal.SIGKILL)
+    return code if code >= 0 else 128 - code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run from the command line; returns the exit code."""
+    what, *rest = arguments
+    return {"-m": ask, "serve": serve}[what](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
