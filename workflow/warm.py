@@ -26,7 +26,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-SERVED_AT = "MMFLOW_WARM"  # names a socket, which only this user can open
+ROOT = Path(__file__).resolve().parents[1]
+SERVED_AT = "MMFLOW_WARM"  # names a project, and a socket that only this user can open
 IMPORTED = ["mmflow_utils.models.load", "accelerate", "seaborn", "matplotlib_inline.backend_inline"]
 IMPORTED += ["ipykernel.kernelapp", "papermill", "tqdm.notebook"]
 GPU = Path("/dev/nvidiactl")  # its driver doesn't survive a fork once an import has woken it
@@ -45,7 +46,7 @@ def serve(command: Sequence[str]) -> int:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{folder}/socket")
     listener.listen()
-    running = subprocess.Popen(command, env=os.environ | {SERVED_AT: f"{folder}/socket"})
+    running = subprocess.Popen(command, env=os.environ | {SERVED_AT: f"{ROOT}:{folder}/socket"})
     signal.signal(signal.SIGINT, lambda *_: None)  # from a keyboard it comes to the command, too
     signal.signal(signal.SIGTERM, lambda *_: running.terminate())
     _import()  # while the command starts
@@ -65,7 +66,7 @@ def serve(command: Sequence[str]) -> int:
 
 
 def _import() -> None:
-    sys.path[0] = str(Path(__file__).parents[1])
+    sys.path[0] = str(ROOT)
     from workflow.kernel import keep_caches_here
 
     keep_caches_here()
@@ -131,8 +132,9 @@ def ask(arguments: Sequence[str]) -> int:
     """Have a fork made, stand for it until it ends, and return its exit code."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         try:
-            server.connect(os.environ[SERVED_AT])
-        except (KeyError, OSError):
+            project, _, place = os.environ.get(SERVED_AT, "").rpartition(":")
+            server.connect(place if project == str(ROOT) else "")
+        except OSError:
             os.execv(sys.executable, [sys.executable, "-Xfrozen_modules=off", "-m", *arguments])
         request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
         parent = os.getppid()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,13 @@ def test_it_ends_as_it_would(run, served, what, code, says):
 def test_a_module_that_is_missing_is_named(run):
     process = run(sys.executable, "-IS", WARM, "-m", "no_such_module")
     assert "No module named no_such_module" in process.communicate(timeout=60)[1] and process.returncode == 1
+
+
+def test_another_project_is_not_served(run, tmp_path):
+    (tmp_path / "workflow").mkdir()
+    shutil.copy(WARM, tmp_path / "workflow")
+    process = run(sys.executable, "-IS", tmp_path / "workflow" / "warm.py", "-m", "probe", stdin=subprocess.DEVNULL)
+    assert not said(process.communicate(timeout=60)[0])["imported"]
 
 
 def test_many_are_served_at_once(run):
