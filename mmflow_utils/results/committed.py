@@ -14,9 +14,10 @@ from mmflow_utils.results.record import Result
 
 FOLDER = ROOT / "assets" / "results"
 N_ANEW, TOLERANCE = 3, 1e-4  # samples that are measured again; how far their probabilities may be off
-BY_LAYER = {"knockout_sweep": "p_knockout", "patch_sweep": "p_patched"}
-BY_LAYER |= dict.fromkeys(("module_knockout", "question_semantics"), "jaccard")
-"""Experiments that can be asked for some layers alone, and what they measure there."""
+BY_LAYER = {"knockout_sweep": ("layers", "layer", "p_knockout"), "patch_sweep": ("layers", "layer", "p_patched")}
+BY_LAYER |= dict.fromkeys(("module_knockout", "question_semantics"), ("layers", "layer", "jaccard"))
+BY_LAYER |= {"prune_sweep": ("removed", "n_layers_without", "same_pct")}
+"""Experiments that can be asked for some layers alone: by which argument, where they stand, what is measured there."""
 N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass, too
 # What makes a result: what a notebook has of its own comes in through samples and arguments.
 DEPENDS_ON = {*Params.model_fields, "weights_sha256", "data_sha256", "experiment", "version", "samples", "arguments"}
@@ -77,18 +78,20 @@ def _some_rows(
     frame: pd.DataFrame, samples: Sequence[Sample], whole: Mapping[str, Any], flows: Any
 ) -> Iterator[tuple[Sample, pd.DataFrame, dict[str, Any]]]:
     """Choose for each sample the rows that are measured anew, and what is asked of the experiment for them."""
-    value = None if flows is None else BY_LAYER.get(whole["depends_on"]["experiment"])
+    asks = None if flows is None else BY_LAYER.get(whole["depends_on"]["experiment"])
     for turn, sample in enumerate(samples):
         rows, narrow = frame[frame["sample_id"] == sample.sample_id], {}
-        if value and isinstance(flows, Sequence) and len(flows) > N_PLAIN:
+        if asks and isinstance(flows, Sequence) and len(flows) > N_PLAIN:
             every = -(-len(flows) // N_PLAIN)
             narrow["flows"] = flows[turn % every :: every]
             rows = rows[rows["flow"].isin([str(flow) for flow in narrow["flows"]])]
-        if value and len(rows):
-            lowest = rows.groupby("layer")[value].agg(["min", "size"])
+        if asks and len(rows):
+            argument, column, value = asks
+            lowest = rows.groupby(column)[value].agg(["min", "size"])
             n = max(1, N_PLAIN // int(lowest["size"].max()))
-            narrow["layers"] = sorted(map(int, lowest["min"].nsmallest(n).index))
-            rows = rows[rows["layer"].isin(narrow["layers"])]
+            narrow[argument] = chosen = sorted(map(int, lowest["min"].nsmallest(n, keep="last").index))
+            intact = [0] if argument == "removed" else []  # comes along unasked
+            rows = rows[rows[column].isin([*chosen, *intact])]
         yield sample, rows.reset_index(drop=True), narrow
 
 

@@ -1,5 +1,7 @@
 """A result that comes with the project is taken where it is of this very run, and never unseen."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -146,6 +148,33 @@ def test_of_a_sweep_the_layers_that_change_most_are_measured_and_of_many_flows_s
 
     with pytest.raises(ValueError, match=r"sample q000, p_knockout differs by 2.0e-04"):
         committed.take_committed(tmp_path / "flow.parquet", whole, SAMPLES[:5], other, flows)
+
+
+@pytest.mark.parametrize(("same", "depth"), [([100, 100, 0, 100], 6), ([100, 100, 100, 100], 9)])
+def test_of_removals_the_depth_that_changes_most_is_measured_beside_the_intact_model(
+    tmp_path, monkeypatch, same, depth
+):
+    monkeypatch.setattr(committed, "FOLDER", tmp_path)
+    monkeypatch.setattr(committed, "ROOT", tmp_path)
+    whole = {"depends_on": {"model": "tiny", "experiment": "prune_sweep"}}
+    rows = [
+        {"sample_id": sample.sample_id, "way": way, "n_layers_without": n, "same_pct": percent, "prediction": "Cup"}
+        for sample in FEW
+        for n, percent in zip((0, 3, 6, 9), same, strict=True)
+        for way in ("last", "random", "attention")
+    ]
+    stored, asked = pd.DataFrame(rows), []
+    save_frame(stored, tmp_path / "tiny" / "removed.parquet", whole)
+
+    def anew(some, *, removed, says="Cup"):
+        asked.append(removed)
+        mine = stored[stored.sample_id.eq(some[0].sample_id) & stored.n_layers_without.isin([0, *removed])]
+        return Result(mine.assign(prediction=says))
+
+    assert len(committed.take_committed(tmp_path / "removed.parquet", whole, FEW, anew, ()).frame) == len(stored)
+    assert asked == [[depth]] * 3
+    with pytest.raises(ValueError, match="prediction differs"):
+        committed.take_committed(tmp_path / "removed.parquet", whole, FEW, partial(anew, says="Cat"), ())
 
 
 def test_what_comes_with_the_project_is_whole():
