@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.special import ndtri
 
 from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, resample
-from mmflow_utils.analysis.stats import rank_correlation
+from mmflow_utils.analysis.stats import correlate_ranks, soft_ranks
 
 __all__ = ["DIFFERENT", "SAME", "head_agreement"]
 
@@ -25,21 +25,20 @@ def head_agreement(frame: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
     itself shows how much the noise of so few samples lets one see, and that between two tasks may be held against it.
 
     Returns:
-        One row per pair of tasks (task, other): `rho` over all heads (`rank_correlation`, where less than 5 % counts as
+        One row per pair of tasks (task, other): `rho` over all heads (of `soft_ranks`, where less than 5 % counts as
         nothing), ci_low and ci_high (95 %, bootstrap over images), n (samples) and n_clusters; at the end the means of
         `SAME` and of `DIFFERENT` tasks.
     """
-    half, draws = frame["image_id"].isin(frame["image_id"].unique()[::2]), {}  # by turns, task after task
+    half, ranks = frame["image_id"].isin(frame["image_id"].unique()[::2]), {}  # by turns, task after task
     units = frame.assign(
         layer=frame["layer"] * (frame["head"].max() + 1) + frame["head"], effect=frame["logprob_change"]
     )
     for n, (name, part) in enumerate(units.groupby(["task", half])):
-        draws[name] = resample(part, n_boot=n_boot, seed=seed + n)
-    tasks = [task for task in dict.fromkeys(frame["task"]) if {(task, True), (task, False)} <= draws.keys()]
+        ranks[name] = soft_ranks(resample(part, n_boot=n_boot, seed=seed + n), smallest=NEGLIGIBLE / 100)
+    tasks = [task for task in dict.fromkeys(frame["task"]) if {(task, True), (task, False)} <= ranks.keys()]
     rows, pooled = [], dict[str, list[np.ndarray]]({SAME: [], DIFFERENT: []})
     for one, other in combinations_with_replacement(tasks, 2):
-        sides = [(draws[one, side], draws[other, not side]) for side in (True, False)]
-        rho = np.mean([rank_correlation(*two, smallest=NEGLIGIBLE / 100) for two in sides], axis=0)
+        rho = np.mean([correlate_ranks(ranks[one, side], ranks[other, not side]) for side in (True, False)], axis=0)
         pooled[SAME if one == other else DIFFERENT].append(rho)
         rows.append(_row(one, other, rho, frame[frame["task"].isin([one, other])]))
     rows += [_row(kind, "mean", np.mean(found, axis=0), frame) for kind, found in pooled.items() if found]

@@ -197,18 +197,29 @@ def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
 def rank_correlation(
     a: Float[np.ndarray, "draws items"], b: Float[np.ndarray, "draws items"], *, smallest: float = SMALLEST
 ) -> Float[np.ndarray, " draws"]:
-    """Correlate ranks (Spearman) so that what differs by much less than the smallest effect that counts is tied.
-
-    A rank counts the values below, each by the normal distribution of the difference in units of `smallest`, and the
-    spread of ranks is steadied by a small one of its own: a continuous function of the data, in which the machine's
-    rounding has no say, and 0 where nothing differs. Values far apart have their usual ranks.
+    """Correlate `soft_ranks` (Spearman), their spread steadied by a small one of its own: 0 where nothing differs.
 
     >>> far, near = np.array([[1.0, 40.0, 2.0, 3.0]]), np.array([[0.0, 9.0, 1e-7, -1e-7]])
     >>> rank_correlation(far, far**2, smallest=0.1).round(2), rank_correlation(near, -near).round(2)
     (array([0.96]), array([-0.94]))
     """
-    a, b = (np.array([ndtr((row[:, None] - row) / smallest).sum(-1) for row in side]) for side in (a, b))
-    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
+    return correlate_ranks(soft_ranks(a, smallest), soft_ranks(b, smallest))
+
+
+def soft_ranks(values: Float[np.ndarray, "draws items"], smallest: float) -> Float[np.ndarray, "draws items"]:
+    """Rank values so that what differs by much less than the smallest effect that counts is tied; of mean 0.
+
+    A rank counts the values below, each by the normal distribution of the difference in units of `smallest`: a
+    continuous function of the data, in which the machine's rounding has no say. Values far apart rank as usual.
+    """
+    ranks = np.array([ndtr((row[:, None] - row) / smallest).sum(-1) for row in values])
+    return ranks - ranks.mean(1, keepdims=True)
+
+
+def correlate_ranks(
+    a: Float[np.ndarray, "draws items"], b: Float[np.ndarray, "draws items"]
+) -> Float[np.ndarray, " draws"]:
+    """Correlate what `soft_ranks` gives."""
     return (a * b).mean(1) / np.sqrt(((a**2).mean(1) + _RANK_SPREAD) * ((b**2).mean(1) + _RANK_SPREAD))
 
 
