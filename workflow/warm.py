@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVED_AT = "MMFLOW_WARM"  # names a project, and a socket that only this user can open
-IMPORTED = ["mmflow_utils.models.load", "accelerate", "seaborn", "matplotlib_inline.backend_inline"]
-IMPORTED += ["ipykernel.kernelapp", "papermill", "tqdm.notebook"]
+BY_BATCH = ["papermill"]
+BY_KERNEL = ["ipykernel.kernelapp", "mmflow_utils.models.load", "accelerate", "seaborn"]
 GPU = Path("/dev/nvidiactl")  # its driver doesn't survive a fork once an import has woken it
 MOST = 1 << 17  # bytes of a request: arguments and environment
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,12 +67,21 @@ def serve(command: Sequence[str]) -> int:
 
 
 def _import() -> None:
+    """Import what a batch needs, then what a kernel needs, each as if it were there: some libraries look around."""
     sys.path[0] = str(ROOT)
+    from unittest.mock import patch
+
     from workflow.kernel import keep_caches_here
 
     keep_caches_here()
-    for name in IMPORTED:
+    for name in BY_BATCH:
         import_module(name)
+    for name in ("tqdm.auto", "tqdm.autonotebook"):  # whose bars are a terminal's by now
+        sys.modules.pop(name, None)
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    with patch("builtins.get_ipython", lambda: SimpleNamespace(kernel=None), create=True):  # pandas asks for it
+        for name in BY_KERNEL:
+            import_module(name)
     gc.freeze()  # forks share what they never look through
 
 

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from mmflow_utils.params import ROOT
 
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 WARM = str(ROOT / "workflow" / "warm.py")
 # A server that has imported little, run by `python -c` with its command behind it.
 SERVER = f"""
@@ -141,14 +144,64 @@ def test_where_there_is_a_gpu_nobody_serves(run, tmp_path):
     assert process.returncode == 4 and not said(out)["imported"]
 
 
-def test_what_is_imported_reads_no_settings_of_a_person(run, tmp_path):
-    (tmp_path / "home").mkdir()
-    code = "import matplotlib, sys; print(matplotlib.get_configdir(), 'torch' in sys.modules)"
-    (tmp_path / "where.py").write_text(code)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MMFLOW"))}
-    command = [sys.executable, WARM, "serve", sys.executable, "-IS", WARM, "-m", "where"]
-    process = run(*command, served=False, env=environment | {"HOME": str(tmp_path / "home")})
-    assert process.communicate(timeout=120)[0].split() == [str(ROOT / ".cache" / "mplconfigdir"), "True"]
+STATE = """
+import json, logging, os, sys, time, warnings
+begun = time.perf_counter()
+import matplotlib, numpy, pandas, seaborn, torch, transformers
+import tqdm.auto
+from transformers import LlavaForConditionalGeneration
+took = time.perf_counter() - begun
+import mmflow_utils as mm
+mm.set_style()
+mm.load_params({"model": "mini"})
+print(json.dumps({
+    "pandas": str(pandas.DataFrame(numpy.arange(60).reshape(2, 30))),
+    "numpy": repr(numpy.get_printoptions()),
+    "bars": [tqdm.auto.tqdm.__module__, transformers.utils.logging.tqdm_lib.tqdm.__module__],
+    "figures": [matplotlib.get_backend(), matplotlib.get_configdir(), str(matplotlib.rcParams)],
+    "threads": torch.get_num_threads(),
+    "logging": [logging.root.level, transformers.logging.get_verbosity(), len(logging.root.handlers)],
+    "warnings": sorted(f for f in map(str, warnings.filters) if "urllib3" not in f and "requests" not in f),
+    "python": [sys.executable, sys.path, sys.argv[0], sorted(map(str, sys.flags)), __name__, os.getcwd()],
+    "environment": sorted(set(os.environ) - {"MMFLOW_WARM", "TORCHINDUCTOR_CACHE_DIR"}),
+    "excepthook": str(sys.excepthook)[:20],
+    "took": took,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """What a notebook finds around it: in a kernel that was started for it, and in a fork."""
+    folder, found = tmp_path_factory.mktemp("notebooks"), {}
+    (folder / "home").mkdir()
+    parameters = new_code_cell('model: str = "mini"  # which', metadata={"tags": ["parameters"]})
+    looks = new_code_cell(
+        STATE + "torch.__file__ and print(json.dumps('imported' if 'colorsys' in sys.modules else ''))"
+    )
+    nbformat.write(new_notebook(cells=[parameters, looks], metadata=KERNEL), folder / "01_state.ipynb")
+    runs = (
+        "import sys; from pathlib import Path; from workflow import run_notebook; "
+        f"run_notebook.NOTEBOOKS = Path({str(folder)!r}); sys.exit(run_notebook.main(sys.argv[1:]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "MMFLOW", "JUPY"))}
+    for way in ("cold", "warm"):
+        (folder / f"{way}.yaml").write_text(f"model: mini\noutputs: {folder}/{way}\n")
+        run = [sys.executable, "-c", runs, str(folder / "01_state.ipynb"), str(folder / f"{way}.yaml")]
+        server = [sys.executable, WARM, "serve"] if way == "warm" else []
+        subprocess.run([*server, *run], cwd=ROOT, env=environment | {"HOME": f"{folder}/home"}, check=True)
+        executed = nbformat.read(folder / way / "mini" / "01_state.ipynb", as_version=4)
+        found[way] = json.loads(executed.cells[-1].outputs[0].text.splitlines()[0])
+    return found
+
+
+WHATS = ["pandas", "numpy", "bars", "figures", "threads", "logging", "warnings", "python", "environment", "excepthook"]
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_a_notebook_finds_the_same_in_a_fork_as_in_a_kernel_of_its_own(states, what):
+    assert states["warm"][what] == states["cold"][what]
+    assert states["warm"]["took"] < states["cold"]["took"] / 10
 
 
 def alive(pid):
