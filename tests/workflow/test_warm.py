@@ -23,7 +23,7 @@ import sys
 sys.argv[0] = {WARM!r}
 sys.path[0] = {str(ROOT)!r}
 from workflow import warm
-warm.IMPORTED = ["colorsys"]
+warm.BY_BATCH, warm.BY_KERNEL = [], ["colorsys"]
 sys.exit(warm.main(sys.argv[1:]))
 """
 PROBE = """
@@ -130,10 +130,10 @@ def test_a_fork_ends_with_the_parent_of_who_asked(run):
 
 
 def test_forks_end_with_the_command_whose_exit_code_is_given_back(run):
-    shell = f"{sys.executable} -IS {WARM} -m probe wait & sleep 2; exit 5"
-    process = run("bash", "-c", shell, stdin=subprocess.DEVNULL)
+    process = run("bash", "-c", f"{sys.executable} -IS {WARM} -m probe wait & read; exit 5", stdin=-1)
     fork = said(process.stdout.readline())["pid"]
-    assert process.wait(30) == 5 and ends(fork)
+    process.communicate("now\n", timeout=30)
+    assert process.returncode == 5 and ends(fork)
 
 
 def test_where_there_is_a_gpu_nobody_serves(run, tmp_path):
