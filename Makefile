@@ -57,7 +57,7 @@ quick: $(READY)
 test: $(READY)
 	$(LINT)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -rs -n 2
+	$(WARM) $(BIN)/python -m pytest -q -rs -n 2
 	@$(MAKE) --no-print-directory regression
 
 # NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't. With two threads take one of WORKERS.

@@ -25,7 +25,11 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the cells of notebooks that open with a model whose weights can't be had here, and say why."""
+    """Skip the cells of notebooks that open with a model whose weights can't be had here, and say why.
+
+    Begin with the test that waits for Slurm: others run beside it.
+    """
+    items.sort(key=lambda item: "slurm" not in item.keywords)
     for item in items:
         if item.path.suffix == ".ipynb" and (reason := _lacking(item.path.stem)):
             item.add_marker(pytest.mark.skip(reason=reason))
