@@ -42,7 +42,7 @@ export FRESH
 
 # Where a notebook fails, the others still run, and the report shows what succeeded.
 report: $(READY)
-	@$(WARM) $(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
+	@$(if $(PROFILE),,$(WARM)) $(BIN)/python -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) \
 	    --config model=$(MODEL) shards=$(SHARDS) $(if $(filter-out 0,$(FRESH)),--forceall); \
 	status=$$?; $(BIN)/python -m docs.build && exit $$status
 
