@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_page(notebook, pages / model / notebook.name)
     write_start_page(pages, models, given.docs)
     here = str(Path(__file__).parent)
-    code = sphinx(["-q", "-b", "html", "-c", here, "-d", f"{pages}/.cache", str(pages), str(site)])
+    code = sphinx(["-q", "-j", "auto", "-b", "html", "-c", here, "-d", f"{pages}/.cache", str(pages), str(site)])
     if code == 0:
         print(f"The report of {', '.join(models)} lies at {site / 'index.html'}")
     return code
