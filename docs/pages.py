@@ -21,6 +21,7 @@ from mmflow_utils.results.frames import find_frame, read_manifest
 LINK = re.compile(r"\[([^\]]+)\]\((\w+\.ipynb)(?:#[^)]*)?\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COMMITTED = ".committed"  # in the outputs: notebooks as they come with the project, as if they had run here
+MEASURES = ("measure_in_parts(", "save_frame(", "read_results(", "load_frame(")  # what a frame comes from
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
 
 
@@ -54,13 +55,15 @@ def write_page(executed: Path, page: Path) -> None:
 
 
 def _link_frames(notebook: NotebookNode, folder: Path, beside: Path) -> None:
-    """Put the results that a notebook's code names beside its page, and a link to them below each figure."""
+    """Put the results that a notebook's code names beside its page, and a link to them below each figure of them."""
     files = {name: find_frame(folder / f"{name}.parquet") for name in results_named(notebook, folder)}
     files |= {file.name: file for file in folder.glob("*.csv") if file.name in strings_of(notebook)}
     for file in files.values():
         shutil.copy(file, beside)
     links = [f"[{name}]({quote(file.name)})" for name, file in files.items()]
-    for cell in code_cells(notebook) if links else ():
+    cells = code_cells(notebook) if links else []
+    measured = (n for n, cell in enumerate(cells) if any(word in cell.source for word in MEASURES))
+    for cell in cells[next(measured, 0) :]:  # before, there are pictures of a sample
         if any(PICTURES.keys() & output.get("data", {}).keys() for output in cell.outputs):
             said = "Download the frame" + "s" * (len(links) > 1) + ": " + ", ".join(links)
             notebook.cells.insert(notebook.cells.index(cell) + 1, nbformat.v4.new_markdown_cell(said))
