@@ -25,6 +25,8 @@ BIN ?= .venv/bin
 READY ?= .venv/.ready
 # One thread for each notebook: for the miniature, two are slower than one.
 export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 $(if $(wildcard params/$(MODEL).yaml),,$(error There is no params/$(MODEL).yaml; the models are \
     $(sort $(basename $(notdir $(wildcard params/*.yaml))))))
@@ -57,10 +59,12 @@ quick: $(READY)
 test: $(READY)
 	$(LINT)
 	$(BIN)/mypy
-	$(WARM) $(BIN)/python -m pytest -q -rs -n 2
+	$(BIN)/python -m pytest -q -rs -n 2
 	@$(MAKE) --no-print-directory regression
 
 # NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't. With two threads take one of WORKERS.
+regression: export HF_HUB_OFFLINE := 1
+regression: export TOKENIZERS_PARALLELISM := false
 regression: $(READY)
 	@$(WARM) $(MAKE) --no-print-directory stages
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -33,17 +33,27 @@ BY_BATCH = ["papermill"]
 BY_KERNEL = ["ipykernel.kernelapp", "mmflow_utils.models.load", "accelerate", "seaborn"]
 GPU = Path("/dev/nvidiactl")  # its driver doesn't survive a fork once an import has woken it
 MOST = 1 << 17  # bytes of a request: arguments and environment
+# Variables that Python and the libraries read when they start: where these differ, a process starts by itself.
+READ_AT_START = (
+    "PYTHON",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "ATEN_",
+    "ONEDNN_",
+    "HF_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "LC_",
+)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(command: Sequence[str]) -> int:
-    """Run a command, be asked for forks until it ends, and return its exit code.
-
-    What libraries read from the environment when they are imported, threads for instance, is the same for all forks.
-    """
+    """Run a command, be asked for forks until it ends, and return its exit code."""
     if sys.platform != "linux" or GPU.exists():
         return subprocess.run(command).returncode
-    folder = tempfile.mkdtemp()
+    folder, environment = tempfile.mkdtemp(), dict(os.environ)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{folder}/socket")
     listener.listen()
@@ -55,7 +65,7 @@ def serve(command: Sequence[str]) -> int:
     while running.poll() is None:
         for ready in select.select([listener, *forks], [], [], 0.02)[0]:
             if ready is listener:
-                _fork(listener, forks)
+                _fork(listener, forks, environment)
             else:  # who asked is gone, and so goes what was asked for
                 os.kill(forks[ready], signal.SIGKILL)
         for asked in list(forks):
@@ -85,18 +95,26 @@ def _import() -> None:
     gc.freeze()  # forks share what they never look through
 
 
-def _fork(listener: socket.socket, forks: dict[socket.socket, int]) -> None:
+def _fork(listener: socket.socket, forks: dict[socket.socket, int], environment: Mapping[str, str]) -> None:
+    """Fork for who asks next; who asks with another start than this process had is turned away."""
     asked, _ = listener.accept()
-    request, files, *_ = socket.recv_fds(asked, MOST, 3)
-    pid = os.fork()
-    if not pid:
+    content, files, *_ = socket.recv_fds(asked, MOST, 3)
+    request = json.loads(content)
+    if _read_at_start(request["environment"]) != _read_at_start(environment):
+        asked.close()
+    elif pid := os.fork():
+        forks[asked] = pid
+        asked.send(b"%d" % pid)
+    else:
         for one in (listener, asked, *forks):
             one.close()
-        become(json.loads(request), files)
-    forks[asked] = pid
-    asked.send(b"%d" % pid)
+        become(request, files)
     for file in files:
         os.close(file)
+
+
+def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_START)}
 
 
 def _tell_its_end(asked: socket.socket, forks: dict[socket.socket, int]) -> None:
@@ -141,15 +159,15 @@ def become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
 def ask(arguments: Sequence[str]) -> int:
     """Have a fork made, stand for it until it ends, and return its exit code."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        try:
-            project, _, place = os.environ.get(SERVED_AT, "").rpartition(":")
-            server.connect(place if project == str(ROOT) else "")
-        except OSError:
-            os.execv(sys.executable, [sys.executable, "-Xfrozen_modules=off", "-m", *arguments])
+        project, _, place = os.environ.get(SERVED_AT, "").rpartition(":")
         request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
         parent = os.getppid()
-        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
-        pid = int(server.recv(64))
+        try:
+            server.connect(place if project == str(ROOT) else "")
+            socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+            pid = int(server.recv(64))
+        except (OSError, ValueError):  # nobody serves, or turns away
+            os.execv(sys.executable, [sys.executable, "-Xfrozen_modules=off", "-m", *arguments])
         for signum in FORWARDED:
             signal.signal(signum, lambda number, _: os.kill(pid, number))
         while not select.select([server], [], [], 1.0)[0]:

@@ -98,6 +98,13 @@ def test_another_project_is_not_served(run, tmp_path):
     assert not said(process.communicate(timeout=60)[0])["imported"]
 
 
+@pytest.mark.parametrize(("name", "imported"), [("PYTHONPATH", False), ("OMP_NUM_THREADS", False), ("OTHER", True)])
+def test_what_is_read_at_the_start_is_read_again_where_it_differs(run, name, imported):
+    shell = f"{name}=7 {sys.executable} -IS {WARM} -m probe"
+    out, _ = run("bash", "-c", shell, stdin=subprocess.DEVNULL).communicate(timeout=60)
+    assert said(out)["imported"] == imported
+
+
 def test_many_are_served_at_once(run):
     shell = f"for n in 1 2 3 4 5; do {sys.executable} -IS {WARM} -m probe $n & done; wait"
     out, _ = run("bash", "-c", shell, stdin=subprocess.DEVNULL).communicate(timeout=60)
