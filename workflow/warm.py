@@ -32,20 +32,9 @@ SERVED_AT = "MMFLOW_WARM"  # names a project, and a socket that only this user c
 BY_BATCH = ["papermill"]
 BY_KERNEL = ["ipykernel.kernelapp", "mmflow_utils.models.load", "accelerate", "seaborn"]
 GPU = Path("/dev/nvidiactl")  # its driver doesn't survive a fork once an import has woken it
-MOST = 1 << 17  # bytes of a request: arguments and environment
+MOST = 1 << 20  # bytes of a request: arguments and environment
 # Variables that Python and the libraries read when they start: where these differ, a process starts by itself.
-READ_AT_START = (
-    "PYTHON",
-    "OMP_",
-    "MKL_",
-    "OPENBLAS_",
-    "ATEN_",
-    "ONEDNN_",
-    "HF_",
-    "TRANSFORMERS_",
-    "TOKENIZERS_",
-    "LC_",
-)
+READ_AT_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,7 +44,10 @@ def serve(command: Sequence[str]) -> int:
         return subprocess.run(command).returncode
     folder, environment = tempfile.mkdtemp(), dict(os.environ)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(f"{folder}/socket")
+    try:
+        listener.bind(f"{folder}/socket")
+    except OSError:  # too long a name for a socket
+        return subprocess.run(command).returncode
     listener.listen()
     running = subprocess.Popen(command, env=os.environ | {SERVED_AT: f"{ROOT}:{folder}/socket"})
     signal.signal(signal.SIGINT, lambda *_: None)  # from a keyboard it comes to the command, too
@@ -98,13 +90,17 @@ def _import() -> None:
 def _fork(listener: socket.socket, forks: dict[socket.socket, int], environment: Mapping[str, str]) -> None:
     """Fork for who asks next; who asks with another start than this process had is turned away."""
     asked, _ = listener.accept()
-    content, files, *_ = socket.recv_fds(asked, MOST, 3)
-    request = json.loads(content)
+    try:
+        content, files, *_ = socket.recv_fds(asked, MOST, 3)
+        request = json.loads(content)
+    except (OSError, ValueError):  # gone before it could say what it wants
+        return asked.close()
     if _read_at_start(request["environment"]) != _read_at_start(environment):
         asked.close()
     elif pid := os.fork():
         forks[asked] = pid
-        asked.send(b"%d" % pid)
+        with suppress(OSError):
+            asked.send(b"%d" % pid)
     else:
         for one in (listener, asked, *forks):
             one.close()
@@ -121,7 +117,7 @@ def _tell_its_end(asked: socket.socket, forks: dict[socket.socket, int]) -> None
     ended, status = os.waitpid(forks[asked], os.WNOHANG)
     if ended:
         del forks[asked]
-        with asked, suppress(BrokenPipeError):
+        with asked, suppress(OSError):
             asked.send(b"%d" % os.waitstatus_to_exitcode(status))
 
 

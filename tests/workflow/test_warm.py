@@ -105,6 +105,26 @@ def test_what_is_read_at_the_start_is_read_again_where_it_differs(run, name, imp
     assert said(out)["imported"] == imported
 
 
+def test_where_the_socket_has_too_long_a_name_nobody_serves(run, tmp_path, monkeypatch):
+    (tmp_path / ("long" * 30)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))
+    process = run(sys.executable, "-IS", WARM, "-m", "probe", "6", stdin=subprocess.DEVNULL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 6 and not said(out)["imported"]
+
+
+def test_who_goes_without_a_word_does_no_harm(run, tmp_path):
+    goes = (
+        "import os, socket; place = os.environ['MMFLOW_WARM'].rpartition(':')[2]; "
+        "one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); one.connect(place)"
+    )
+    shell = f'{sys.executable} -c "{goes}; one.send(b\'?\')"; {sys.executable} -c "{goes}"; '
+    shell += f"exec {sys.executable} -IS {WARM} -m probe 8"
+    process = run("bash", "-c", shell, stdin=subprocess.DEVNULL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 8 and said(out)["imported"]
+
+
 def test_many_are_served_at_once(run):
     shell = f"for n in 1 2 3 4 5; do {sys.executable} -IS {WARM} -m probe $n & done; wait"
     out, _ = run("bash", "-c", shell, stdin=subprocess.DEVNULL).communicate(timeout=60)
