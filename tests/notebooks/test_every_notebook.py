@@ -71,7 +71,6 @@ def test_02_runs_on_mini_next_and_its_results_are_compared_without_torch(tmp_pat
     assert run_here("02_flow_to_last", tmp_path) > 3
     (tmp_path / "torch.py").write_text("raise ImportError('nothing here needs a model')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delenv("MMFLOW_WARM", raising=False)
     executed = nbformat.read(
         run_notebook("14_compare_models", "mini-next", FEW | {"outputs": str(tmp_path)}, progress=False), as_version=4
     )

@@ -34,11 +34,7 @@ def run(tmp_path):
 
     def run(**environment):
         given = [sys.executable, "-c", RUN, str(tmp_path / "02_flow.ipynb"), str(tmp_path / "tiny.yaml")]
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("JUPYTER", "IPYTHON", "MPL", "MMFLOW"))
-        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON", "MPL"))}
         kept = {} if "LC_ALL" in environment else kept  # as `env -i`
         done = subprocess.run(given, cwd=ROOT, env=kept | environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
