@@ -47,6 +47,7 @@ def serve(command: Sequence[str]) -> int:
     try:
         listener.bind(f"{folder}/socket")
     except OSError:  # too long a name for a socket
+        os.rmdir(folder)
         return subprocess.run(command).returncode
     listener.listen()
     running = subprocess.Popen(command, env=os.environ | {SERVED_AT: f"{ROOT}:{folder}/socket"})
