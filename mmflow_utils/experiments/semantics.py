@@ -19,7 +19,14 @@ from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.experiments.loop import Engine, Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode
-from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, IMAGE_TO_QUESTION, Flow, Intervention, Variant
+from mmflow_utils.prompts.flows import (
+    EDGE_INTERVENTIONS,
+    IMAGE_TO_QUESTION,
+    MODULE_INTERVENTIONS,
+    Flow,
+    Intervention,
+    Variant,
+)
 from mmflow_utils.results.record import Result
 
 __all__ = ["SEMANTICS_COLUMNS", "jaccard", "module_knockout", "question_semantics", "top_words"]
@@ -28,13 +35,13 @@ SEMANTICS_COLUMNS = (
     "sample_id", "image_id", "task", "knockout", "intervention", "layer", "window", "n_layers_blocked",
     "n_positions", "top_k", "pooled", "jaccard",
 )  # fmt: skip
-_MODULES: dict[Intervention, str] = {"attention_output": "Attention", "mlp_output": "MLP"}
+_NAMES = dict(zip(MODULE_INTERVENTIONS, ("Attention", "MLP"), strict=True))
 
 
 def module_knockout(
     model: VLM,
     samples: Iterable[Sample],
-    modules: Sequence[Intervention] = tuple(_MODULES),
+    modules: Sequence[Intervention] = MODULE_INTERVENTIONS,
     *,
     window: int,
     positions: str = "question",
@@ -60,10 +67,10 @@ def module_knockout(
         >>> frame.groupby("knockout").jaccard.min().round(2).to_dict()
         {'Attention': 0.14, 'MLP': 0.06}
     """
-    if unknown := [name for name in modules if name not in _MODULES]:
-        raise ValueError(f"modules must be among {', '.join(_MODULES)}, got {unknown}.")
+    if unknown := [name for name in modules if name not in MODULE_INTERVENTIONS]:
+        raise ValueError(f"modules must be among {', '.join(MODULE_INTERVENTIONS)}, got {unknown}.")
     here = Flow(source=positions, target=positions)
-    wanted = [(_MODULES[module], here, module) for module in modules]
+    wanted = [(_NAMES[module], here, module) for module in modules]
     return _measure_words(model, samples, wanted, window=window, positions=positions, **options)
 
 
