@@ -33,6 +33,7 @@ from transformers import (
 from benchmarks.model_shapes import SHAPES, Shape, shrunk
 from benchmarks.speed import SIX_FLOWS
 from mmflow_utils.data.sample import Sample
+from mmflow_utils.engine.packed_pass import ENOUGH_ROWS
 from mmflow_utils.engine.plan import count_rows, plan_branches
 from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.engine.work import count_work
@@ -137,12 +138,12 @@ def sweep_memory(config: Any, planned: list, *, n_tokens: int, itemsize: int = I
     """Bound what a sweep holds at once beside the weights, in bytes.
 
     The rows of all variants; a layer's clean states, its queries, keys, values and MLP for no more rows than
-    the clean pass has; all variants' logits, once as they come and once in float32.
+    the clean pass has, or `ENOUGH_ROWS`; all variants' logits, once as they come and once in float32.
     """
     d_model, last = config.hidden_size, n_tokens - 1
     branches = plan_branches(planned, read=[last], n_layers=config.num_hidden_layers)
     rows = sum(len(branch.rows) for branch in branches) * d_model
-    layer = n_tokens * (12 * d_model + 3 * config.intermediate_size)
+    layer = max(n_tokens, ENOUGH_ROWS) * (12 * d_model + 3 * config.intermediate_size)
     return itemsize * (rows + layer) + (itemsize + 4) * len(planned) * config.vocab_size
 
 

@@ -62,7 +62,7 @@ class Explorer(widgets.VBox):
         # What was computed is kept, by the number of the sample.
         self._encoded = cache(lambda number: encode(model, self.samples[number]))
         self._swept, self._read = cache(self._sweep), cache(self._read_words)
-        self._attention = cache(lambda number, target: attention_from(model, self._encoded(number), target))
+        self._attention = cache(lambda number, target: attention_from(model, self._encoded(number), [target])[target])
         tasks = list(dict.fromkeys(sample.task or "" for sample in self.samples))
         n_layers = model.n_layers
         wide = {"layout": widgets.Layout(width="95%"), "style": {"description_width": "5em"}}

@@ -109,10 +109,12 @@ def attention_pattern(
     return _watch_attention(model, encoded, [layer], slice(None), variant)[0]
 
 
-def attention_from(model: VLM, encoded: Encoded, target: str = "last") -> Float[Tensor, "layers heads n"]:
-    """Return what every layer's heads attend to, on average over the positions of a set; each row sums to 1."""
-    rows = list(encoded.positions[target])
-    return torch.stack([seen.mean(1) for seen in _watch_attention(model, encoded, range(model.n_layers), rows)])
+def attention_from(model: VLM, encoded: Encoded, targets: Iterable[str]) -> dict[str, Float[Tensor, "layers heads n"]]:
+    """Return what every layer's heads attend to, on average over the positions of each set; each row sums to 1."""
+    rows = {target: list(encoded.positions[target]) for target in targets}
+    seen = torch.stack(_watch_attention(model, encoded, range(model.n_layers), sum(rows.values(), [])))
+    parts = seen.split([len(some) for some in rows.values()], dim=2)
+    return {target: part.mean(2) for target, part in zip(rows, parts, strict=True)}
 
 
 @torch.inference_mode()

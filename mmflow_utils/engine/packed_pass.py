@@ -24,6 +24,9 @@ from mmflow_utils.prompts.flows import heads_in
 
 __all__ = ["PackedPass", "layer_kwargs_at"]
 
+# So many rows may go through a layer at once where the prompt is shorter: with fewer, fetching the layer's weights
+# and calling it would cost as much as the products.
+ENOUGH_ROWS = 512
 # The positions whose rows are computed, branch by branch: the order of a packed sequence.
 Here = Mapping[Branch, tuple[int, ...]]
 
@@ -183,14 +186,14 @@ class PackedPass:
         self.resid_post.append(state.to("cpu", torch.float32, copy=True))
 
     def _slices(self, i: int) -> list[list[Branch]]:
-        """Divide the families into slices of no more rows than the clean pass has, so a layer needs no more.
+        """Divide the families into slices of no more rows than the clean pass has, or `ENOUGH_ROWS`.
 
         Within a slice come the branches with keys of their own, then those that begin in this layer.
         """
         begun = (branch for branch in self.branches if branch.born <= i)
         families = [list(family) for _, family in groupby(begun, key=lambda branch: branch.parent or branch)]
         sizes = [sum(len(branch.rows) for branch in family) for family in families]
-        most = self.start + len(self.clean_in)
+        most = max(self.start + len(self.clean_in), ENOUGH_ROWS)
         even = sum(sizes) / max(1, math.ceil(sum(sizes) / most))
         slices: list[list[Branch]] = []
         n_rows = 0

@@ -9,7 +9,7 @@ from tiny import tiny_pair, tiny_sample, tiny_tokenizer, tiny_vlm
 from transformers import MistralConfig
 
 from mmflow_utils.engine import reference as engine
-from mmflow_utils.engine.checks import attention_pattern, check_model
+from mmflow_utils.engine.checks import attention_from, attention_pattern, check_model
 from mmflow_utils.engine.reference import intervene, run_reference
 from mmflow_utils.models.adapter import text_inputs
 from mmflow_utils.prompts.encoding import encode
@@ -183,6 +183,23 @@ def test_the_first_position_starves_when_it_loses_itself(tmp_path):
     clean, starved = mixed
     assert clean[0].abs().max() > 0.1 and not starved[0].any()
     assert starved[1:].abs().amax(-1).min() > 0  # nobody else is touched
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_what_sets_attend_to_is_the_librarys_own_averaged_and_one_pass_gives_all(family, tmp_path):
+    model, encoded = ready(tmp_path, family, n_kv_heads=2)
+    with model.attention_kernel("eager"), torch.inference_mode():
+        library = torch.cat(model.hf(**encoded.inputs, output_attentions=True).attentions)
+    passes = []
+    hook = model.hf.base_model.register_forward_hook(lambda *_: passes.append(1))
+    seen = attention_from(model, encoded, ["question", "last"])
+    hook.remove()
+    assert list(seen) == ["question", "last"] and len(passes) == 1
+    for name, weights in seen.items():
+        expected = library[:, :, list(encoded.positions[name])].mean(2)
+        assert weights.shape == expected.shape and torch.allclose(weights, expected, atol=1e-6)
+        assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+    assert not torch.allclose(seen["question"], seen["last"], atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

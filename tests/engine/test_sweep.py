@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_pair
 
+from mmflow_utils.engine import packed_pass
 from mmflow_utils.engine.packed_pass import PackedPass
 from mmflow_utils.engine.plan import count_rows
 from mmflow_utils.engine.reference import Run, run_reference
@@ -38,6 +40,7 @@ from mmflow_utils.prompts.flows import (
 )
 from mmflow_utils.prompts.positions import PositionSets
 
+ENOUGH_ROWS = packed_pass.ENOUGH_ROWS
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 
 
@@ -74,10 +77,35 @@ def test_random_edits_give_the_reference_numbers(kind, data):
     n_tokens = encoded.positions.n_tokens
     some = [Variant(**edit) for edit in data.draw(st.lists(edits(encoded), min_size=1, max_size=8))]
     read = data.draw(st.one_of(st.none(), st.integers(0, n_tokens - 1)))
-    assert_same(
-        run_sweep(model, encoded, some, read=read, chunk=data.draw(st.sampled_from((None, 1, 3)))),
-        run_reference(model, encoded, some, read=read),
-    )
+    with patch.object(packed_pass, "ENOUGH_ROWS", data.draw(st.sampled_from((1, 100, ENOUGH_ROWS)))):
+        swept = run_sweep(model, encoded, some, read=read, chunk=data.draw(st.sampled_from((None, 1, 3))))
+    assert_same(swept, run_reference(model, encoded, some, read=read))
+
+
+def test_slices_hold_as_many_rows_as_is_said_and_families_stay_together(monkeypatch):
+    model, encoded = setting("llava")
+    n_tokens = encoded.positions.n_tokens
+    planned = variants(encoded.positions, FLOWS, window=2, n_layers=N_LAYERS)
+    slices, through = [], PackedPass._through
+
+    def note(self, i, layer, some):
+        slices.append((i, some))
+        return through(self, i, layer, some)
+
+    monkeypatch.setattr(PackedPass, "_through", note)
+    in_last = {}
+    for enough in (1, 3 * n_tokens, 10**6):
+        monkeypatch.setattr(packed_pass, "ENOUGH_ROWS", enough)
+        slices.clear()
+        run_sweep(model, encoded, planned)
+        for i, some in slices:
+            families = {branch.parent or branch for branch in some}
+            rows = sum(len(branch.rows) for branch in some)
+            assert rows <= max(n_tokens, enough) or len(families) == 1
+            elsewhere = (branch for at, other in slices if at == i and other is not some for branch in other)
+            assert families.isdisjoint(branch.parent or branch for branch in elsewhere)
+        in_last[enough] = sum(i == N_LAYERS - 1 for i, _ in slices)
+    assert in_last[1] > in_last[3 * n_tokens] > in_last[10**6] == 1
 
 
 def long_prompt(kind: str, n_tokens: int):
