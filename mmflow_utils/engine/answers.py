@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mmflow_utils.engine.closeness import need_numbers
+from mmflow_utils.engine.packed_pass import ENOUGH_ROWS
 from mmflow_utils.engine.prefix import Prefix, run_clean
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 
 __all__ = ["answer_together", "greedy_answer"]
 
-_FEW_ROWS = 512
 # What a checkpoint's generation settings may say without changing which token greedy decoding takes.
 _HARMLESS = {
     "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id",
@@ -66,9 +66,9 @@ def answer_together(
 
 
 def _as_many_as_fit(prompts: Sequence[Encoded], shared: int) -> Sequence[Encoded]:
-    """Take so many prompts that their rows are no more than a full pass's, which had room: or some hundreds."""
+    """Take so many prompts that their rows are no more than a full pass has, or `ENOUGH_ROWS`."""
     lengths = [prompt.inputs["input_ids"].shape[1] - shared for prompt in prompts]
-    most = max(_FEW_ROWS, shared + lengths[0])
+    most = max(ENOUGH_ROWS, shared + lengths[0])
     return prompts[: max(1, sum(total <= most for total in accumulate(lengths)))]
 
 

@@ -22,7 +22,7 @@ from mmflow_utils.models.adapter import VLM, compute_device
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import heads_in
 
-__all__ = ["PackedPass", "layer_kwargs_at"]
+__all__ = ["ENOUGH_ROWS", "PackedPass", "layer_kwargs_at"]
 
 # So many rows may go through a layer at once where the prompt is shorter: with fewer, fetching the layer's weights
 # and calling it would cost as much as the products.

@@ -169,7 +169,7 @@ def test_a_model_whose_stored_keys_do_not_fit_is_run_in_full(monkeypatch, starts
 
 def test_answers_are_given_together_within_the_room_of_one_pass(monkeypatch):
     model, prompts = setting("llava")
-    monkeypatch.setattr(answers, "_FEW_ROWS", 0)
+    monkeypatch.setattr(answers, "ENOUGH_ROWS", 0)
     counted, read = [], answers._SideBySide.read_prompts
 
     def counting(side_by_side):

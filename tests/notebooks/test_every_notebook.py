@@ -60,10 +60,16 @@ def run_here(name, folder):
     return len(cells)
 
 
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """One folder, as in a batch: the notebooks share the samples that the first of them curates."""
+    return tmp_path_factory.mktemp("outputs")
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"02_flow_to_last", "14_compare_models"}))
-def test_it_runs_on_mini_next(name, tmp_path, monkeypatch, capsys):
+def test_it_runs_on_mini_next(name, outputs, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "notebooks")  # as a kernel that was started there
-    assert run_here(name, tmp_path) > 3 and capsys.readouterr().out
+    assert run_here(name, outputs) > 3 and capsys.readouterr().out
 
 
 def test_02_runs_on_mini_next_and_its_results_are_compared_without_torch(tmp_path, monkeypatch):
