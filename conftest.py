@@ -62,6 +62,16 @@ def what_examples_know(request, doctest_namespace):
             doctest_namespace |= names()
 
 
+@pytest.fixture(scope="module")
+def small_slices():
+    """Let the short prompts of tests take several slices of a layer, as long ones do."""
+    from mmflow_utils.engine import packed_pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_pass, "ENOUGH_ROWS", 1)
+        yield
+
+
 @cache
 def _libraries():
     import numpy as np

@@ -12,6 +12,7 @@ from mmflow_utils.engine.reference import run_reference
 from mmflow_utils.engine.sweep import run_sweep
 from mmflow_utils.prompts.flows import FLOW_TO_LAST, IMAGE_TO_QUESTION, Variant, variants
 
+pytestmark = pytest.mark.usefixtures("small_slices")
 EVERY_HEAD = [*product(range(N_LAYERS), range(N_HEADS))]
 
 

@@ -13,6 +13,7 @@ from tiny import tiny_sample, vlm_of_kind
 from mmflow_utils.engine.patching import Patch, run_patched, run_patched_reference
 from mmflow_utils.prompts.encoding import encode
 
+pytestmark = pytest.mark.usefixtures("small_slices")
 N_LAYERS = 4
 PROMPT = "USER: <image>\n{question} ASSISTANT:"  # short: the sliding windows reach across it
 KINDS = ("llava", "llava-gqa", "llava_next", "sliding", "qwen2_5_vl", "idefics3")

@@ -28,6 +28,7 @@ from mmflow_utils.prompts.flows import (
     variants,
 )
 
+pytestmark = pytest.mark.usefixtures("small_slices")
 N_LAYERS = 3
 KINDS = ("llava", "llava_next", "sliding", "idefics3", "smolvlm", "qwen2_5_vl", "internvl", "gemma3", "llama")
 KINDS += ("qwen3_vl", "llava_onevision")

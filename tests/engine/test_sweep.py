@@ -40,6 +40,7 @@ from mmflow_utils.prompts.flows import (
 )
 from mmflow_utils.prompts.positions import PositionSets
 
+pytestmark = pytest.mark.usefixtures("small_slices")
 ENOUGH_ROWS = packed_pass.ENOUGH_ROWS
 FLOWS = FLOW_TO_LAST + IMAGE_TO_QUESTION + IMAGE_PATCHES_TO_QUESTION
 
