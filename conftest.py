@@ -25,14 +25,23 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the cells of notebooks that open with a model whose weights can't be had here, and say why.
-
-    Begin with the test that waits for Slurm: others run beside it.
-    """
+    """Begin with the test that waits for Slurm: others run beside it."""
     items.sort(key=lambda item: "slurm" not in item.keywords)
     for item in items:
-        if item.path.suffix == ".ipynb" and (reason := _lacking(item.path.stem)):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.path.suffix == ".ipynb":
+            _prepare_cell(item)
+
+
+def _prepare_cell(item):
+    """Let a tied decimal of a notebook tip, and skip cells whose model's weights can't be had here, saying why."""
+    from ties import Said
+
+    def sanitize(output, original=item.sanitize):
+        return Said(original(output)) if isinstance(output, str) else output
+
+    item.sanitize = sanitize
+    if reason := _lacking(item.path.stem):
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @cache

@@ -4,13 +4,13 @@ Every number that a model computed is moved by a millionth of itself, three time
 by; what the notebooks make of the frames of mini, mini-next and planted may hardly move.
 """
 
-import re
 from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
 import pytest
 from analysis_cells import FRAMES, moved, run_cells
+from ties import WORD, near
 
 from mmflow_utils.params import ROOT
 
@@ -41,8 +41,6 @@ CHECKS = {
     ],
     "13": ["for held in spans.values():"],
 }
-DECIMAL = re.compile(r"[-−+]?\d+\.\d+")
-WORD = re.compile(rf"{DECIMAL.pattern}|\S+")
 CASES = [
     (name, model)
     for name in NOTEBOOKS
@@ -63,18 +61,6 @@ def differences(plain, other) -> list[str]:
     for table, changed in zip_longest(plain.tables, other.tables):
         found += table_differences(table, changed)
     return found
-
-
-def near(a: str, b: str) -> bool:
-    """Return whether two words are decimals that differ by no more than a last digit."""
-    if not (DECIMAL.fullmatch(a) and DECIMAL.fullmatch(b)):
-        return False
-    digits = len(a.partition(".")[2])
-    return digits == len(b.partition(".")[2]) and abs(_number(a) - _number(b)) < 1.01 * 10**-digits
-
-
-def _number(text: str) -> float:
-    return float(text.replace("−", "-"))
 
 
 def table_differences(table: pd.DataFrame, other: pd.DataFrame) -> list[str]:
