@@ -58,14 +58,14 @@ quick: $(READY)
 test: $(READY)
 	$(LINT)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -rs -n 2
+	$(WARM) $(BIN)/python -m pytest -q -rs -n 3 --dist loadfile --no-loadscope-reorder
 	@$(MAKE) --no-print-directory regression
 
 # NOTEBOOKS names some of them: each curates its samples itself where 01 hasn't. With two threads take one of WORKERS.
 # Kernels as the report has them; the other two are as conftest.py sets them, since a fork begins as its kernel would.
-regression: export JUPYTER_PATH := $(CURDIR)/workflow/jupyter
-regression: export HF_HUB_OFFLINE := 1
-regression: export TOKENIZERS_PARALLELISM := false
+test regression: export JUPYTER_PATH := $(CURDIR)/workflow/jupyter
+test regression: export HF_HUB_OFFLINE := 1
+test regression: export TOKENIZERS_PARALLELISM := false
 regression: $(READY)
 	@$(WARM) $(MAKE) --no-print-directory stages
 
