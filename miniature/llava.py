@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Lla
 
 from miniature.course import Course
 from miniature.drawing import draw_scene
-from miniature.packing import ATTENTION, visible
+from miniature.packing import ATTENTION, HALF, in_half, visible
 from miniature.questions import BRIDGES, GENERATORS, TASK_GENERATORS, Draft, ask, compare, describe, factual
 from miniature.questions.draft import Rng, pick
 from miniature.score import held_out, share_right
@@ -112,7 +112,7 @@ class LlavaTrainer(Course):
             inject_adapter_in_model(lora, self.language)
         for name, weight in self.language.named_parameters():
             if "lora_" not in name and "norm" not in name:
-                weight.data = weight.data.bfloat16()  # half the time; the residual stream stays in float32
+                weight.data = weight.data.to(HALF)  # half the time; the residual stream stays in float32
         mini = LlavaForConditionalGeneration.from_pretrained(ROOT / TOWER, dtype=torch.float32)
         self.tower = mini.model.vision_tower.eval().requires_grad_(False)
         self.pictures = AutoProcessor.from_pretrained(ROOT / TOWER, backend="pil").image_processor
@@ -218,16 +218,14 @@ class LlavaTrainer(Course):
 
     def logits(self, batch: Batch, scenes: Sequence[Scene]) -> tuple[Tensor, Bool[Tensor, "scene token_less_1"]]:
         """Predict the next token where the loss counts it: logits [n, vocab], and where these are."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_half():
             embeddings = self.language.get_input_embeddings()(batch.ids).float()
             if self.recipe.shown == "picture":
                 image = (batch.ids == self.image_id).unsqueeze(-1)
                 embeddings = embeddings.masked_scatter(image, self.projector(self.features(scenes)).float())
             states = self.language.model(
                 inputs_embeds=embeddings,
-                attention_mask=torch.where(
-                    visible(batch.segment).unsqueeze(1), torch.zeros(1, dtype=torch.bfloat16), -1e9
-                ),
+                attention_mask=torch.where(visible(batch.segment).unsqueeze(1), torch.zeros(1, dtype=HALF), -1e9),
                 position_ids=batch.position,
                 use_cache=False,
             ).last_hidden_state

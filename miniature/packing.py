@@ -27,9 +27,11 @@ from miniature.questions.extras import describe, factual
 from miniature.questions.tasks import TASK_GENERATORS
 from miniature.world import Scene, caption
 
-__all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens", "visible"]
+__all__ = ["ATTENTION", "HALF", "Packed", "in_half", "pack", "packed_logits", "picture_tokens", "visible"]
 
 ATTENTION = "eager_in_mask_dtype"
+# What training computes in. A processor without AVX-512 emulates bfloat16, which takes 7 times as long as float32.
+HALF = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 # How much the prediction of a token counts in the loss. A real language model has learned to predict every
 # token: so do these, though the answer counts most, and the instruction, always the same, next to nothing.
 ANSWER, END, WORD, INSTRUCTION = 1.0, 0.2, 0.3, 0.02
@@ -140,6 +142,11 @@ def _row(
     return tokens
 
 
+def in_half(half: bool = True) -> torch.autocast:
+    """Let matrices be multiplied in `HALF` while a block runs."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=half and HALF is torch.bfloat16)
+
+
 def picture_tokens(
     model: nn.Module, processor: ProcessorMixin, scenes: list[Scene], *, half: bool = True
 ) -> list[Float[Tensor, "_ d"]]:
@@ -149,10 +156,10 @@ def picture_tokens(
         model: A LLaVA-1.5 or a LLaVA-NeXT.
         processor: Its processor.
         scenes: A picture each.
-        half: Compute in bfloat16, as in training, or in float32.
+        half: Compute in `HALF`, as in training, or in float32.
     """
     seen = processor.image_processor([draw_scene(scene) for scene in scenes], return_tensors="pt")
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with in_half(half):
         return list(model.get_image_features(**seen).pooler_output)
 
 
@@ -169,15 +176,15 @@ def packed_logits(
         model: A LLaVA whose decoder attends as `ATTENTION`, which keeps to the mask's precision.
         batch: What `pack` laid out.
         pictures: `picture_tokens` of the scenes, or None where captions stand in for them.
-        half: Compute in bfloat16, as in training, or in float32.
+        half: Compute in `HALF`, as in training, or in float32.
     """
     core = model.model
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with in_half(half):
         embeddings = core.language_model.embed_tokens(batch.ids)
         if pictures is not None:
             image = batch.ids == model.config.image_token_id
             embeddings = embeddings.masked_scatter(image.unsqueeze(-1), torch.cat(pictures).to(embeddings.dtype))
-        mask = torch.zeros(1, dtype=torch.bfloat16 if half else torch.float32)
+        mask = torch.zeros(1, dtype=HALF if half else torch.float32)
         states = core.language_model(
             inputs_embeds=embeddings,
             attention_mask=torch.where(visible(batch.segment).unsqueeze(1), mask, -1e9),

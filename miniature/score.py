@@ -48,7 +48,7 @@ def task_accuracy(
         frames: Widths and heights that the pictures may have.
         captions: Show a caption in place of the picture.
         shuffled: Show each question another scene's picture or caption: what a blind model would reach.
-        half: Compute in bfloat16, as in training, or in float32.
+        half: Compute in `HALF`, as in training, or in float32.
     """
     scenes, rng = held_out(n_scenes, seed, frames), np.random.default_rng([seed, 1001])
     shown = scenes[1:] + scenes[:1] if shuffled else scenes

@@ -33,7 +33,7 @@ from transformers import ProcessorMixin
 
 from miniature.course import Course
 from miniature.optimize import make_optimizers
-from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
+from miniature.packing import ATTENTION, in_half, pack, packed_logits, picture_tokens
 from miniature.projector import boost_attribute, warm_projector
 from miniature.score import held_out, task_accuracy
 from miniature.tower import HEADS, patch_truth, tower_loss
@@ -169,7 +169,7 @@ class Trainer(Course):
 
     def _tower_pass(self, scenes: list[Scene]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tower, views = self.model.model.vision_tower, look_at(scenes, self.processor.image_processor)
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_half():
             states = tower(views.pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
             logits = {name: head(states).float() for name, head in self.heads.items()}
         return logits, patch_truth(views.scenes, round(states.shape[1] ** 0.5), views.windows)
