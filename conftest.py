@@ -7,6 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
+
+# Rooms without arrays have their types checked, too, which is quicker where there are no shapes to compare.
+beartype_packages(
+    ("mmflow_utils.data", "mmflow_utils.plots", "mmflow_utils.results"), conf=BeartypeConf(claw_is_pep526=False)
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

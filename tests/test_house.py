@@ -5,6 +5,8 @@ import gc
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
+from inspect import signature
 
 import pytest
 from locked import LOCK
@@ -137,3 +139,12 @@ def test_no_test_imports_a_test():
             if shared := tests & {part for name in names if name for part in name.split(".")}:
                 found[file.name] = shared
     assert found == {}
+
+
+@pytest.mark.parametrize("name", ["data.sample.is_correct", "results.frames.load_frame", "analysis.stats.holm"])
+def test_types_are_checked_while_the_tests_run(name):
+    module, _, function = name.rpartition(".")
+    function = getattr(import_module(f"mmflow_utils.{module}"), function)
+    with pytest.raises(Exception, match="[Tt]ype|hint") as refused:
+        function(*[object() for _ in signature(function).parameters][:2])
+    assert type(refused.value).__module__.split(".")[0] in ("beartype", "jaxtyping")
