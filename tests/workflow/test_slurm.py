@@ -74,7 +74,9 @@ def test_a_batch_in_shards_on_slurm_gives_the_frame_of_one_run_without_and_names
     python = project / ".venv" / "bin" / "python"
     execute = (python, "-m", "workflow.run_notebook", "02_flow_to_last", "small")
     snakemake = (python, "-m", "snakemake", "--profile", "workflow/profiles/slurm", *IN_HASTE)
-    batch = start(project, SLURM, "bash", "-c", AND_LIST_JOBS, "-", *snakemake, "--config", "model=small", "shards=2")
+    # Served, so that jobs need not import anew, which on a cluster each does; as the run alone does here.
+    served = (python, "workflow/warm.py", "serve", SLURM, "bash", "-c", AND_LIST_JOBS, "-")
+    batch = start(project, *served, *snakemake, "--config", "model=small", "shards=2")
     alone = start(project, *execute, "-p", "outputs", "alone")
     _, said = batch.communicate(timeout=1800)
     if batch.returncode == NO_SLURM:
