@@ -55,6 +55,7 @@ quick: $(READY)
 	$(LINT)
 	$(BIN)/python -m pytest -q -n 2 -p no:nbval -m "not (slow or browser or slurm or notebook)"
 
+# One worker more than two cores have: one waits for Slurm most of the time. Files of tests share what they build.
 test: $(READY)
 	$(LINT)
 	$(BIN)/mypy
