@@ -15,6 +15,8 @@ beartype_packages(
     ("mmflow_utils.data", "mmflow_utils.plots", "mmflow_utils.results"), conf=BeartypeConf(claw_is_pep526=False)
 )
 
+SLOW = {"slow", "browser", "notebook"}
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,8 +34,8 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the test that waits for Slurm: others run beside it."""
-    items.sort(key=lambda item: "slurm" not in item.keywords)
+    """Begin with the test that waits for Slurm, beside which others run, and end with quick ones: no worker idles."""
+    items.sort(key=lambda item: ("slurm" not in item.keywords, not SLOW & set(item.keywords)))
     for item in items:
         if item.path.suffix == ".ipynb":
             _prepare_cell(item)

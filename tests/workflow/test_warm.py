@@ -224,6 +224,7 @@ def states(tmp_path_factory):
 WHATS = ["pandas", "numpy", "bars", "figures", "threads", "logging", "warnings", "python", "environment", "excepthook"]
 
 
+@pytest.mark.slow
 def test_a_notebook_finds_the_same_in_a_fork_as_in_a_kernel_of_its_own_but_what_it_needs_imported(states):
     assert [what for what in WHATS if states["warm"][what] != states["cold"][what]] == []
     assert states["warm"]["imported"] == ["torch", "transformers", "seaborn"] and states["cold"]["imported"] == []
