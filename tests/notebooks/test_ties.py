@@ -46,7 +46,6 @@ def test_a_number_said_twice_tips_twice():
 
 
 @pytest.mark.notebook
-@pytest.mark.notebook
 @pytest.mark.parametrize(("step", "same"), [(1, True), (2, False)])
 def test_the_regression_of_a_notebook_compares_so(step, same, request):
     file = IPyNbFile.from_parent(request.session, path=ROOT / "notebooks" / "04_image_patch_knockout.ipynb")
