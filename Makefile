@@ -6,7 +6,7 @@
 # make check MODEL=llava-1.5-7b    look before: weights, data, memory, prompt, boxes, answers; and the time that it takes
 # make test                        lint, types, unit tests, and every committed notebook held against its outputs
 # make regression                  the last of these alone; with ATEN_CPU_CAPABILITY=avx2 under other arithmetic
-# make quick                       lint and the unit tests that take no training, browser, Slurm or notebook (a minute)
+# make quick                       lint and the unit tests that take no training, browser, Slurm or notebook (two minutes)
 # make notebooks                   refresh the outputs in notebooks/ (before a commit)
 # make data                        download GQA, Visual Genome's captions, OKVQA, A-OKVQA (29 GB); DATA=gqa for one of them
 # make bench                       the sweep's speed beside the other ways, in ratios (some minutes)
