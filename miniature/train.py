@@ -87,6 +87,7 @@ class Recipe:
     ema: float = 0.998
     eval_every: int = 250  # steps
     eval_scenes: int = 64
+    held_scenes: int = 256  # others held out, by which the tower is judged and the projector fitted by hand
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frames", tuple(map(tuple, self.frames)))  # JSON has lists
@@ -124,7 +125,7 @@ class Trainer(Course):
     def align(self) -> None:
         """Stage 3: the projector alone, from what the tower's heads read."""
         seed = self.recipe.seed
-        views = look_at(self._held_out(256), self.processor.image_processor)
+        views = look_at(self._held_out(), self.processor.image_processor)
         warm_projector(self.model, self.heads, views.pixels, seed)
         parts = nn.ModuleList([self.model.model.multi_modal_projector])
         self._fit("align", parts, self.recipe.align_steps, self._answer_loss, self._accuracy)
@@ -151,7 +152,7 @@ class Trainer(Course):
         held = any(first <= step < first + hold for first, _, _, hold in self.recipe.louder)
         carriers.requires_grad_(not held)
         for _, kind, share, _ in (entry for entry in self.recipe.louder if entry[0] == step):
-            views = look_at(self._held_out(256), self.processor.image_processor)
+            views = look_at(self._held_out(), self.processor.image_processor)
             boost_attribute(self.model, views, kind, share=share, seed=seed)
 
     def _fit(self, stage: str, parts: nn.Module, *run: Any, lr: float | None = None, **schedule: Any) -> None:
@@ -163,9 +164,9 @@ class Trainer(Course):
     def _draw(self, rng: np.random.Generator, n: int) -> list[Scene]:
         return [sample_scene(rng, frames=self.recipe.frames) for _ in range(n)]
 
-    def _held_out(self, n: int) -> list[Scene]:
+    def _held_out(self) -> list[Scene]:
         """Draw scenes on which the model is fitted by hand, apart from those of training and evaluation."""
-        return held_out(n, self.recipe.seed + 2, self.recipe.frames)
+        return held_out(self.recipe.held_scenes, self.recipe.seed + 2, self.recipe.frames)
 
     def _tower_pass(self, scenes: list[Scene]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tower, views = self.model.model.vision_tower, look_at(scenes, self.processor.image_processor)
@@ -179,7 +180,7 @@ class Trainer(Course):
 
     @torch.no_grad()
     def _tower_accuracy(self) -> dict[str, float]:
-        logits, truth = self._tower_pass(held_out(256, self.recipe.seed, self.recipe.frames))
+        logits, truth = self._tower_pass(held_out(self.recipe.held_scenes, self.recipe.seed, self.recipe.frames))
         shown = truth["category"] > 0
         right = {name: (logits[name].argmax(-1) == truth[name])[shown] for name in HEADS}
         return {name: 100 * float(hits.float().mean()) for name, hits in right.items()}

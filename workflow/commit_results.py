@@ -54,14 +54,17 @@ def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path
 
 
 def _measured(params: Params, folder: Path) -> Iterator[Found]:
-    """Give what was measured in parts with these parameters; what notebooks made of it is made anew from it."""
+    """Give what was measured in parts with these parameters; what notebooks made of it is made anew from it.
+
+    A notebook about another model may have measured this one, too, to show it beside: it stores that with its own.
+    """
     now = manifest(params)["depends_on"]
     now = {name: value for name, value in now.items() if name not in ASKED_OTHERWISE}
     rounds = [file for file in folder.glob("*/*.parquet") if file.stem.startswith(file.parent.name)]  # `ask_in_parts`
-    for file in sorted([*folder.glob("*.parquet"), *rounds]):
+    for file in sorted([*folder.parent.glob("*/*.parquet"), *rounds]):
         frame, made_from = read_frame(file)
         run = made_from["depends_on"]
-        if "experiment" not in run:
+        if "experiment" not in run or run.get("model") != params.model:
             continue
         shared = {"depends_on": {name: value for name, value in now.items() if name in run}}
         if differ := differences(made_from, shared):

@@ -276,10 +276,12 @@ class PackedPass:
 def layer_kwargs_at(kwargs: dict, positions: list[int]) -> dict:
     """Pick from a layer's keyword arguments what belongs to some positions; no mask, no cache."""
 
-    def pick(value: Tensor, dim: int) -> Tensor:
-        return value.index_select(dim, torch.tensor(positions, device=value.device))
-
     cos, sin = kwargs["position_embeddings"]
+    index = torch.tensor(positions, device=cos.device)
+
+    def pick(value: Tensor, dim: int) -> Tensor:
+        return value.index_select(dim, index.to(value.device))
+
     picked: dict[str, Any] = {
         "attention_mask": None,
         "past_key_values": None,

@@ -7,7 +7,6 @@ decision_layers(frame)                               # from where on is the answ
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -128,7 +127,8 @@ def _rows(
     for word, token in words.items():
         own = logprobs[:, token]
         ranks = (logprobs > own[:, None]).sum(-1) + 1
-        read = pd.DataFrame({"norm": norms, "probability": own.exp(), "logprob": own, "rank": ranks, "top_token": top})
         shared = {"protocol": protocol, "word": word, "token": model.tokenizer.decode([token])}
-        rows += read.assign(layer=read.index, **shared).to_dict("records")
+        read = {"norm": norms, "probability": own.exp().tolist(), "logprob": own.tolist(), "rank": ranks.tolist()}
+        read |= {"layer": list(range(len(own))), "top_token": top}
+        rows += [shared | dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
     return rows

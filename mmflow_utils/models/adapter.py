@@ -6,6 +6,7 @@ logits = model.unembed(model.final_norm(resid_post))
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from math import isqrt
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ class VLM:
     device: torch.device
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def text(self) -> Any:
         """The decoder: token embeddings in, normed hidden states out."""
         return self.hf.get_decoder()

@@ -7,6 +7,7 @@ encoded.positions["question"], encoded.positions["image_related"]
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, floor
 
 import numpy as np
@@ -83,7 +84,8 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
         )
     positions = _find_text(sample, text, chars, offsets)
     if picture:
-        positions = positions.with_(image=[n for n, token in enumerate(ids) if token == model.image_token_id])
+        image = model.image_token_id
+        positions = positions.with_(image=[n for n, token in enumerate(ids) if token == image])
         positions = _name_patches(model, positions, sample, picture.size, inputs)
     else:
         positions = positions.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
@@ -95,7 +97,8 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
         if other["input_ids"][0].tolist() != ids:
             raise ValueError(f"{sample.other_image} takes other tokens than sample {sample.sample_id}'s own picture.")
     # A token that stands for no character of the prompt (<s>, an image or appended one) shows its own name.
-    names = (text[a:b] or model.tokenizer.decode([token]) for token, (a, b) in zip(ids, offsets, strict=True))
+    own_name = cache(lambda token: model.tokenizer.decode([token]))  # image tokens are many, and all alike
+    names = (text[a:b] or own_name(token) for token, (a, b) in zip(ids, offsets, strict=True))
     return Encoded(sample, inputs, positions, text, tuple(names), other)
 
 

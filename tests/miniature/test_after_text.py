@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import mmflow_utils as mm
-from miniature import AFTER_TEXT_RECIPE, begin
+from miniature import AFTER_TEXT_RECIPE, Recipe, begin
 from mmflow_utils.params import ROOT, Params
 
 FOLDER = ROOT / "assets" / "mini-after-text"
@@ -29,7 +29,7 @@ def test_it_begins_with_a_decoder_that_read_and_an_encoder_that_saw():
 
 def test_it_was_trained_by_the_recipe_that_stands_in_the_package():
     record = json.loads((FOLDER / "training.json").read_text("utf-8"))
-    assert record["recipe"] == json.loads(json.dumps(asdict(AFTER_TEXT_RECIPE)))
+    assert json.dumps(asdict(Recipe(**record["recipe"]))) == json.dumps(asdict(AFTER_TEXT_RECIPE))
     assert list(dict.fromkeys(row["stage"] for row in record["curves"])) == ["tower", "align", "joint"]
 
 

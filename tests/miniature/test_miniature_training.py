@@ -16,7 +16,7 @@ from miniature.next import build_next_processor, give_tiles
 from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
 from miniature.projector import KINDS, boost_attribute, share_of_variance, shown_features, warm_projector
 from miniature.save import save_miniature
-from miniature.score import held_out, task_accuracy
+from miniature.score import task_accuracy
 from miniature.train import Recipe, Trainer
 from miniature.views import look_at
 from miniature.world import FRAMES, sample_scene
@@ -154,15 +154,8 @@ SHORT = Recipe(
     n_questions=6,
     eval_every=2,
     eval_scenes=2,
+    held_scenes=8,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_held_out():
-    """Let the projector begin from eight pictures, not 256."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("miniature.train.held_out", lambda n, *drawn: held_out(min(n, 8), *drawn))
-        yield
 
 
 class Stopped(Exception):

@@ -10,7 +10,6 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 import mmflow_utils as mm
-from miniature import train
 from mmflow_utils.params import ROOT
 from workflow.graph import notebooks_of
 from workflow.run_notebook import run_notebook
@@ -44,9 +43,8 @@ def load_once(params, load=mm.load_model, loaded={}):  # noqa: B006 (what is loa
 
 
 @pytest.fixture(autouse=True)
-def in_haste(monkeypatch, held_out=train.held_out):
+def in_haste(monkeypatch):
     monkeypatch.setattr(mm, "load_model", load_once)
-    monkeypatch.setattr(train, "held_out", lambda n, *rest: held_out(min(n, 16), *rest))  # of 256, which numbers take
 
 
 def run_here(name, folder):

@@ -70,6 +70,16 @@ def test_what_is_of_another_run_is_left_out_and_named(params, tmp_path, capsys):
     assert "The choice of samples is left out: not made yet for ChooseAttr." in said
 
 
+def test_what_another_model_was_shown_beside_is_taken_and_the_other_models_own_is_not(params, tmp_path):
+    other = params.model_copy(update={"model": "other"})
+    beside = measure_in_parts(
+        measure, None, SAMPLES[:4], other.folder / "beside.parquet", params, version=1, progress=False
+    )
+    run(other)
+    assert [file.stem for file in commit_results(params, params.folder, tmp_path / "committed")] == ["beside"]
+    assert len(pd.read_parquet(tmp_path / "committed" / "mini" / "beside.parquet")) == len(beside.frame)
+
+
 def test_all_models_together_stay_small(params, tmp_path, monkeypatch):
     run(params)
     monkeypatch.setattr(module, "LIMIT_MB", 0.001)
