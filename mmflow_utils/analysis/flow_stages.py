@@ -79,17 +79,18 @@ def find_stages(
     """
     by, rule = list(by), {"share": share, "negligible": negligible}
     table = stage_layers(effects, by, **rule, n_boot=n_boot, seed=seed)
-    found, used = [], with_image_numbers(effects)
-    for (_, mine), (_, curve) in zip(used.groupby(curves(effects, by).ngroup()), curves(table, by), strict=True):
+    curve, (layer, mean, low) = curves(table, by).ngroup().to_numpy(), table[["layer", "mean", "ci_low"]].to_numpy().T
+    found, tops = [], []
+    for number, mine in with_image_numbers(effects).groupby(curves(effects, by).ngroup()):
+        at = np.flatnonzero(curve == number)
         draws = resample(mine, n_boot=n_boot, seed=seed)
-        half_width = (curve["mean"] - curve["ci_low"]).to_numpy()
-        top = strongest_index(curve["mean"].to_numpy()[None])[0]
-        row = curve[[*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]].iloc[top].to_dict()
-        row["layers"] = layer_ranges(curve.loc[curve["in_stage"], "layer"])
-        for name, at in _edges(draws, half_width, curve["layer"].to_numpy(), **rule).items():
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(at), strict=True))
+        row: dict[str, object] = {"layers": layer_ranges(layer[at[table["in_stage"].to_numpy()[at]]])}
+        for name, edge in _edges(draws, (mean - low)[at], layer[at], **rule).items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), with_interval(edge), strict=True))
         found.append(row | {"n_layers": int(mine["n_layers"].max())})
-    return pd.DataFrame(found).rename(columns={"mean": "effect"})
+        tops.append(at[strongest_index(mean[at][None])[0]])
+    strongest = table[[*by, "mean", "ci_low", "ci_high", "n", "n_clusters"]].iloc[tops].reset_index(drop=True)
+    return pd.concat([strongest.rename(columns={"mean": "effect"}), pd.DataFrame(found)], axis=1)
 
 
 def tabulate_stages(stages: pd.DataFrame, by: Sequence[str] = ("model", "line")) -> pd.DataFrame:

@@ -29,12 +29,16 @@ def strongest_layer(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"),
     """
     by = [column for column in by if column in summary]
     need_columns(summary, ["layer", "mean", "ci_low", "ci_high", "n"])
-    found = []
-    for _, curve in curves(summary.dropna(subset="mean").sort_values("layer", kind="stable"), by):
-        tied = curve[curve["mean"] <= curve["mean"].min() + tie]
-        dropped = curve.loc[curve["ci_high"] <= -SMALLEST, "layer"]
-        found.append({**tied.iloc[0], "layers": layer_ranges(tied["layer"]), "dropped": layer_ranges(dropped)})
-    return pd.DataFrame(found, columns=[*summary.columns, "layers", "dropped"])
+    rows = summary.dropna(subset="mean").sort_values("layer", kind="stable")
+    curve, first, tied, dropped = curves(rows, by).ngroup().to_numpy(), [], [], []
+    layer, mean, high = (rows[column].to_numpy() for column in ("layer", "mean", "ci_high"))
+    for number in range(curve.max(initial=-1) + 1):
+        at = np.flatnonzero(curve == number)
+        lowest = at[mean[at] <= mean[at].min() + tie]
+        first.append(lowest[0])
+        tied.append(layer_ranges(layer[lowest]))
+        dropped.append(layer_ranges(layer[at[high[at] <= -SMALLEST]]))
+    return rows.iloc[first].reset_index(drop=True).assign(layers=tied, dropped=dropped)
 
 
 def describe_strongest(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow")) -> list[str]:

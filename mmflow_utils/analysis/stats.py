@@ -259,18 +259,24 @@ def _cluster_table(
             raise ValueError(f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`")
     kept = np.isfinite(values)
     ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)
+    # Arrays from here on: this is called for every table of every notebook, and a frame's own ways take longer.
     group, shape = groups.ngroup().to_numpy(), (groups.ngroups, len(names))
     sums, counts = sums_and_counts(group[kept], ids[kept], values[kept], shape)
-    table = groups.size().reset_index()[by]
+    table = frame[by].iloc[np.unique(group, return_index=True)[1]].reset_index(drop=True)
     n_rows = counts.sum(1)
     table["mean"] = np.divide(sums.sum(1), n_rows, out=np.full(len(table), np.nan), where=n_rows > 0)
     table["n"] = n_rows.astype(int)
     if "sample_id" in frame:  # a group may hold several rows of a sample, e.g. one per layer
-        table["n"] = frame["sample_id"].where(kept).groupby(group).nunique().to_numpy()
+        samples, named = pd.factorize(frame["sample_id"], use_na_sentinel=False)
+        in_group = np.unique(group[kept] * len(named) + samples[kept]) // len(named)
+        table["n"] = np.bincount(in_group, minlength=len(table))
     table["n_clusters"] = (counts > 0).sum(1)
-    extremes = groups[value].agg(["min", "max"]).reset_index()
-    seen = [curves(extremes, [c for c in by if c != "layer"])[end].transform(end) for end in ("min", "max")]
-    return table, sums, counts, np.asarray(names).astype(str), np.array(seen, dtype=float)
+    curve = curves(table, [c for c in by if c != "layer"]).ngroup().to_numpy()
+    seen = np.array([np.full(len(table), end) for end in (np.inf, -np.inf)])
+    for extreme, most in zip((np.minimum, np.maximum), seen, strict=True):
+        extreme.at(most, curve[group[kept]], values[kept])
+    seen = np.where(np.isinf(seen), np.nan, seen)[:, curve]
+    return table, sums, counts, np.asarray(names).astype(str), seen
 
 
 def sums_and_counts(
