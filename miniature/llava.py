@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Lla
 
 from miniature.course import Course
 from miniature.drawing import draw_scene
-from miniature.packing import ATTENTION, HALF, in_half, visible
+from miniature.packing import ATTENTION, visible
+from miniature.precision import HALF, in_half
 from miniature.questions import BRIDGES, GENERATORS, TASK_GENERATORS, Draft, ask, compare, describe, factual
 from miniature.questions.draft import Rng, pick
 from miniature.score import held_out, share_right

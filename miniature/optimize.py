@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from miniature.precision import AsHalf
+
 __all__ = ["Weights", "copy_weights", "optimizer_step", "update_average", "make_optimizers", "set_rate"]
 
 Weights = dict[str, Tensor]
@@ -43,7 +45,8 @@ def optimizer_step(loss: Tensor, parts: nn.Module, optimizers: list[torch.optim.
     loss.backward()
     nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
     for optimizer in optimizers:
-        optimizer.step()
+        with AsHalf():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from miniature.build import PROMPT
 from miniature.drawing import draw_scene
+from miniature.precision import HALF, in_half
 from miniature.questions import GENERATORS, ask
 from miniature.questions.bridges import BRIDGES
 from miniature.questions.draft import Draft, pick
@@ -27,11 +28,9 @@ from miniature.questions.extras import describe, factual
 from miniature.questions.tasks import TASK_GENERATORS
 from miniature.world import Scene, caption
 
-__all__ = ["ATTENTION", "HALF", "Packed", "in_half", "pack", "packed_logits", "picture_tokens", "visible"]
+__all__ = ["ATTENTION", "Packed", "pack", "packed_logits", "picture_tokens", "visible"]
 
 ATTENTION = "eager_in_mask_dtype"
-# What training computes in. A processor without AVX-512 emulates bfloat16, which takes 7 times as long as float32.
-HALF = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 # How much the prediction of a token counts in the loss. A real language model has learned to predict every
 # token: so do these, though the answer counts most, and the instruction, always the same, next to nothing.
 ANSWER, END, WORD, INSTRUCTION = 1.0, 0.2, 0.3, 0.02
@@ -140,11 +139,6 @@ def _row(
         ids = [*question, *answer, eos]
         tokens += zip(ids, count(len(prefix)), repeat(segment), weights, is_answer, strict=False)
     return tokens
-
-
-def in_half(half: bool = True) -> torch.autocast:
-    """Let matrices be multiplied in `HALF` while a block runs."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=half and HALF is torch.bfloat16)
 
 
 def picture_tokens(

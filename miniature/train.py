@@ -33,7 +33,8 @@ from transformers import ProcessorMixin
 
 from miniature.course import Course
 from miniature.optimize import make_optimizers
-from miniature.packing import ATTENTION, in_half, pack, packed_logits, picture_tokens
+from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
+from miniature.precision import in_half
 from miniature.projector import boost_attribute, warm_projector
 from miniature.score import held_out, task_accuracy
 from miniature.tower import HEADS, patch_truth, tower_loss

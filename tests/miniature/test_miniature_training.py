@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import fill_weights
+from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from miniature import precision
 from miniature.build import PROMPT, build_model, build_tokenizer
 from miniature.drawing import draw_scene
 from miniature.next import build_next_processor, give_tiles
+from miniature.optimize import optimizer_step
 from miniature.packing import ATTENTION, pack, packed_logits, picture_tokens
 from miniature.projector import KINDS, boost_attribute, share_of_variance, shown_features, warm_projector
 from miniature.save import save_miniature
@@ -156,6 +159,27 @@ SHORT = Recipe(
     eval_scenes=2,
     held_scenes=8,
 )
+
+
+def muon_steps(monkeypatch, half, *, n=3):
+    """Take a few steps of Muon where the processor computes in `half`; returns the weights."""
+    monkeypatch.setattr(precision, "HALF", half)
+    weight = nn.Parameter(torch.zeros(12, 6))
+    towards = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    optimizers = [torch.optim.Muon([weight], lr=0.1, weight_decay=0.0)]
+    for step in range(n):
+        optimizer_step((weight * towards.roll(step, 0)).sum(), nn.ParameterList([weight]), optimizers)
+    return weight.detach()
+
+
+def test_muon_takes_the_same_steps_where_bfloat16_would_be_emulated(monkeypatch):
+    rounded, exact = (muon_steps(monkeypatch, half) for half in (torch.bfloat16, torch.float32))
+    assert exact.norm() > 0.5 and (rounded - exact).norm() < 0.02 * exact.norm()
+    with precision.AsHalf():
+        given = torch.ones(2)
+        made = given.bfloat16()
+    assert made.dtype is torch.float32 and made is not given  # it is divided in place
+    assert not torch.equal(rounded, exact)  # so the one was bfloat16's
 
 
 class Stopped(Exception):
