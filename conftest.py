@@ -4,6 +4,7 @@ import gc
 import os
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,18 @@ beartype_packages(
 )
 
 SLOW = {"slow", "browser", "notebook"}
+LIBRARIES = ("pydantic", "accelerate", "seaborn", "transformers.models.llava.modeling_llava")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config):
+    """Import libraries first: jaxtyping compiles anew what a module that it checks is the first to import."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # where tests are run
+        for name in LIBRARIES:
+            import_module(name)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
