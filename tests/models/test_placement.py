@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -51,7 +52,8 @@ def test_device_map_auto_spreads_a_model_over_memory_and_disk(family, share, tmp
     encoded = encode(spread, sample)
     expected = run_reference(plain, encoded, planned(plain, encoded))
     assert_same(run_sweep(spread, encoded, planned(spread, encoded)), expected)
-    assert_same(run_reference(spread, encoded, planned(spread, encoded)), expected)
+    some = run_reference(spread, encoded, planned(spread, encoded)[::5])  # a pass each, with weights fetched from disk
+    assert_same(some, replace(expected, variants=expected.variants[::5]))
     checks = check_model(spread, encoded)
     assert checks["passed"].all(), checks.to_string()
     stream = expected.resid_post[1:]
