@@ -64,11 +64,12 @@ def _prepare_cell(item):
 
 @cache
 def _lacking(notebook: str) -> str:
-    from mmflow_utils.models.sources import find_checkpoint
     from workflow.graph import opens_with, read_params
 
     try:
         if language_model := read_params(opens_with(notebook)).get("language_model"):
+            from mmflow_utils.models.sources import find_checkpoint
+
             find_checkpoint(language_model)
     except ValueError as error:
         return str(error)
