@@ -68,6 +68,8 @@ def _lacking(notebook: str) -> str:
 
     try:
         if language_model := read_params(opens_with(notebook)).get("language_model"):
+            import transformers.models.auto.tokenization_auto  # noqa: F401 (first, as in pytest_configure)
+
             from mmflow_utils.models.sources import find_checkpoint
 
             find_checkpoint(language_model)
