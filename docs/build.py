@@ -15,7 +15,7 @@ from sphinx.cmd.build import main as sphinx
 
 from docs.pages import COMMITTED, write_page
 from docs.start import FAILED, write_start_page
-from mmflow_utils.params import OUTPUTS, ROOT, Params
+from mmflow_utils.params import ROOT, Params, outputs_folder
 from mmflow_utils.results.committed import FOLDER
 from workflow.graph import SUBJECT, names, opens_with
 
@@ -44,7 +44,7 @@ def lay_out_committed(outputs: Path) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Build the site and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m docs.build", description=__doc__.split("\n")[0])
-    parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder with the models")
+    parser.add_argument("--outputs", type=Path, default=outputs_folder(), help="the folder with the models")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder with the other pages")
     shown = "show the notebooks as they come with the project, where their model wasn't run (default)"
     parser.add_argument("--committed", action=argparse.BooleanOptionalAction, default=True, help=shown)

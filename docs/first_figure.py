@@ -8,7 +8,7 @@ The frame is the one that comes with the project (assets/results/<model>/), or e
 import sys
 
 import mmflow_utils as mm
-from mmflow_utils.params import OUTPUTS, ROOT, Params
+from mmflow_utils.params import ROOT, Params, outputs_folder
 from workflow.graph import SUBJECT
 
 FIGURE = ROOT / "assets" / "flow_to_last.png"
@@ -17,7 +17,7 @@ FIGURE = ROOT / "assets" / "flow_to_last.png"
 def main(model: str = SUBJECT) -> int:
     """Draw the figure of a model; returns the exit code."""
     params = Params.from_yaml(ROOT / "params" / f"{model}.yaml")
-    places = [folder / model / "flow_to_last.parquet" for folder in (ROOT / "assets" / "results", OUTPUTS)]
+    places = [folder / model / "flow_to_last.parquet" for folder in (ROOT / "assets" / "results", outputs_folder())]
     try:
         frame = mm.load_frame(next((file for file in places if file.is_file()), places[-1]))
     except ValueError as error:

@@ -34,8 +34,13 @@ def project_path(path: str | Path) -> Path:
     return ROOT / os.path.expanduser(os.path.expandvars(path))
 
 
-# Where results go by default: outputs/, or what the environment says (a scratch disk; a test's own folder).
-OUTPUTS = project_path(os.environ.get("MMFLOW_OUTPUTS", "outputs"))
+def outputs_folder() -> Path:
+    """Return where results go by default: outputs/, or what the environment says (a scratch disk; a test's own folder).
+
+    It is asked each time: a kernel may be the fork of a process that began in another environment (workflow/warm.py).
+    """
+    return project_path(os.environ.get("MMFLOW_OUTPUTS", "outputs"))
+
 
 Task = Annotated[str, AfterValidator(check_task), Field(json_schema_extra={"enum": list(TASKS)})]
 _FLOAT = re.compile(r"float\('(-?inf|nan)'\)")  # as papermill writes what is no literal
@@ -134,7 +139,9 @@ class Params(BaseModel):
 
     def path(self, field: str) -> Path:
         """Return the absolute path that a path parameter means: `params.path("images")`."""
-        return OUTPUTS if field == "outputs" and self.outputs == "outputs" else project_path(getattr(self, field))
+        if field == "outputs" and self.outputs == "outputs":
+            return outputs_folder()
+        return project_path(getattr(self, field))
 
     @property
     def folder(self) -> Path:

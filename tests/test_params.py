@@ -114,6 +114,14 @@ def test_the_environment_may_name_where_results_go_by_default(tmp_path):
     assert said["set"] == [str(tmp_path / "mini"), str(ROOT / "here" / "mini")]  # what is named wins
 
 
+def test_a_fork_asks_its_own_environment(tmp_path, monkeypatch):
+    """A kernel of `make regression` is the fork of a server that had imported this before the folder was made."""
+    monkeypatch.setenv("MMFLOW_OUTPUTS", str(tmp_path))
+    assert Params().folder == tmp_path / "mini"
+    monkeypatch.delenv("MMFLOW_OUTPUTS")
+    assert Params().folder == ROOT / "outputs" / "mini"
+
+
 @pytest.mark.parametrize("written", ["~/here", "$HOME/here", "${HOME}/here"])
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch, written):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -17,7 +17,7 @@ import pandas as pd
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.experiments.curation import ask_questions, curate, read_questions
-from mmflow_utils.params import OUTPUTS, ROOT, Params
+from mmflow_utils.params import ROOT, Params, outputs_folder
 from mmflow_utils.results.committed import FOLDER
 from mmflow_utils.results.frames import differences, manifest, pack, read_frame, write_whole
 from mmflow_utils.results.record import Result
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m workflow.commit_results", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="the name of a file in params/")
-    parser.add_argument("--outputs", type=Path, default=OUTPUTS, help="the folder with the models' results")
+    parser.add_argument("--outputs", type=Path, default=outputs_folder(), help="the folder with the models' results")
     given = parser.parse_args(arguments)
     try:
         params = Params.from_yaml(ROOT / "params" / f"{given.model}.yaml")
