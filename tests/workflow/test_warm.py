@@ -23,7 +23,7 @@ import sys
 sys.argv[0] = {WARM!r}
 sys.path[0] = {str(ROOT)!r}
 from workflow import warm
-warm.BY_BATCH, warm.BY_KERNEL = [], ["colorsys"]
+warm.BY_BATCH, warm.BY_KERNEL = [], ["colorsys", "mmflow_utils.params"]
 sys.exit(warm.main(sys.argv[1:]))
 """
 PROBE = """
@@ -103,6 +103,19 @@ def test_what_is_read_at_the_start_is_read_again_where_it_differs(run, name, imp
     shell = f"{name}=7 {sys.executable} -IS {WARM} -m probe"
     out, _ = run("bash", "-c", shell, stdin=subprocess.DEVNULL).communicate(timeout=60)
     assert said(out)["imported"] == imported
+
+
+def test_results_go_where_its_own_environment_says(run, tmp_path):
+    """The regression's folder is made when the server has imported everything: what lies in outputs/ is no result."""
+    (tmp_path / "where.py").write_text("""
+import sys
+before = "mmflow_utils.params" in sys.modules
+from mmflow_utils.params import Params
+print(before, Params().folder)
+""")
+    shell = f"MMFLOW_OUTPUTS={tmp_path} {sys.executable} -IS {WARM} -m where"
+    out, beside = run("bash", "-c", shell, stdin=subprocess.DEVNULL).communicate(timeout=60)
+    assert out.split() == ["True", str(tmp_path / "mini")], beside
 
 
 def test_where_the_socket_has_too_long_a_name_nobody_serves(run, tmp_path, monkeypatch):
