@@ -272,11 +272,8 @@ def _cluster_table(
         table["n"] = np.bincount(in_group, minlength=len(table))
     table["n_clusters"] = (counts > 0).sum(1)
     curve = curves(table, [c for c in by if c != "layer"]).ngroup().to_numpy()
-    seen = np.array([np.full(len(table), end) for end in (np.inf, -np.inf)])
-    for extreme, most in zip((np.minimum, np.maximum), seen, strict=True):
-        extreme.at(most, curve[group[kept]], values[kept])
-    seen = np.where(np.isinf(seen), np.nan, seen)[:, curve]
-    return table, sums, counts, np.asarray(names).astype(str), seen
+    extremes = pd.Series(values[kept]).groupby(curve[group[kept]]).agg(["min", "max"])
+    return table, sums, counts, np.asarray(names).astype(str), extremes.reindex(curve).to_numpy().T
 
 
 def sums_and_counts(
