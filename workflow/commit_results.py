@@ -19,7 +19,7 @@ from mmflow_utils.data.sample import Sample
 from mmflow_utils.experiments.curation import ask_questions, curate, read_questions
 from mmflow_utils.params import ROOT, Params, outputs_folder
 from mmflow_utils.results.committed import FOLDER
-from mmflow_utils.results.frames import differences, manifest, pack, read_frame, write_whole
+from mmflow_utils.results.frames import differences, manifest, pack, read_frame, read_manifest, write_whole
 from mmflow_utils.results.record import Result
 from mmflow_utils.results.version import describe_call
 
@@ -36,7 +36,7 @@ def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path
 
     Args:
         params: the model's parameters, with which its notebooks ran.
-        folder: what these stored, outputs/<model>/.
+        folder: what these stored, outputs/<model>/; other models' folders lie beside it.
         to: the folder of all models' results.
 
     Raises:
@@ -62,7 +62,7 @@ def _measured(params: Params, folder: Path) -> Iterator[Found]:
     now = {name: value for name, value in now.items() if name not in ASKED_OTHERWISE}
     rounds = [file for file in folder.glob("*/*.parquet") if file.stem.startswith(file.parent.name)]  # `ask_in_parts`
     for file in sorted([*folder.parent.glob("*/*.parquet"), *rounds]):
-        frame, made_from = read_frame(file)
+        made_from = read_manifest(file)
         run = made_from["depends_on"]
         if "experiment" not in run or run.get("model") != params.model:
             continue
@@ -70,7 +70,7 @@ def _measured(params: Params, folder: Path) -> Iterator[Found]:
         if differ := differences(made_from, shared):
             print(f"{file.name} is left out: {'; '.join(differ)}.")
         else:
-            yield file.name.split(".")[0], Result.of(frame, made_from)
+            yield file.name.split(".")[0], Result.of(*read_frame(file))
 
 
 def _asked(params: Params, folder: Path) -> Iterator[Found]:
