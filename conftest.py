@@ -27,8 +27,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_configure(config):
     """Import libraries first: jaxtyping compiles anew what a module that it checks is the first to import."""
     runs_here = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
-    for name in LIBRARIES if runs_here and not config.getoption("nbval", False) else ():  # notebooks have kernels
-        import_module(name)
+    if runs_here and not config.getoption("nbval", False):  # notebooks have kernels
+        for name in LIBRARIES:
+            import_module(name)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
