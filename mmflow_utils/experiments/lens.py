@@ -39,22 +39,25 @@ def logit_lens(
 ) -> Result:
     """Read the residual stream at `last` through the unembedding after every layer (§7, Fig. 6).
 
-    A word counts by its first token, as an answer begins with it. "Capitalized" is `str.capitalize()`; the
-    answer and the false option without it are in lower case. One clean pass per sample.
+    A word counts by its first token. "Capitalized" is `str.capitalize()`; the answer and the false option without
+    it are in lower case. One clean pass per sample.
 
     Args:
         model, samples, encoder, progress: as for `knockout_sweep`.
-        protocol: `corrected` applies the final norm after every layer. `paper` multiplies by the unembedding
-            alone, as the authors do, except after the last layer: the state that the library hands out there
-            is normed already, so that point is on another footing than the rest. Both by default.
+        protocol: `corrected` applies the final norm after every layer, and counts a word as the answer begins with
+            it and as running text has it, behind a space: where these are two tokens, as in Llama 3's tokenizer
+            and many others, middle layers hold " left" though the answer will be "Left". `paper` multiplies by the
+            unembedding alone and counts the first of these tokens, as the authors do, except after the last layer:
+            the state that the library hands out there is normed already, so that point is on another footing than
+            the rest. Both by default.
 
     Returns:
         A frame of one row per sample, protocol, layer (after which it is read) and word, with `LENS_COLUMNS`:
-        `norm`, "final norm" or "none", is what was really applied at that point; `token` the word's first token;
-        `probability`, `logprob` (nats) and `rank` (1 is the most probable) are that token's; `top_token` is
-        the most probable one. Samples without options have no rows for a false option. `skipped` lists
-        `{sample_id, word, reason}` where a false option begins with the answer's own token; `max_check_diff` is
-        how far the last point is from the model's own probabilities.
+        `norm`, "final norm" or "none", is what was really applied at that point; `token` the word's first token,
+        the likelier one of two; `probability` and `logprob` (nats) are those of both together, `rank` (1 is the
+        most probable) is the likelier one's; `top_token` is the most probable of all. Samples without options have
+        no rows for a false option. `skipped` lists `{sample_id, word, reason}` where a false option begins with a
+        token of the answer's; `max_check_diff` is how far the last point is from the model's own probabilities.
 
     Raises:
         ValueError: an unknown protocol; the last point isn't the model's own output; what `encode` refuses.
@@ -77,7 +80,8 @@ def logit_lens(
             last, own = probabilities(logits[-1]), probabilities(run.base)
             worst = check_close(encoded, last, own, tolerance=rounding(model.dtype), names=names, advice=advice)
             loop.differences.append(worst)
-            rows += _rows(model, words, logits, name)
+            counted = words if name == "corrected" else {word: tokens[:1] for word, tokens in words.items()}
+            rows += _rows(model, counted, logits, name)
         return rows
 
     return loop.over(samples, measure, LENS_COLUMNS, name="Logit lens", progress=progress)
@@ -102,14 +106,15 @@ def _check_protocols(protocols: Sequence[str]) -> None:
         raise ValueError(f"protocol must be one of {', '.join(LENS_PROTOCOLS)}, got {unknown[0]!r}.")
 
 
-def _word_tokens(loop: Loop, encoded: Encoded) -> dict[str, int]:
-    """Return the first token of each word whose probability is followed; skip what begins like the answer."""
+def _word_tokens(loop: Loop, encoded: Encoded) -> dict[str, list[int]]:
+    """Return the first tokens of each word whose probability is followed; skip what begins like the answer."""
     sample = encoded.sample
     answer, false = sample.answer.lower(), (sample.option_false or "").lower()
     spelled = dict(zip(LENS_WORDS, (answer.capitalize(), answer, false, false.capitalize()), strict=True))
-    tokens = {word: loop.model.first_token_id(text) for word, text in spelled.items() if text}
+    tokens = {word: list(loop.model.first_token_ids(text)) for word, text in spelled.items() if text}
+    of_answer = {token for word in LENS_WORDS[:2] for token in tokens[word]}
     for word in LENS_WORDS[2:]:
-        if tokens.get(word) in [tokens[name] for name in LENS_WORDS[:2]]:
+        if of_answer.intersection(tokens.get(word, ())):
             reason = f"{spelled[word]!r} begins with the same token as the answer {answer!r}"
             loop.skip(encoded, reason, word=word)
             del tokens[word]
@@ -117,18 +122,20 @@ def _word_tokens(loop: Loop, encoded: Encoded) -> dict[str, int]:
 
 
 def _rows(
-    model: VLM, words: dict[str, int], logits: Float[Tensor, "n_layers vocab"], protocol: str
+    model: VLM, words: dict[str, list[int]], logits: Float[Tensor, "n_layers vocab"], protocol: str
 ) -> list[dict[str, Any]]:
     """Turn logits into rows: one per word and layer."""
     logprobs, rows = logits.double().log_softmax(-1), []
     top = [model.tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
     bare = len(logits) - 1 if protocol == "paper" else 0
     norms = ["none"] * bare + ["final norm"] * (len(logits) - bare)
-    for word, token in words.items():
-        own = logprobs[:, token]
-        ranks = (logprobs > own[:, None]).sum(-1) + 1
-        shared = {"protocol": protocol, "word": word, "token": model.tokenizer.decode([token])}
-        read = {"norm": norms, "probability": own.exp().tolist(), "logprob": own.tolist(), "rank": ranks.tolist()}
-        read |= {"layer": list(range(len(own))), "top_token": top}
+    for word, tokens in words.items():
+        own = logprobs[:, tokens]
+        both, (likelier, which) = own.logsumexp(-1), own.max(-1)
+        ranks = (logprobs > likelier[:, None]).sum(-1) + 1
+        read = {"norm": norms, "probability": both.exp().tolist(), "logprob": both.tolist(), "rank": ranks.tolist()}
+        read |= {"token": [model.tokenizer.decode([tokens[n]]) for n in which.tolist()], "top_token": top}
+        read["layer"] = list(range(len(own)))
+        shared = {"protocol": protocol, "word": word}
         rows += [shared | dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
     return rows

@@ -21,7 +21,7 @@ __all__ = ["FAMILIES", "VLM", "compute_device", "decoder_inputs", "picture_featu
 FAMILIES = (
     "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm",
 )  # fmt: skip
-"""Families, by `model_type`, whose picture path is proven (tests/test_families.py); others are refused."""
+"""Families, by `model_type`, whose picture path is proven (tests/models/test_families.py); others are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +125,27 @@ class VLM:
         return self.attention(layer).o_proj
 
     def first_token_id(self, word: str) -> int:
-        """Give the first token of a word as an answer begins with it: what the logit lens counts (§7).
+        """Give the first token of a word as an answer begins with it, which is what the paper's lens counts (§7).
 
         With the paper's models that is the first token of the word encoded alone. Other tokenizers tell
         " Yes" from "Yes": behind a prompt that doesn't end in white space an answer begins with the former.
         """
-        before = "\n" if self.prompt[-1].isspace() else self.prompt[-1] + " "
+        return self.first_token_ids(word)[0]
+
+    def first_token_ids(self, word: str) -> tuple[int, ...]:
+        """Give the first token of a word as an answer begins with it, then as running text has it, behind a space.
+
+        A language model thinks in the latter even where an answer begins a line: in " Cup", or in " C", if the answer
+        begins with "C". Each token comes once; where a prompt doesn't end in white space, there is one.
+        """
+        if not self.prompt[-1].isspace():
+            return (self._token_behind(f"{self.prompt[-1]} ", word),)
+        own = self._token_behind("\n", word)
+        piece = self.tokenizer.decode([own])
+        spaced = [self._token_behind(": ", text) for text in (word, piece) if text.isprintable() and text.strip()]
+        return tuple(dict.fromkeys([own, *spaced]))
+
+    def _token_behind(self, before: str, word: str) -> int:
         cut = self.tokenizer(before + word, add_special_tokens=False, return_offsets_mapping=True)
         tokens = zip(cut["input_ids"], cut["offset_mapping"], strict=True)
         return next(token for token, (_, stop) in tokens if stop > len(before))

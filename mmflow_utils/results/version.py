@@ -23,7 +23,7 @@ VERSIONS = {
     "head_sweep": 1,
     "keep_flows": 1,
     "knockout_sweep": 1,
-    "logit_lens": 1,
+    "logit_lens": 2,
     "module_knockout": 1,
     "question_semantics": 1,
     "prune_sweep": 1,

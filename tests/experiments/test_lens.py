@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny_sample, tiny_vlm
+from tiny import PROMPT, tiny_sample, tiny_vlm
 
 from mmflow_utils.analysis.stats import summarize
 from mmflow_utils.engine.reference import run_reference
@@ -34,6 +34,10 @@ def norm_by_hand(model, states):
     return states * scale * model.final_norm.weight
 
 
+def paper_lens(model, states):
+    return states @ model.unembed.weight.T
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_each_row_is_what_the_librarys_states_say(family, tmp_path):
     model, sample = tiny_vlm(family, n_kv_heads=2), tiny_sample(tmp_path)
@@ -41,7 +45,7 @@ def test_each_row_is_what_the_librarys_states_say(family, tmp_path):
     frame = result.frame
     states, logits = library_states(model, sample)
     by_hand = {
-        "paper": states @ model.unembed.weight.T,
+        "paper": paper_lens(model, states),
         "corrected": torch.cat([norm_by_hand(model, states[:-1]), states[-1:]]) @ model.unembed.weight.T,
     }
     spelled = dict(zip(LENS_WORDS, ("Left", "left", "right", "Right"), strict=True))
@@ -60,6 +64,30 @@ def test_each_row_is_what_the_librarys_states_say(family, tmp_path):
     token = model.first_token_id("Left")
     assert np.allclose(end.probability, logits.softmax(-1)[token], rtol=1e-4)
     assert result.max_check_diff < 1e-6 and result.skipped == []
+
+
+def test_a_word_counts_with_and_without_its_space_where_these_are_two_tokens(tmp_path):
+    model, sample = tiny_vlm(prompt=PROMPT + "\n"), tiny_sample(tmp_path)
+    spelled = dict(zip(LENS_WORDS, ("Left", "left", "right", "Right"), strict=True))
+    frame = run(model, [sample], protocol="corrected")
+    states, _ = library_states(model, sample)
+    logits = torch.cat([norm_by_hand(model, states[:-1]), states[-1:]]) @ model.unembed.weight.T
+    order = logits.argsort(-1, descending=True).argsort(-1) + 1
+    for word, part in frame.groupby("word"):
+        tokens = list(model.first_token_ids(spelled[word]))
+        assert len(set(tokens)) == len(tokens) > 1 and tokens[0] == model.first_token_id(spelled[word])
+        assert np.allclose(part.probability, logits.softmax(-1)[:, tokens].sum(-1), rtol=1e-4)
+        assert np.allclose(part.logprob, np.log(part.probability))
+        assert part["rank"].tolist() == order[:, tokens].min(-1).values.tolist()
+        likelier = [tokens[n] for n in logits[:, tokens].argmax(-1)]
+        assert part.token.tolist() == [model.tokenizer.decode([token]) for token in likelier]
+    paper = run(model, [sample], protocol="paper").query("word == 'Noncapitalized answer'")
+    assert np.allclose(
+        paper.probability, paper_lens(model, states).softmax(-1)[:, model.first_token_id("left")], rtol=1e-4
+    )
+    assert model.first_token_ids("left") == model.first_token_ids("left hand"), "one that begins alike is skipped"
+    result = lens_of(model, [replace(sample, option_false="left hand")])
+    assert {skipped["word"] for skipped in result.skipped} == set(LENS_WORDS[2:])
 
 
 def test_the_protocols_part_everywhere_but_at_the_end(tmp_path):

@@ -24,7 +24,7 @@ from mmflow_utils.models import load, precision, sources
 from mmflow_utils.models.adapter import text_inputs
 from mmflow_utils.models.load import load_model
 from mmflow_utils.models.sources import find_checkpoint
-from mmflow_utils.params import Params
+from mmflow_utils.params import ROOT, Params
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.results.frames import manifest
 
@@ -200,7 +200,17 @@ def test_a_words_first_token_is_the_one_an_answer_begins_with(end):
     tokenizer = byte_level()
     other = replace(model, tokenizer=tokenizer)
     first = tokenizer.convert_ids_to_tokens([other.first_token_id(word) for word in words])
-    assert first == (["ĠLeft", "Ġleft", "Ġblue", "ĠYes"] if end == ":" else ["Left", "left", "blue", "Yes"])
+    spaced = ["ĠLeft", "Ġleft", "Ġblue", "ĠYes"]
+    assert first == (spaced if end == ":" else ["Left", "left", "blue", "Yes"])
+    both = [tokenizer.convert_ids_to_tokens(other.first_token_ids(word)) for word in words]
+    assert both == [list(dict.fromkeys(pair)) for pair in zip(first, spaced, strict=True)]
+
+
+def test_a_word_that_an_answer_begins_with_a_piece_of_has_that_piece_behind_a_space_too():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT / "assets" / "llava-smollm2")
+    model = replace(tiny_vlm(prompt=PROMPT + "\n"), tokenizer=tokenizer)
+    found = {word: tokenizer.convert_ids_to_tokens(model.first_token_ids(word)) for word in ("Cup", "cup", "Left")}
+    assert found == {"Cup": ["C", "ĠCup", "ĠC"], "cup": ["cup", "Ġcup"], "Left": ["Left", "ĠLeft"]}
 
 
 def byte_level():
