@@ -85,9 +85,11 @@ def describe_decisions(decisions: pd.DataFrame, *, n_boot: int = 1000, seed: int
     The layer is a mean over the samples in which that happens, with its interval over images.
     """
     lines = []
-    for (task, protocol), part in decisions[decisions.word == "Either case"].groupby(["task", "protocol"]):
+    either = decisions[decisions.word == "Either case"]
+    for (task, protocol), part in either.groupby(["task", "protocol"], dropna=False):
         settled = part.dropna(subset="settled_layer")
-        name, counted = f"{task}, {protocol} lens", f"{len(settled)} of {len(part)} samples"
+        name = f"{'No task' if pd.isna(task) else task}, {protocol} lens"
+        counted = f"{len(settled)} of {len(part)} samples"
         if settled.empty:
             lines.append(f"{name}: the answer is never the most probable word to the end ({counted}).")
             continue

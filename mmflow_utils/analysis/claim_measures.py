@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, strongest_index, with_interval
+from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, depth_of, strongest_index, with_interval
 from mmflow_utils.analysis.sentences import format_number
 
 NOTHING = (float("nan"),) * 3
@@ -29,7 +29,7 @@ def strongest(line: Line) -> str:
     """Write the strongest effect with its band's ends, its layer, and how deep that lies: 0 first, 1 last."""
     at = strongest_index(line.draws[:1])[0]
     effect, *ends = (format_number(numbers[at]) for numbers in (line.draws[0], line.low, line.high))
-    deep = format_number((line.layers[at] + 0.5) / line.n_layers, 2)
+    deep = format_number(depth_of(line.layers[at], line.n_layers), 2)
     return f"{effect} ({' to '.join(ends)}) at layer {line.layers[at]:.0f} of {line.n_layers}, depth {deep}"
 
 
@@ -51,12 +51,13 @@ def later(first: Line, second: Line) -> Measured:
 def depth(line: Line) -> Measured:
     """Depth of the strongest layer: 0 is the first, 1 the last."""
     strongest = np.where(np.isfinite(line.draws).all(1), line.layers[strongest_index(line.draws)], np.nan)
-    return with_interval((strongest + 0.5) / line.n_layers)
+    return with_interval(depth_of(strongest, line.n_layers))
 
 
-def on_average(first: Line, second: Line) -> Measured:
-    """The first line's effect minus the second's, mean of all layers."""
-    return with_interval(first.draws.mean(1) - second.draws.mean(1))
+def at_both_ends(first: Line, second: Line) -> Measured:
+    """The first line's effect minus the second's, at the first layer or at the last, where it is less."""
+    apart = first.draws - second.draws
+    return with_interval(np.minimum(apart[:, 0], apart[:, -1]))
 
 
 # The greatest of many noisy layers is too great, in the data and in resamples. What follows takes its

@@ -10,12 +10,12 @@ import pandas as pd
 
 from mmflow_utils.analysis import claim_measures as measures
 from mmflow_utils.analysis.collect import HELD, LEAD, REMOVED, WRITTEN_BY
-from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample, stage_layers, with_image_numbers
+from mmflow_utils.analysis.flow_stages import MIDDLE, NEGLIGIBLE, Measured, resample, stage_layers, with_image_numbers
 from mmflow_utils.analysis.sentences import format_number
 from mmflow_utils.analysis.stats import curves
 
 POOLED = "all tasks"
-VERDICTS = ("holds", "does not hold", "undecided", "not applicable", "not measured")
+VERDICTS = ("holds", "does not hold", "differs by task", "undecided", "not applicable", "not measured")
 APART = 1.0  # layers between the centers of what comes first and what comes second
 OF_STAGES = (measures.two_drops, measures.later, measures.depth)  # about where effects are: each line must have one
 
@@ -40,7 +40,9 @@ def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
     A claim **holds** if the whole 95 % interval of its number lies in the claimed range, **does not hold** if all of it
     lies outside, and is **undecided** otherwise. So an order needs centers that are surely a layer apart, and "no
     effect" a band inside ±5 %: an interval that is merely wide shows neither. A claim about an effect that surely
-    isn't there is **not applicable**; what a model hasn't stored is **not measured**.
+    isn't there is **not applicable**; what a model hasn't stored is **not measured**. A curve of all tasks together may
+    show an order that no task has, so where one task says the opposite of another, or of all together, the claim
+    **differs by task**.
 
     Args:
         effects: from `collect_effects`.
@@ -56,7 +58,10 @@ def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
     for model, mine in effects.groupby("model"):
         of_task = _lines(mine, n_boot, seed) | _lines(mine.assign(task=POOLED), n_boot, seed)
         rows += [{"model": model, "task": task} | _judge(claim, of_task[task]) for task in of_task for claim in CLAIMS]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    opposed = table.groupby(["model", "claim"])["verdict"].transform(lambda said: {*VERDICTS[:2]} <= {*said})
+    table.loc[opposed & (table["task"] == POOLED), "verdict"] = "differs by task"
+    return table
 
 
 def tally_claims(table: pd.DataFrame) -> pd.DataFrame:
@@ -198,8 +203,8 @@ CLAIMS = (
         says="up to -30 % in ChooseAttr, in the middle layers",
         lines=QUESTION,
         measure=measures.depth,
-        measured="depth of its strongest layer (0 first, 1 last; middle: 0.25 to 0.75)",
-        holds=(0.25, 0.75),
+        measured="depth of its strongest layer (0 first, 1 last; middle: {:g} to {:g})".format(*MIDDLE),
+        holds=MIDDLE,
     ),
     Claim(
         text="The last position draws on the question more than on the image",
@@ -267,9 +272,9 @@ CLAIMS = (
         says="similarity falls by 90 % without the MLP at the first layer and by 25 % at the last, without attention "
         "by 60 % and 10 %",
         lines={"MLP": "module_knockout", "Attention": "module_knockout"},
-        measure=measures.on_average,
-        measured="words lost without the MLP minus without attention, mean of all layers (percentage points; "
-        f"more: {NEGLIGIBLE:g} or more)",
+        measure=measures.at_both_ends,
+        measured="similarity lost without the MLP minus without attention, at the first layer or the last, where it "
+        f"is less (percentage points; more: {NEGLIGIBLE:g} or more)",
     ),
     Claim(
         text="The second half of the layers can do without the image tokens",

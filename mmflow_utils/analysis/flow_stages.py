@@ -1,6 +1,7 @@
 """Which layers are a stage, by a rule and not by eye, and how sure its beginning and end are."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from mmflow_utils.analysis.stats import curves, resample_means, summarize, sums_
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
+MIDDLE = 0.25, 0.75  # how deep the middle layers lie, see `depth_of`
 
 Draws = Float[np.ndarray, "draws n_layers"]
 Measured = tuple[float, float, float]
@@ -115,6 +117,15 @@ def _edges(
         "ends": len(layers) - 1 - inside[:, ::-1].argmax(1),
     }
     return {name: np.where(inside.any(1), layers[at].astype(float), np.nan) for name, at in index.items()}
+
+
+def depth_of(layer: Any, n_layers: int) -> Any:
+    """Say how deep the middle of a layer lies, or of each in a column: 0 where the first begins, 1 where the last ends.
+
+    >>> depth_of(np.array([0, 39]), 40).tolist()
+    [0.0125, 0.9875]
+    """
+    return (layer + 0.5) / n_layers
 
 
 def strongest_index(draws: Draws) -> Int[np.ndarray, " draws"]:

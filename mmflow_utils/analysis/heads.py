@@ -10,19 +10,21 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.special import ndtri
 
-from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, resample
+from mmflow_utils.analysis.flow_stages import NEGLIGIBLE, Measured, resample
 from mmflow_utils.analysis.stats import correlate_ranks, soft_ranks
 
-__all__ = ["DIFFERENT", "SAME", "head_agreement"]
+__all__ = ["ALIKE", "DIFFERENT", "SAME", "head_agreement", "judge_agreement"]
 
 SAME, DIFFERENT = "the same task", "different tasks"
+ALIKE = 0.1  # tasks share their heads if two correlate by no more than this below one with itself
 
 
 def head_agreement(frame: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Correlate the ranks of heads, by mean `logprob_change`, between tasks and within each.
 
     Images are divided in two halves, and only means of different halves are compared: so a task's correlation with
-    itself shows how much the noise of so few samples lets one see, and that between two tasks may be held against it.
+    itself shows how much the noise of so few samples lets one see, and that between two tasks may be held against it. A
+    task whose images are all in one half is left out.
 
     Returns:
         One row per pair of tasks (task, other): `rho` over all heads (of `soft_ranks`, where less than 5 % counts as
@@ -43,6 +45,20 @@ def head_agreement(frame: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
         rows.append(_row(one, other, rho, frame[frame["task"].isin([one, other])]))
     rows += [_row(kind, "mean", np.mean(found, axis=0), frame) for kind, found in pooled.items() if found]
     return pd.DataFrame(rows)
+
+
+def judge_agreement(table: pd.DataFrame) -> tuple[Measured, bool | None]:
+    """Say whether tasks share their heads, by a table of `head_agreement` with several.
+
+    Returns:
+        `SAME` minus `DIFFERENT` with its 95 % interval; True where that surely stays below `ALIKE`, False where it
+        surely exceeds it, None otherwise, and where a task's halves don't surely correlate: then nothing is seen.
+    """
+    means = table[table["other"] == "mean"].set_index("task")
+    gap = means["rho"][SAME] - means["rho"][DIFFERENT]
+    reach = np.hypot(*((means["ci_high"] - means["ci_low"]) / 2)[[SAME, DIFFERENT]])
+    unseen = means["ci_low"][SAME] <= 0 or gap - reach <= ALIKE <= gap + reach
+    return (gap, gap - reach, gap + reach), None if unseen else bool(gap < ALIKE)
 
 
 def _row(task: str, other: str, rho: Float[np.ndarray, " draws"], frame: pd.DataFrame) -> dict[str, object]:

@@ -75,6 +75,8 @@ def test_decisions_are_described_with_n_and_a_null_result_as_one():
     assert line.startswith("T, paper lens: on average the answer first becomes the most probable word after layer")
     assert "after layer 1.0 and stays so from layer 2.0 on (95 % interval " in line
     assert line.endswith("2 of 3 samples, on 2 images).")
+    (line,) = describe_decisions(decision_layers(ranks([9, 1, 1, 1], [2] * 4, task=None)))
+    assert line.startswith("No task, paper lens: on average the answer first becomes")
     (line,) = describe_decisions(decision_layers(ranks([9] * 4, [2] * 4)))
     assert line == "T, paper lens: the answer is never the most probable word to the end (0 of 1 samples)."
 

@@ -64,8 +64,8 @@ AS_IN_THE_PAPER = {
     "Noncapitalized answer": LOWER,
     "Capitalized answer": CAPITALS,
     LEAD: LOWER - CAPITALS,
-    "MLP": np.full(L, 40.0),
-    "Attention": np.full(L, 20.0),
+    "MLP": np.linspace(90, 25, L),
+    "Attention": np.linspace(60, 10, L),
     REMOVED: np.where(np.arange(L) < 10, 50.0, 0.0),
     f"{HELD}Question": bump(9, 80, 3),
 }
@@ -239,7 +239,7 @@ def test_numbers_are_those_computed_by_hand():
     assert values["depth"] == pytest.approx(11.5 / 20)
     assert values["stronger"] == pytest.approx(44)
     assert values["largest"] == 0
-    assert values["on_average"] == 20 and values["in_second_half"] == 0
+    assert values["at_both_ends"] == pytest.approx(15) and values["in_second_half"] == 0
     lowest = AS_IN_THE_PAPER["Image -> Question"][2:9].min()
     assert values["two_drops"] == pytest.approx(35 - lowest)
     here = table.set_index("claim").loc["Question -> Last is strongest in the middle layers", "here"]
@@ -287,6 +287,17 @@ def test_models_and_tasks_are_judged_apart_and_counted():
     tally = tally_claims(table)
     assert tally.loc[("a", CLAIMS[2].text), "tasks"] == "holds in 1 of 2 tasks (T), does not hold in 1 (U)"
     assert tally.loc[("b", CLAIMS[2].text), "tasks"] == "holds in 0 of 1 task, does not hold in 1 (T)"
+    assert tally.loc[("a", CLAIMS[2].text), POOLED] == "differs by task"
+    assert tally.loc[("b", CLAIMS[2].text), POOLED] == "does not hold"
+
+
+def test_no_order_is_claimed_of_all_tasks_together_that_one_of_them_contradicts():
+    """Many samples of one task would decide what all say together."""
+    late = AS_IN_THE_PAPER | {"Image -> Question": bump(15, 60, 2)}
+    made = [as_drawn(AS_IN_THE_PAPER, task="T", noise=1.0, **MANY), as_drawn(late, task="U", noise=1.0)]
+    order, table = "Image -> Question acts before Question -> Last", check_claims(pd.concat(made), **QUICK)
+    found = table[table["claim"] == order].set_index("task")["verdict"].to_dict()
+    assert found == {"T": "holds", "U": "does not hold", POOLED: "differs by task"}
 
 
 def test_findings_say_tasks_first_then_number_interval_and_n_then_the_papers_number():

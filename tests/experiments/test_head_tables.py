@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_sample, tiny_vlm
 
-from mmflow_utils.analysis.heads import DIFFERENT, SAME, head_agreement
+from mmflow_utils.analysis.heads import DIFFERENT, SAME, head_agreement, judge_agreement
 from mmflow_utils.engine import sweep
 from mmflow_utils.engine.attribution import attribute_heads
 from mmflow_utils.engine.reference import run_reference
@@ -101,6 +101,23 @@ def test_a_screen_has_the_rows_of_a_table_and_leaves_nothing_behind(world):
     assert not any(model.output_proj(n)._forward_pre_hooks or model.layers[n]._forward_pre_hooks for n in range(3))
 
 
+def test_one_flow_is_taken_as_it_is(world):
+    model, samples = world
+    sets = [{"heads": [(1, 0)]}]
+    assert len(head_sweep(model, samples, FLOWS[0], sets=sets, n_check=0, progress=False).frame) == 2
+    assert len(head_screen(model, samples[:1], FLOWS[0], progress=False).frame) == 3 * 4
+
+
+def test_sets_without_heads_and_sizes_that_no_model_has_are_refused(world):
+    model, samples = world
+    with pytest.raises(ValueError, match="got none in {'name': 'b'}"):
+        sets = [{"name": "a", "heads": [(0, 0)]}, {"name": "b", "heads": []}]
+        head_sweep(model, samples, FLOWS, sets=sets, progress=False)
+    for sizes in ((0, 1), (1, 99)):
+        with pytest.raises(ValueError, match="sizes of 1 to 2 heads"):
+            head_sets(made_up({"A": [-3.0, 0.0]}, noise=0.0), sizes)
+
+
 def made_up(weights: dict[str, list[float]], *, noise: float, n_images: int = 40) -> pd.DataFrame:
     rng, rows = np.random.default_rng(0), []
     for task, effects in weights.items():
@@ -119,6 +136,19 @@ def test_agreement_is_found_where_it_is_and_held_against_what_noise_leaves():
     assert same[SAME] > 0.6 and abs(same[SAME] - same[DIFFERENT]) < 0.1
     assert apart.rho[SAME] > 0.6 and apart.ci_low[DIFFERENT] < 0.2 and apart.ci_high[DIFFERENT] < apart.ci_low[SAME]
     assert head_agreement(made_up({"A": one}, noise=0.1), n_boot=100).task.tolist() == ["A", SAME]
+
+
+def test_tasks_share_their_heads_only_where_halves_of_a_task_agree_for_sure():
+    rng = np.random.default_rng(1)
+    one, other, flat = rng.standard_normal(48), rng.standard_normal(48), np.zeros(48)
+
+    def judged(weights, noise, n_images=40):
+        return judge_agreement(head_agreement(made_up(weights, noise=noise, n_images=n_images), n_boot=100))[1]
+
+    assert judged({"A": one, "B": 3 * one}, 0.5) is True
+    assert judged({"A": one, "B": other}, 0.5) is False
+    assert judged({"A": flat, "B": flat}, 1.0, 8) is None  # equal gaps, and nothing behind them
+    assert judged({"A": one, "B": 3 * one}, 9.0, 8) is None
 
 
 def test_sets_are_nested_and_in_the_order_of_their_effects():
