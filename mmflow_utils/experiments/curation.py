@@ -9,6 +9,7 @@ Example:
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mmflow_utils.data.authors import read_authors
 from mmflow_utils.data.captions import add_captions, captions_file
+from mmflow_utils.data.fields import picture_file
 from mmflow_utils.data.gqa import read_gqa
 from mmflow_utils.data.sample import Sample, frame_to_samples, is_correct, picture_by_picture, samples_to_frame
 from mmflow_utils.engine.answers import answer_together, greedy_answer
@@ -29,7 +31,7 @@ from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import Encoded, encode
 from mmflow_utils.prompts.flows import NO_PICTURE, variants, whole_depth
-from mmflow_utils.results.frames import load_frame, manifest, save_frame
+from mmflow_utils.results.frames import identity_of, load_frame, manifest, save_frame, wants_fresh
 from mmflow_utils.results.resume import measure_in_parts
 
 __all__ = [
@@ -38,7 +40,10 @@ __all__ = [
 ]  # fmt: skip
 
 # What a curated set depends on: everything else may change without asking the model again.
-DEPENDS_ON = ("model", "revision", "prompt", "do_pad", "dtype", "seed", "n_samples", "needs_picture")
+DEPENDS_ON = (
+    "model", "checkpoint", "revision", "language_model", "prompt", "do_pad", "dtype", "seed", "n_samples",
+    "needs_picture",
+)  # fmt: skip
 ABOUT_SAMPLE = ("sample_id", "image_id", "structural", "semantic", "detailed", "task", "answer")
 COLUMNS = (*ABOUT_SAMPLE, "prediction", "correct", "reason")
 WITHOUT = "answered_without_picture"
@@ -217,20 +222,22 @@ def read_questions(params: Params, *, tasks: Iterable[str] | None = None) -> tup
     return samples, left_out
 
 
-def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sample]:
+def load_samples(model: VLM, params: Params, task: str | None = None, *, fresh: bool | None = False) -> list[Sample]:
     """Give the model's correctly answered samples of one task, or of all of the parameters' tasks.
 
     They are in `outputs/<model>/samples/`, with the record of what was asked. What isn't there yet for these
     parameters is curated here and kept, so that every notebook can be run on its own with the same result.
+    `fresh` curates anew what is there; None: as the environment's `FRESH` says.
 
     Raises:
         ValueError: a task of which the model answers no question correctly.
     """
     expected = manifest(params, model, fields=DEPENDS_ON)
     tasks, found = [task] if task else params.tasks, {}
-    for name in tasks:
+    for name in [] if wants_fresh(fresh) else tasks:
         with suppress(ValueError):  # not there, or of other parameters
-            found[name] = frame_to_samples(load_frame(_samples_file(params, name), expected))
+            stored = frame_to_samples(load_frame(_samples_file(params, name), expected))
+            found[name] = [_with_picture_of(params, sample) for sample in stored]
     if missing := [name for name in tasks if name not in found]:
         found |= _curate_and_keep(model, params, missing, expected)
     for name in tasks:
@@ -243,13 +250,20 @@ def load_samples(model: VLM, params: Params, task: str | None = None) -> list[Sa
     return [sample for name in tasks for sample in found[name]]
 
 
+def _with_picture_of(params: Params, sample: Sample) -> Sample:
+    """Look for a stored sample's picture where the pictures lie now."""
+    here = picture_file(params.path("images"), sample.image_id)
+    return replace(sample, image=here) if here.is_file() else sample
+
+
 def _samples_file(params: Params, name: str) -> Path:
     return params.folder / "samples" / f"{name}.parquet"
 
 
 def _curate_and_keep(model: VLM, params: Params, tasks: Sequence[str], made_from: dict) -> dict[str, list[Sample]]:
     samples, _ = read_questions(params, tasks=tasks)
-    ask = ask_in_parts(params, folder := params.folder / "samples" / "asked")
+    folder = params.folder / "samples" / identity_of(made_from)  # another run's answers stay
+    ask = ask_in_parts(params, folder / "asked")
     kept, record = curate(model, samples, tasks=tasks, n_samples=params.n_samples, seed=params.seed, ask=ask)
     by_task = {task: [sample for sample in kept if sample.task == task] for task in tasks}
     for task, some in by_task.items():

@@ -20,7 +20,8 @@ BY_LAYER |= {"prune_sweep": ("removed", "n_layers_without", "same_pct")}
 """Experiments that can be asked for some layers alone: by which argument, where they stand, what is measured there."""
 N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass, too
 # What makes a result: what a notebook has of its own comes in through samples and arguments.
-DEPENDS_ON = {*Params.model_fields, "weights_sha256", "data_sha256", "experiment", "version", "samples", "arguments"}
+DEPENDS_ON = {*Params.model_fields, "weights_sha256", "settings_sha256", "data_sha256"}
+DEPENDS_ON |= {"experiment", "version", "samples", "arguments"}
 ROUNDED = {"rank", "top_token"}  # words far down a list, or as likely as the next one, change places
 
 

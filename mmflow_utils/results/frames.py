@@ -33,6 +33,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas")
 NOT_OF_THE_RESULT = frozenset({"outputs", "device", "device_map", "shard", "n_boot"})
 # Parameters that came later: told only where they are set, so that results from before stay results of this run.
 LATER = {"needs_picture": False}
+# What loading reads beside the weights: by another one of these they compute something else.
+SETTINGS = ("*config.json", "tokenizer*", "*.jinja", "*.model", "*.gguf")
 KEY = b"mmflow_manifest"
 # Where the checksum of a file stands in it. It is taken with zeros in its own place.
 MARK, BLANK = b'"sha256": "', b"0" * 64
@@ -59,6 +61,8 @@ def manifest(
     files = sorted(params.path("checkpoint").glob("*.safetensors"))
     commit = getattr(getattr(getattr(model, "hf", None), "config", None), "_commit_hash", None)
     depends_on["weights_sha256"] = sha256(*files) if files else commit
+    if settings := _settings(params):
+        depends_on["settings_sha256"] = sha256(*settings)
     data = _data_files(params)
     depends_on["data_sha256"] = sha256(*data) if data and all(file.is_file() for file in data) else None
     for name in sorted(names - set(Params.model_fields)) if fields is None else ():
@@ -71,6 +75,15 @@ def manifest(
         "git_commit": _git_commit(),
     }
     return {"depends_on": depends_on, "made_by": made_by | measured}
+
+
+def _settings(params: Params) -> list[Path]:
+    """List what is read beside the checkpoint's weights, and all of a language model that lies in a folder here."""
+    folder, language_model = params.path("checkpoint"), params.language_model
+    found = [folder] if folder.is_file() else [file for some in SETTINGS for file in folder.glob(some)]
+    if language_model and (other := params.path("language_model")).exists():
+        found += [other] if other.is_file() else other.glob("*.*")
+    return sorted(file for file in set(found) if file.is_file())
 
 
 def _data_files(params: Params) -> list[Path]:
@@ -214,7 +227,8 @@ def unpack(content: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Name what a manifest depends on otherwise than expected, one clause each."""
     was, now = (LATER | json.loads(json.dumps(m["depends_on"], default=str)) for m in (found, expected))
-    pairs = [(key, was.get(key), now[key]) for key in now if key != "arguments"]
+    told = [key for key in now if key != "arguments" and (key in was or key != "settings_sha256")]  # not always stored
+    pairs = [(key, was.get(key), now[key]) for key in told]
     # A call's arguments are compared one by one; those that are parameters too are named once.
     given, asked = (m.get("arguments", {}) if "arguments" in now else {} for m in (was, now))
     pairs += [(key, given.get(key), asked.get(key)) for key in {**given, **asked}]
@@ -235,8 +249,12 @@ def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
             os.fsync(handle)  # else a power cut may leave the new name with nothing behind it
         os.chmod(name, 0o644)
         if not replace:
-            with suppress(PermissionError, NotImplementedError):  # a file system without links
+            try:
                 return os.link(name, path)  # of two that do this at once, one is told
+            except FileExistsError:
+                raise
+            except (OSError, NotImplementedError):  # a file system without links says so in many ways
+                pass
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

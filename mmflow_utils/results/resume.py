@@ -21,7 +21,7 @@ from mmflow_utils.results.committed import find_result, take_committed
 from mmflow_utils.results.record import Result
 from mmflow_utils.results.version import describe_call
 
-BAR = "{desc}: {n_fmt} of {total_fmt} parts |{bar}| {elapsed} gone, {remaining} to go"
+BAR = "{desc}: {n_fmt} of {total_fmt} parts |{bar}| {elapsed} elapsed, {remaining} left"
 
 
 def measure_in_parts(

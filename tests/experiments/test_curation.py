@@ -189,6 +189,29 @@ def test_every_notebook_reads_the_same_samples(params, asked):
     assert record.loc[~record.correct, "reason"].str.contains("Nonsense").all()
 
 
+def test_samples_are_found_again_where_the_pictures_lie_now(params, asked, tmp_path):
+    first, n_asked = load_samples(model(), params), len(asked)
+    moved = tmp_path / "pictures"
+    moved.mkdir()
+    for sample in first:
+        (moved / sample.image.name).write_bytes(sample.image.read_bytes())
+    again = load_samples(model(), params.model_copy(update={"images": str(moved)}))
+    assert again == [replace(sample, image=moved / sample.image.name) for sample in first] and len(asked) == n_asked
+    nowhere = load_samples(model(), params.model_copy(update={"images": str(tmp_path / "nowhere")}))
+    assert nowhere == first
+
+
+def test_fresh_chooses_anew_and_leaves_another_runs_answers(params, asked, monkeypatch):
+    other = params.folder / "samples" / "00000000" / "asked" / "asked_0.parquet"
+    other.parent.mkdir(parents=True)
+    other.write_text("of a run that asks right now")
+    first, n_asked = load_samples(model(), params), len(asked)
+    assert other.is_file() and [file.name for file in other.parents[2].iterdir() if file.is_dir()] == ["00000000"]
+    monkeypatch.setenv("FRESH", "1")
+    assert load_samples(model(), params) == first and len(asked) == n_asked  # a notebook that reads them
+    assert load_samples(model(), params, fresh=None) == first and len(asked) == 2 * n_asked  # the one that makes them
+
+
 def test_a_task_can_come_first_and_the_rest_later(params, asked):
     one = load_samples(model(), params, TASKS[1])
     both = load_samples(model(), params)
@@ -198,7 +221,11 @@ def test_a_task_can_come_first_and_the_rest_later(params, asked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "change", [dict(n_samples=4), dict(seed=1), dict(prompt="<image>{question}"), dict(do_pad=False)]
+    "change",
+    [
+        *(dict(n_samples=4), dict(seed=1), dict(prompt="<image>{question}"), dict(do_pad=False)),
+        *(dict(checkpoint="another"), dict(language_model="another")),
+    ],
 )
 def test_other_parameters_curate_anew(params, asked, change):
     before = load_samples(model(), params)

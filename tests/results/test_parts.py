@@ -480,4 +480,4 @@ def test_the_bar_counts_parts_and_says_what_is_left(stopped, capsys):
     stopped(progress=True)
     last = capsys.readouterr().err.split("\r")[-1]
     assert "flow: 4 of 4 parts" in last
-    assert "to go" in last
+    assert "left" in last

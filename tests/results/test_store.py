@@ -1,5 +1,6 @@
 """Results on disk: lossless, whole or absent, and never mistaken for those of another run."""
 
+import errno
 import json
 import re
 import subprocess
@@ -72,6 +73,37 @@ def test_other_weights_and_other_data_are_noticed(tmp_path, frame, params, file,
     (tmp_path / file).write_text("something else")
     with pytest.raises(ValueError, match=key):
         load_frame(path, manifest(params))
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "tokenizer.json", "model.gguf"])
+def test_what_is_read_beside_the_weights_is_noticed(tmp_path, frame, params, name):
+    (tmp_path / name).write_text("before")
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    (tmp_path / name).write_text("rope_theta")
+    with pytest.raises(ValueError, match="settings_sha256 was"):
+        load_frame(path, manifest(params))
+    (tmp_path / "training.json").write_text("a record, which nobody computes with")
+    (tmp_path / name).write_text("before")
+    assert load_frame(path, manifest(params)).equals(frame)
+
+
+def test_another_language_model_in_a_folder_is_noticed(tmp_path, frame, params):
+    other = tmp_path / "language"
+    other.mkdir()
+    (other / "weights.gguf").write_text("one")
+    params = params.model_copy(update={"language_model": str(other)})
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    (other / "weights.gguf").write_text("two")
+    with pytest.raises(ValueError, match="settings_sha256 was"):
+        load_frame(path, manifest(params))
+
+
+def test_a_result_from_before_settings_were_told_stays_valid(tmp_path, frame, params):
+    (tmp_path / "config.json").write_text("{}")
+    told = manifest(params)
+    before = {**told, "depends_on": {k: v for k, v in told["depends_on"].items() if k != "settings_sha256"}}
+    assert "settings_sha256" in told["depends_on"]
+    assert load_frame(save_frame(frame, tmp_path / "flow.parquet", before), told).equals(frame)
 
 
 def test_a_result_may_depend_on_fewer_parameters(tmp_path, frame, params):
@@ -195,3 +227,13 @@ def test_of_two_runs_that_end_at_once_none_is_lost(tmp_path, frame, params, monk
     assert save_frame(frame, path, manifest(params)) != path
     assert load_frame(path, manifest(params)).equals(frame)
     assert load_frame(path, manifest(other)).layer.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_links_loses_nothing(tmp_path, frame, params, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(store.os, "link", refuse)
+    path = save_frame(frame, tmp_path / "flow.parquet", manifest(params))
+    assert load_frame(path, manifest(params)).equals(frame)
