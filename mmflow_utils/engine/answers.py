@@ -52,7 +52,7 @@ def answer_together(
     while len(prompts) - len(said) > 1 and _can_pack(model):
         left = prompts[len(said) :]
         whole = run_clean(model, left[0], prefix)
-        shared = min(prefix.common(p.inputs, p.positions.last) for p in left)
+        shared = min(prefix.common(model, p.inputs, p.positions.last) for p in left)
         if not shared or not prefix.fits(model, left[1].inputs, shared):
             break
         some = _as_many_as_fit(left, shared)

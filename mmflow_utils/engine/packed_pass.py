@@ -73,7 +73,7 @@ class PackedPass:
         """Run the prompt with everything hooked in, and return its clean logits at the positions read."""
         inputs, prefix = encoded.inputs, self.prefix
         first_edited = min([self.read[0], *(branch.rows[0] for branch in self.branches)])
-        start = prefix.common(inputs, first_edited) if prefix else 0
+        start = prefix.common(self.model, inputs, first_edited) if prefix else 0
         if prefix and start and prefix.fits(self.model, inputs, start):
             self.start = start
             with suppress(Uncut), self._hooked():
@@ -83,7 +83,7 @@ class PackedPass:
             out = self.model.hf(**inputs, use_cache=False)
         check_head(self.model, encoded, self.resid_post[-1], out.logits[0])
         if prefix:
-            prefix.remember(inputs, self.keys)
+            prefix.remember(self.model, inputs, self.keys)
         return out.logits[0]
 
     def _kept(self, logits: Float[Tensor, "rows vocab"]) -> Shaped[Tensor, "rows k"]:

@@ -37,20 +37,21 @@ class Prefix:
     """
 
     def __init__(self) -> None:
+        self.owner: nn.Module | None = None  # whose keys and values they are
         self.inputs: dict[str, Tensor] = {}
         self.layers: list[tuple[Tensor, Tensor]] = []  # rotated keys and values, each [key_heads, pos, d_head]
 
-    def remember(self, inputs: Mapping[str, Tensor], layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def remember(self, model: VLM, inputs: Mapping[str, Tensor], layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Hold what a full pass computed, in place of what was held before."""
-        self.inputs, self.layers = dict(inputs), list(layers)
+        self.owner, self.inputs, self.layers = model.hf, dict(inputs), list(layers)
 
-    def common(self, inputs: Mapping[str, Tensor], most: int) -> int:
+    def common(self, model: VLM, inputs: Mapping[str, Tensor], most: int) -> int:
         """Return how many positions from the first on, at most `most`, a prompt shares with the one held.
 
-        0 where pictures differ, or where so few are shared that nothing is gained.
+        0 where models or pictures differ, or where so few are shared that nothing is gained.
         """
         ids = inputs["input_ids"][0]
-        if not self.layers or inputs.keys() != self.inputs.keys():
+        if self.owner is not model.hf or inputs.keys() != self.inputs.keys():
             return 0
         runs_along = inputs["input_ids"].shape, self.inputs["input_ids"].shape
         for name, tensor in inputs.items():
@@ -107,7 +108,7 @@ def run_clean(model: VLM, encoded: Encoded, prefix: Prefix) -> Run:
         ValueError: As from `run_reference`.
     """
     inputs, last = encoded.inputs, encoded.positions.last
-    start = prefix.common(inputs, last)
+    start = prefix.common(model, inputs, last)
     if start and prefix.fits(model, inputs, start):
         with collect_stream(model, [last - start]) as stream:
             logits = prefix.go_on(model, inputs, start, slice(last - start, last - start + 1))
@@ -116,7 +117,7 @@ def run_clean(model: VLM, encoded: Encoded, prefix: Prefix) -> Run:
         with collect_stream(model, [last]) as stream:
             logits = model.hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]
         check_head(model, encoded, stream[-1], logits)
-        prefix.remember(inputs, [(keys[0], values[0]) for keys, values, *_ in cache])
+        prefix.remember(model, inputs, [(keys[0], values[0]) for keys, values, *_ in cache])
     return Run.from_parts(encoded, logits.float().cpu(), [], stream, one=True)
 
 

@@ -105,8 +105,10 @@ def equal_work(
         choice, from_layer, seed: Of the pruning that is sought, see `Pruning`; FastV's layer by default.
 
     Returns:
-        The pruning; None where even keeping no token costs more.
+        The pruning; None where even keeping no token costs more, or the model has no such layer.
     """
+    if from_layer > model.n_layers:
+        return None
     n_image = len(image_positions(encoded))
     found = [Pruning(from_layer=from_layer, n_kept=n, choice=choice, seed=seed) for n in range(n_image + 1)]
     flops = work_of(model, encoded, pruning).first_token_flops

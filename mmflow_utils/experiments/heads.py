@@ -17,7 +17,7 @@ import pandas as pd
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.attribution import attribute_heads
 from mmflow_utils.experiments.knockout import ANSWER_COLUMNS, answer_rows, run_edits
-from mmflow_utils.experiments.loop import Loop
+from mmflow_utils.experiments.loop import Loop, Wanted
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import Flow, Intervention
@@ -33,7 +33,7 @@ ONE_LAYER: Any = {"window": 1, "layers": [0]}
 def head_sweep(
     model: VLM,
     samples: Iterable[Sample],
-    flows: Sequence[Flow],
+    flows: Flow | Sequence[Flow],
     *,
     sets: Sequence[Mapping[str, Any]] = (),
     intervention: Intervention = "mask",
@@ -59,6 +59,9 @@ def head_sweep(
     sets = sets or [{"layer": layer, "head": head, "heads": [(layer, head)]} for layer, head in every]
     labels = [{name: value for name, value in one.items() if name != "heads"} for one in sets]
     heads = [tuple(sorted((layer, head) for layer, head in one["heads"])) for one in sets]
+    if () in heads:
+        raise ValueError(f"Expected each of `sets` to hold a head or more, got none in {labels[heads.index(())]}.")
+    flows = [flows] if isinstance(flows, Flow) else flows
     wanted, loop = [(str(flow), flow, intervention) for flow in flows], Loop(model, method=method, n_check=n_check)
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
@@ -74,13 +77,16 @@ def head_sweep(
     return loop.over(samples, measure, columns, name="Heads", progress=progress)
 
 
-def head_screen(model: VLM, samples: Iterable[Sample], flows: Sequence[Flow], *, progress: bool = True) -> Result:
+def head_screen(
+    model: VLM, samples: Iterable[Sample], flows: Flow | Sequence[Flow], *, progress: bool = True
+) -> Result:
     """Estimate every head's `logprob_change` (nats) in `head_sweep`'s frame to first order, by `attribute_heads`."""
+    wanted: list[Wanted] = [(str(flow), flow, "mask") for flow in ([flows] if isinstance(flows, Flow) else flows)]
     loop = Loop(model)
 
     def measure(encoded: Encoded) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        for label, cut in loop.plan(encoded, [(str(flow), flow, "mask") for flow in flows], **ONE_LAYER):
+        for label, cut in loop.plan(encoded, wanted, **ONE_LAYER):
             found = attribute_heads(model, encoded, source=cut.source, target=cut.target).double().numpy()
             rows += [
                 {"flow": label, "layer": layer, "head": head, "logprob_change": change}
@@ -102,6 +108,8 @@ def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, s
         `random` ones there are `n_random` draws.
     """
     mean, rng = table.groupby(["layer", "head"])["logprob_change"].mean(), np.random.default_rng(seed)
+    if not all(1 <= n <= len(mean) for n in sizes):
+        raise ValueError(f"Expected sizes of 1 to {len(mean)} heads, as the table has, got {list(sizes)}.")
     steps = (mean / TIE).round()  # heads that cost alike come layer by layer, whatever rounding says
     ranked = {"strongest": steps, "weakest": steps.abs()}
     orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in ranked.items()]

@@ -30,6 +30,7 @@ COLUMNS = (
     "sample_id", "image_id", "task", "flow", "source", "target", "layer", "window", "n_layers_blocked", *ANSWER_COLUMNS,
 )  # fmt: skip
 WHOLE_DEPTH_COLUMNS = (*COLUMNS, "correct_pct")
+SOME_ROWS = 64  # of logits, written in float64 at a time: all heads' of a large model would take gigabytes
 
 
 def knockout_sweep(
@@ -103,10 +104,15 @@ def knockout_sweep(
 
 
 def stays_first(model: VLM, base: Float[Tensor, " vocab"], variants: Float[Tensor, "rows vocab"]) -> list[bool]:
-    """Return for each row of logits whether the token that `base` puts first is ahead there, by more than rounding."""
-    token, changed = int(base.argmax()), probabilities(variants)
-    others = changed.index_fill(1, torch.tensor([token]), 0)
-    return (changed[:, token] - others.amax(1) > rounding(model.dtype)).tolist()
+    """Return for each row of logits whether the token that `base` puts first is ahead there.
+
+    By more than rounding, or half of its lead in `base` where that is less: what changes nothing keeps the answer.
+    """
+    token, own = base.argmax(), probabilities(base[None])
+    lead = (own[0, token] - own.index_fill(1, token[None], 0).amax()).item()
+    changed = probabilities(variants)
+    others = changed.index_fill(1, token[None], 0)
+    return (changed[:, token] - others.amax(1) > min(rounding(model.dtype), lead / 2)).tolist()
 
 
 def run_edits(loop: Loop, encoded: Encoded, planned: Sequence[Variant], tolerance: float | None = None) -> Run:
@@ -123,11 +129,12 @@ def run_edits(loop: Loop, encoded: Encoded, planned: Sequence[Variant], toleranc
 def answer_rows(model: VLM, sample: Sample, planned: Sequence[Variant], run: Run) -> list[dict[str, Any]]:
     """Turn logits into rows: one per variant."""
     token = int(run.base.argmax())
-    base, changed = run.base.double().log_softmax(-1), run.variants.double().log_softmax(-1)
-    logprob_change, p_changed = (changed[:, token] - base[token]).tolist(), changed[:, token].exp().tolist()
+    base, blocks = run.base.double().log_softmax(-1), run.variants.split(SOME_ROWS)
+    changed = torch.cat([rows.double().log_softmax(-1)[:, token].clone() for rows in blocks])  # a view keeps its block
+    logprob_change, p_changed = (changed - base[token]).tolist(), changed.exp().tolist()
     text = model.tokenizer.decode([token])
     diff_base, diff_change = _logit_differences(model, sample, run, text)
-    p_base, stays = base[token].exp().item(), stays_first(model, run.base, run.variants)
+    p_base, stays = base[token].exp().item(), [s for rows in blocks for s in stays_first(model, run.base, rows)]
     rows = []
     for n, variant in enumerate(planned):
         assert variant.flow is not None  # `variants` labels each

@@ -7,12 +7,14 @@ result = patch_sweep(model, load_pairs(model, params))
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from PIL import Image
 
 from mmflow_utils.data.sample import Sample
 from mmflow_utils.engine.closeness import check_close, probabilities, rounding
@@ -24,7 +26,7 @@ from mmflow_utils.models.adapter import VLM
 from mmflow_utils.params import Params
 from mmflow_utils.prompts.encoding import Encoded, encode, image_positions
 from mmflow_utils.prompts.flows import pretty_name, window_layers
-from mmflow_utils.prompts.positions import PositionSets
+from mmflow_utils.prompts.positions import HAS_NONE, PositionSets
 from mmflow_utils.results.record import Result
 
 __all__ = ["SETS", "Pair", "find_pairs", "load_pairs", "patch_sweep", "with_pairs"]
@@ -52,14 +54,20 @@ def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
     waiting: dict[tuple, list[Sample]] = {}
     pairs = []
     for sample in samples:
-        alike = waiting.setdefault((sample.task, sample.question, sample.image_size), [])
-        first = next((one for one in alike if one.answer != sample.answer), None)
+        alike = waiting.setdefault((sample.task, sample.question, sample.image_size or _stored_size(sample)), [])
+        first = next((one for one in alike if one.answer != sample.answer and one.image_id != sample.image_id), None)
         if first is None:
             alike.append(sample)
         else:
             alike.remove(first)
             pairs.append(Pair(**vars(first), other=sample))
     return pairs
+
+
+def _stored_size(sample: Sample) -> tuple[int, int] | None:
+    with suppress(Exception), Image.open(sample.image) as stored:  # which reads no pixels yet
+        return stored.size
+    return None  # a broken file raises what it likes; why it can't be used is said where it is asked about
 
 
 def with_pairs(params: Params) -> Params:
@@ -180,7 +188,9 @@ def _name_sets(encoded: Encoded, donor: Encoded) -> PositionSets:
         held = held.with_(image_related=related, image_other={*held["image"]} - related)
     named = {*held.get("options"), *held.get("objects")}
     # What ends the picture's rows is part of it here: it too has looked at the picture.
-    return held.with_(rest_of_question={*held["question"]} - named, image=image_positions(encoded))
+    held = held.with_(rest_of_question={*held["question"]} - named, image=image_positions(encoded))
+    lost = [name for name, none in HAS_NONE.items() if held.missing.get(name, none) != none]
+    return held.with_missing(rest_of_question=held.why_missing(lost[0])) if lost else held  # it may hold their words
 
 
 def _check(model: VLM, encoded: Encoded, donor: Encoded, patches: Sequence[Patch], found: Patched, every: int) -> float:

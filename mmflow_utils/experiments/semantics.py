@@ -41,7 +41,7 @@ _NAMES = dict(zip(MODULE_INTERVENTIONS, ("Attention", "MLP"), strict=True))
 def module_knockout(
     model: VLM,
     samples: Iterable[Sample],
-    modules: Sequence[Intervention] = MODULE_INTERVENTIONS,
+    modules: Iterable[Intervention] = MODULE_INTERVENTIONS,
     *,
     window: int,
     positions: str = "question",
@@ -67,6 +67,7 @@ def module_knockout(
         >>> frame.groupby("knockout").jaccard.min().round(2).to_dict()
         {'Attention': 0.14, 'MLP': 0.06}
     """
+    modules = tuple(modules)
     if unknown := [name for name in modules if name not in MODULE_INTERVENTIONS]:
         raise ValueError(f"modules must be among {', '.join(MODULE_INTERVENTIONS)}, got {unknown}.")
     here = Flow(source=positions, target=positions)

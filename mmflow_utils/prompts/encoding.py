@@ -69,13 +69,14 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
         True
     """
     text, chars = _fill(model, sample)
+    asked = len(text)
     text += answer_prefix if isinstance(answer_prefix, str) else ""
     extra = [] if isinstance(answer_prefix, str) else [int(token) for token in answer_prefix]
     picture = load_image(sample) if "<image>" in chars else None
     inputs, written = _process(model, text, picture, extra)
     ids = inputs["input_ids"][0].tolist()
     offsets = _offsets(model, text, chars.get("<image>"), written, ids[: len(ids) - len(extra)])
-    offsets += [(len(text), len(text))] * len(extra)
+    offsets += [(len(text), len(text) + 1)] * len(extra)  # beyond the prompt
     most = getattr(model.text.config, "max_position_embeddings", None)
     if most and len(ids) > most:  # the model would run, on positions that it never saw in training
         raise ValueError(
@@ -89,7 +90,7 @@ def encode(model: VLM, sample: Sample, *, answer_prefix: str | Sequence[int] = "
         positions = _name_patches(model, positions, sample, picture.size, inputs)
     else:
         positions = positions.with_missing(**dict.fromkeys(_PICTURE_SETS, "the prompt shows no picture"))
-    positions = _name_rest(positions)
+    positions = _name_rest(positions, {n for n, (_, stop) in enumerate(offsets) if stop > asked})
     other = None
     if picture and sample.other_image:
         shown = load_image(replace(sample, image=sample.other_image, image_size=None))
@@ -278,9 +279,10 @@ def _find_text(
     return PositionSets(n_tokens=len(offsets), sets=sets | {"last": (len(offsets) - 1,)}, missing=missing)
 
 
-def _name_rest(positions: PositionSets) -> PositionSets:
-    """Name what is neither picture nor question, so that every position has its set, and what comes after the two."""
+def _name_rest(positions: PositionSets, answered: set[int]) -> PositionSets:
+    """Name what is neither picture nor question, so that all but the `answered` have their set, and what follows."""
     named = {p for name in ("image", "image_newline", "captions", "question", "last") for p in positions.get(name)}
+    named |= answered  # to cut these off as a part of the template would cut the answer off from its own beginning
     rest, end = [p for p in range(positions.n_tokens) if p not in named], positions["question"][-1]
     positions = positions.with_(system=[p for p in rest if p < end], template=[p for p in rest if p > end])
     if image := positions.get("image"):

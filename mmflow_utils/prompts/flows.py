@@ -249,7 +249,8 @@ def variants(
     modules = intervention in MODULE_INTERVENTIONS
     placement = placement or ("forward" if modules else "centered")
     windows = [(i, window_layers(i, window=window, n_layers=n_layers, placement=placement)) for i in layers]
-    chosen = {held: None if heads is None else tuple(product(held, sorted(set(heads)))) for _, held in windows}
+    heads = None if heads is None else sorted(set(heads))
+    chosen = {held: None if heads is None else tuple(product(held, heads)) for _, held in windows}
     found, how = [], {"intervention": intervention}
     for flow in flows:
         if problem := flow_problem(positions, flow, intervention=intervention):

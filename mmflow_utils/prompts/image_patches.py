@@ -144,15 +144,15 @@ def control_flows(n_draws: int) -> tuple[Flow, ...]:
 def merge_draws(frame: pd.DataFrame) -> pd.DataFrame:
     """Average each sample's draws at each layer into the one flow of Random image patches.
 
-    Numbers are averaged; other rows stay as they are. A sample's draws are no more data than its one related
-    set, so that averaging comes before any interval or test.
+    Numbers are averaged, `correct_pct` among them; other rows stay as they are. A sample's draws are no more data than
+    its one related set, so that averaging comes before any interval or test.
     """
     draws = frame["source"].str.fullmatch(_DRAW)
     if not draws.any():
         return frame.copy()
-    numbers = ("p_knockout", "rel_change_pct", "logprob_change", "logit_diff_change")
+    numbers = ["p_knockout", "rel_change_pct", "logprob_change", "logit_diff_change", *{"correct_pct"} & {*frame}]
     keys = [c for c in frame if c not in (*numbers, "flow", "source")]
-    merged = frame[draws].groupby(keys, dropna=False, sort=False, as_index=False)[list(numbers)].mean()
+    merged = frame[draws].groupby(keys, dropna=False, sort=False, as_index=False)[numbers].mean()
     merged["source"] = "image_random"
     merged["flow"] = [str(Flow(source="image_random", target=target)) for target in merged["target"]]
     return pd.concat([frame[~draws], merged[list(frame.columns)]], ignore_index=True)

@@ -60,7 +60,7 @@ def measure_norms(model: VLM, samples: Iterable[Sample], *, progress: bool = Tru
     for image_id, sample in tqdm(first.items(), desc="Norms", unit="picture", disable=not progress):
         norms = patch_norms(model, encode(model, sample))
         parts.append(pd.DataFrame({"image_id": image_id, "image_patch": np.arange(len(norms)), "norm": norms}))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["image_id", "image_patch", "norm"])
 
 
 def find_norm_threshold(norms: Sequence[float] | np.ndarray | pd.Series, *, given: float = 0.0) -> NormThreshold:

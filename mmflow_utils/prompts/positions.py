@@ -17,6 +17,7 @@ __all__ = ["PositionSets", "find_objects", "find_options", "find_phrase", "quest
 Range = tuple[int, int]  # characters, half-open
 Named = tuple[str, tuple[int, int] | None]  # an object's name and its range of words, where annotated
 
+HAS_NONE = {"options": "the question has no options", "objects": "the question names no object"}  # so none is lost
 UNNAMED = "_"  # how GQA writes an object that its question asks for without naming it
 _WORD = re.compile(r"\w+(?:-\w+)*")
 _CLUSTER = re.compile(r".[\u0300-\u036f]*", re.DOTALL)  # a letter and its accents
@@ -47,9 +48,9 @@ class PositionSets:
 
     Names in use: `image` (patches only), `image_newline`, `image_related`, `image_other`, `question`,
     `option_true`, `option_false`, `options`, `question_without_options`, `objects`,
-    `question_without_objects`, `template` (between question and last), `last`, `system` (all other tokens before the
-    question), `after_image` (what comes after the first image patch and is none), `after_question`. Names joined by
-    "+" are a union, which a prompt has if it has all of them.
+    `question_without_objects`, `template` (the prompt between question and last), `last`, `system` (all other tokens
+    before the question), `after_image` (what comes after the first image patch and is none), `after_question`. Names
+    joined by "+" are a union, which a prompt has if it has all of them.
 
     Raises:
         ValueError: A position outside the prompt.
@@ -185,7 +186,7 @@ def find_objects(question: str, objects: Sequence[Named]) -> tuple[tuple[Range, 
     """
     named = [(name, _characters(question, words)) for name, words in objects if name != UNNAMED]
     if not named:
-        return None, "the question names no object"
+        return None, HAS_NONE["objects"]
     # GQA annotates "white wall" for the object "wall".
     claimed = {(find_phrase(question, name, within=held) or [held])[-1] for name, held in named if held}
     names = [name for name, held in named if held is None]
@@ -236,7 +237,7 @@ def question_sets(
     def part(start: int, end: int) -> tuple[int, ...]:
         return tokens_in(offsets, begin + start, begin + end)
 
-    pair, reason = find_options(question, *options) if options else (None, "the question has no options")
+    pair, reason = find_options(question, *options) if options else (None, HAS_NONE["options"])
     if pair:
         true, false = part(*pair[0]), part(*pair[1])
         either = tuple(sorted({*true, *false}))

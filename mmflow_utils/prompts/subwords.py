@@ -59,8 +59,8 @@ def at_last_subword(said: pd.DataFrame) -> Callable[[VLM, Sample], Encoded]:
     """Make an encoder whose `last` predicts the last sub-word of the answer, for `knockout_sweep` (App. C).
 
     The earlier sub-words are appended to the prompt as the tokens that the model generated, and `last` moves
-    to the last of these. The others are in no position set: what they have gathered stays within reach. An
-    answer of one sub-word is encoded as ever.
+    to the last of these. The others are in no set but `after_question` and `after_image`: what they gathered stays
+    within reach. An answer of one sub-word is encoded as ever. The options' logit difference still compares first ones.
 
     Args:
         said: From `answer_subwords`.

@@ -110,6 +110,14 @@ def test_nothing_is_shared_with_another_picture(tmp_path, starts):
     assert starts == [0, 0, 0]
 
 
+def test_nothing_is_shared_with_another_model(starts):
+    model, prompts = setting("llava")
+    other, prefix = vlm_of_kind("llava", n_layers=N_LAYERS, n_kv_heads=2), Prefix()
+    for one, encoded in zip((model, other, model), prompts, strict=False):
+        assert_same(run_sweep(one, encoded, [], prefix=prefix), run_reference(one, encoded, []))
+    assert starts == [0, 0, 0]
+
+
 def test_edits_within_the_picture_share_what_comes_before_them_or_nothing(starts):
     model, prompts = setting("llava")
     prefix = Prefix()

@@ -314,6 +314,10 @@ def test_equal_work_is_equal_up_to_a_token(tmp_path):
     # The last two of four layers are those from layer 2 on; a third is more than layer 2 on can save.
     assert rival == Pruning(from_layer=2, n_kept=0)
     assert equal_work(model, encoded, Pruning(from_layer=1), choice="random") is None
+    # Beyond the last layer there is none to remove from, as for FastV's in a model of one layer.
+    intact = Pruning(from_layer=N_LAYERS)
+    assert equal_work(model, encoded, intact, choice="random", from_layer=N_LAYERS + 1) is None
+    assert equal_work(model, encoded, intact, choice="random", from_layer=N_LAYERS) is not None
 
 
 @pytest.fixture(scope="module")

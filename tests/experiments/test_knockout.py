@@ -10,9 +10,9 @@ import torch
 from tiny import tiny_sample, tiny_vlm
 
 from mmflow_utils.engine import sweep
-from mmflow_utils.engine.reference import run_reference
-from mmflow_utils.experiments import curation, loop
-from mmflow_utils.experiments.knockout import COLUMNS, WHOLE_DEPTH_COLUMNS, knockout_sweep
+from mmflow_utils.engine.reference import Run, run_reference
+from mmflow_utils.experiments import curation, knockout, loop
+from mmflow_utils.experiments.knockout import COLUMNS, WHOLE_DEPTH_COLUMNS, answer_rows, knockout_sweep, stays_first
 from mmflow_utils.prompts.encoding import encode
 from mmflow_utils.prompts.flows import (
     FLOW_TO_LAST,
@@ -171,6 +171,14 @@ def test_nothing_left_is_an_empty_frame_with_the_same_columns(tmp_path):
     assert result.frame.empty and tuple(result.frame.columns) == COLUMNS and len(result.skipped) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_answer_that_nothing_changes_stays_first(dtype):
+    """A lead below what half precision rounds is still a lead where it is the intact run's own."""
+    model, base = tiny_vlm(dtype=dtype), torch.tensor([0.525, 0.475]).log()
+    variants = torch.stack([base, base.flip(0), torch.zeros(2)])
+    assert stays_first(model, base, variants) == [True, False, False]
+
+
 def test_logit_differences_compare_the_options_first_tokens(tmp_path):
     model, (sample,) = tiny_vlm(), samples_of(tmp_path, 1)
     frame = run(model, [sample], FLOW_TO_LAST[0])
@@ -251,3 +259,15 @@ def test_layers_and_encoder_can_be_chosen(tmp_path):
     )
     assert frame.layer.tolist() == [3, 1]
     assert frame.p_base[0] != run(model, [sample], FLOW_TO_LAST[0]).p_base[0]
+
+
+@pytest.mark.parametrize("n_rows", [1, 64, 150])
+def test_rows_of_logits_read_block_by_block_are_those_read_at_once(n_rows, monkeypatch, tmp_path):
+    model, (sample,), flow = tiny_vlm(), samples_of(tmp_path, 1), FLOW_TO_LAST[0]
+    base = torch.randn(440, generator=torch.Generator().manual_seed(n_rows))
+    changed = base + torch.randn(n_rows, 440, generator=torch.Generator().manual_seed(n_rows + 1))
+    run = Run(base, changed, torch.zeros(1, 1))
+    planned = [Variant(layers=range(1), target=(0,), flow=flow)] * n_rows
+    rows = answer_rows(model, sample, planned, run)
+    monkeypatch.setattr(knockout, "SOME_ROWS", n_rows)
+    assert rows == answer_rows(model, sample, planned, run) and len(rows) == n_rows

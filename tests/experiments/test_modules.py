@@ -75,6 +75,13 @@ def test_words_are_those_of_the_references_logits(family, tmp_path):
     assert not any(torch.equal(base, words) for words in changed)
 
 
+def test_modules_that_can_be_read_once_are_all_zeroed(tmp_path):
+    model, encoded = ready(tmp_path)
+    names = iter(["attention_output", "mlp_output"])
+    frame = module_knockout(model, [encoded.sample], names, window=1, layers=[1], n_check=0, progress=False).frame
+    assert frame.knockout.tolist() == ["Attention", "MLP"]
+
+
 def test_a_position_without_modules_says_what_its_embedding_says(tmp_path):
     model, encoded = ready(tmp_path)
     for n in EVERY:

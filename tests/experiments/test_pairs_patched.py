@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_sample, tiny_vlm
 
 from miniature.planted import ANSWER, PICK_UP
+from mmflow_utils.data.sample import SceneObject
 from mmflow_utils.experiments import patching
 from mmflow_utils.experiments.patching import Pair, find_pairs, load_pairs, patch_sweep
 from mmflow_utils.models.load import load_model
@@ -112,6 +113,30 @@ def test_pairs_ask_the_same_of_pictures_of_one_size_and_answer_otherwise(tmp_pat
     )
     pairs = find_pairs([left, small, same, right, third, replace(right, question="Why?")])
     assert [(pair.sample_id, pair.other.sample_id) for pair in pairs] == [("1", "2"), ("4", "5")]
+
+
+def test_without_a_known_size_the_pictures_own_counts_and_one_picture_is_no_pair(tmp_path):
+    sizes = {"a": (40, 28), "b": (28, 40), "c": (40, 28)}
+    left, tall, right = (
+        tiny_sample(tmp_path, sample_id=name, size=size, answer="left" if name == "a" else "right")
+        for name, size in sizes.items()
+    )
+    assert left.image_size is None
+    again = replace(left, sample_id="again", answer="right")
+    missing = replace(right, sample_id="missing", image_id="missing", image=tmp_path / "missing.png")
+    pairs = find_pairs([left, again, tall, missing, right])
+    assert [(pair.sample_id, pair.other.sample_id) for pair in pairs] == [("a", "c")]
+
+
+@pytest.mark.parametrize("what", ["options", "objects"])
+def test_the_rest_of_a_question_is_none_where_words_of_it_are_lost(what, tmp_path):
+    model, pair = tiny_vlm("llava", n_layers=N_LAYERS), pair_of(tmp_path)
+    none = {"options": {"option_true": None, "option_false": None}, "objects": {"objects": ()}}[what]
+    lost = {"options": {"option_true": "purple"}, "objects": {"objects": (SceneObject(name="phone"),)}}[what]
+    rest = {"sets": ("rest_of_question",), "layers": [1], "n_check": 0, "progress": False}
+    assert len(patch_sweep(model, [replace(pair, **none)], **rest).frame) == 1
+    (skipped,) = patch_sweep(model, [replace(pair, **lost)], **rest).skipped
+    assert "is not a whole word of the question" in skipped["reason"] and what in skipped["reason"]
 
 
 def test_what_is_measured_depends_on_the_other_picture_and_not_on_where_it_lies(tmp_path):

@@ -176,3 +176,8 @@ def test_shallower_models_get_windows_of_the_same_share_of_their_depth():
         assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] <= max(1, n_layers / 2)
     with pytest.raises(ValueError, match="1 or more layers, got 0"):
         window_sizes(0)
+
+
+def test_heads_that_can_be_read_once_are_cut_in_every_window():
+    cuts = variants(POSITIONS, [Flow(source="image", target="last")], window=1, n_layers=3, heads=iter([1, 0, 1]))
+    assert [cut.heads for cut in cuts] == [((layer, 0), (layer, 1)) for layer in range(3)]

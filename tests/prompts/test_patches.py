@@ -168,6 +168,16 @@ def test_draws_are_averaged_within_the_sample_before_they_are_compared(tmp_path)
     assert (table.n == 2).all()
 
 
+def test_draws_that_disagree_on_the_answer_are_one_row_of_the_share_that_keep_it(tmp_path):
+    sample = tiny_sample(tmp_path, size=(96, 96), objects=objects((5, 5, 20, 20)))
+    options = {"window": "all", "encoder": encode_random_patches, "progress": False}
+    frame = knockout_sweep(tiny_vlm(), [sample], control_flows(4), **options).frame
+    draws = frame.source.str.startswith("image_random")
+    frame.loc[draws, "correct_pct"] = [100.0, 0.0, 0.0, 0.0]
+    merged = merge_draws(frame)
+    assert len(merged) == 3 and merged[merged.source == "image_random"].correct_pct.tolist() == [25.0]
+
+
 def test_a_frame_without_draws_is_left_as_it_is(tmp_path):
     frame = knockout_sweep(tiny_vlm(), [tiny_sample(tmp_path)], control_flows(0), window=2, progress=False).frame
     pd.testing.assert_frame_equal(merge_draws(frame), frame)

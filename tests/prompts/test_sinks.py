@@ -19,6 +19,10 @@ from mmflow_utils.prompts.norms import (
 FAMILIES = ["llava", "llava_next"]
 
 
+def test_no_sample_no_norms():
+    assert measure_norms(tiny_vlm(), [], progress=False).columns.tolist() == ["image_id", "image_patch", "norm"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projected_features_are_the_embeddings_at_the_positions_of_their_norms(family, tmp_path):
     model = tiny_vlm(family)
