@@ -24,6 +24,9 @@ def colab(path: str) -> str:
 
 
 def first_cell() -> str:
-    """Return what Colab has to be told first: it opens a notebook alone, without the repository that it belongs to."""
+    """Return what Colab has to be told first: it opens a notebook alone, without the repository that it belongs to.
+
+    The package without its extra for notebooks, which would replace the IPython and the kernel that Colab itself runs.
+    """
     folder = NAME.rpartition("/")[2]
-    return f"!git clone -q --depth 1 {REPOSITORY}\n%cd {folder}\n%pip install -q -e .[notebooks]"
+    return f"!git clone -q --depth 1 {REPOSITORY}\n%cd {folder}\n%pip install -q -e . pooch psutil"

@@ -24,8 +24,9 @@ PARAMETERS = f"""# Parameters
 Every notebook takes the parameters of the first table, whether its `parameters` cell declares them or not. Where
 several of these set one, the last counts:
 
-1. `params/<model>.yaml`, where `model` is a name. It may also be the path of another `.yaml`, with fields of the first
-   table; those that it leaves out come from the file in `params/` of the model that it names.
+1. `params/<model>.yaml`, where `model` is a name: that of the file, which its line `model` repeats. It may also be the
+   path of another `.yaml`, with fields of the first table; those that it leaves out come from the file in `params/` of
+   the model that it names.
 2. The notebook's `parameters` cell, with any line that you add there: `n_samples = 5`.
 3. papermill's `-f FILE`, `-y YAML`, `-p NAME VALUE` and `-r NAME TEXT`. papermill warns of an unknown parameter where
    the cell doesn't declare it, and sets it all the same.
@@ -36,9 +37,11 @@ several of these set one, the last counts:
 .venv/bin/papermill notebooks/08_window_size.ipynb out.ipynb -f my.yaml -r revision 1234567 -p scene_graphs None
 ```
 
-`-f` takes a file of `params/` or one of your own, which may set a single field. `-p` reads a number where it can and
-passes no lists: a text of digits needs `-r`, a list `-y`, and what is null in YAML is `None`. A model that has no file
-in `params/` comes with at least `checkpoint` and `prompt`; what isn't set then has the default below.
+`-f` takes a file of `params/` or one of your own, which may set a single field: the model is then the one in the
+notebook's cell, and what the file leaves out is that model's. So a `checkpoint` must come with its `model`, in the same
+file or by the same command, or the run stops. If that `model` is a file of `params/`, its other fields hold; under a
+new name it needs `prompt`, too, and what isn't set has the default below. `-p` reads a number where it can and passes
+no lists: a text of digits needs `-r`, a list `-y`, and what is null in YAML is `None`.
 
 An unknown name, a wrong type or a value out of range stops the run with one sentence. Paths begin at the project's
 root; `~` and `$HOME` are filled in.
@@ -51,7 +54,12 @@ root; `~` and `$HOME` are filled in.
 ALONE = """
 ## Of one notebook alone
 
-Declared in the notebook's `parameters` cell, and set there or by papermill; a model's file in `params/` holds none.
+Declared in the notebook's `parameters` cell, and set there, by papermill or with `-p` of `workflow.run_notebook`; a
+model's file in `params/` holds none.
+
+```sh
+.venv/bin/python -m workflow.run_notebook 08_window_size llava-1.5-7b -p windows '[1, 9, 15]'
+```
 
 | notebook | name | type | default | meaning |
 |---|---|---|---|---|"""
@@ -128,6 +136,8 @@ def _allowed(field: dict) -> str:
     (field,) = (choice for choice in _choices(field) if choice["type"] != "null")
     if choices := field.get("enum") or field.get("items", {}).get("enum"):
         return ", ".join(choices)
+    if "const" in field:
+        return field["const"]
     if "minimum" in field:
         most = field.get("maximum", field.get("exclusiveMaximum", 1) - 1)
         return f"{field['minimum']:,} to {most:,}"

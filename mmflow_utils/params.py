@@ -39,7 +39,7 @@ def outputs_folder() -> Path:
 
     It is asked each time: a kernel may be the fork of a process that began in another environment (workflow/warm.py).
     """
-    return project_path(os.environ.get("MMFLOW_OUTPUTS", "outputs"))
+    return project_path(os.environ.get("MMFLOW_OUTPUTS") or "outputs")
 
 
 Task = Annotated[str, AfterValidator(check_task), Field(json_schema_extra={"enum": list(TASKS)})]
@@ -59,6 +59,13 @@ def _complete(prompt: str) -> str:
     return prompt
 
 
+def _share(shard: str) -> str:
+    part, n = map(int, shard.split("/"))
+    if part > n:
+        raise ValueError(f"expected one of {n} shares, {n}/{n} at most")
+    return shard
+
+
 class Params(BaseModel):
     """Hold one run's parameters; `load_params` gathers them in a notebook.
 
@@ -73,7 +80,7 @@ class Params(BaseModel):
     model: Annotated[str, Text(pattern=r"^\w[\w.-]*$")] = Field(
         "mini", description="the name of the model and of its folder in outputs/"
     )
-    checkpoint: str = Field("assets/mini", description="a folder with the weights, or a name on the Hugging Face hub")
+    checkpoint: str = Field("assets/mini", description="a folder, a name on the hub, .gguf or package (docs/models.md)")
     revision: str | None = Field(None, description="a commit or tag of the checkpoint on the hub")
     language_model: str | None = Field(
         None, description="where a LLaVA's language model comes from, if its checkpoint holds the rest alone"
@@ -88,7 +95,7 @@ class Params(BaseModel):
     device: Annotated[str, Text(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
         "auto", description="auto, cpu, mps, cuda or cuda:N"
     )
-    device_map: str | None = Field(None, description="auto spreads the layers over several devices")
+    device_map: Literal["auto"] | None = Field(None, description="auto spreads the layers over several devices")
     questions: str = Field(
         "assets/miniature/val_balanced_questions.json",
         description="GQA's file of questions, or a folder of the authors' CSV files",
@@ -119,7 +126,7 @@ class Params(BaseModel):
     outputs: str = Field(
         "outputs", description="the folder that receives results; the default follows MMFLOW_OUTPUTS, if that is set"
     )
-    shard: Annotated[str, Text(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = Field(
+    shard: Annotated[str, Text(pattern=r"^[1-9]\d*/[1-9]\d*$"), AfterValidator(_share)] | None = Field(
         None, description="2/8 measures only the second of eight shares; a run without it joins them"
     )
 
@@ -139,9 +146,8 @@ class Params(BaseModel):
 
     def path(self, field: str) -> Path:
         """Return the absolute path that a path parameter means: `params.path("images")`."""
-        if field == "outputs" and self.outputs == "outputs":
-            return outputs_folder()
-        return project_path(getattr(self, field))
+        given = getattr(self, field)
+        return outputs_folder() if field == given == "outputs" else project_path(given)
 
     @property
     def folder(self) -> Path:
@@ -177,6 +183,8 @@ def complete(given: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(given)
     if str(values.get("model")).endswith(".yaml"):
         values = _read_shared(values.pop("model")) | values
+    if "checkpoint" in values and "model" not in values:
+        raise ValueError(f"Parameter checkpoint = {values['checkpoint']!r:.80} comes without model: give both.")
     model = values.setdefault("model", Params.model_fields["model"].default)
     known = {file.stem: file for file in (ROOT / "params").glob("*.yaml")}
     if not isinstance(model, str) or (model not in known and {"checkpoint", "prompt"} <= values.keys()):
@@ -219,17 +227,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     names = [name.value for name, _ in lines.value]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} gives {', '.join(twice)} more than once: keep one line for each parameter.")
+    if path.parent == ROOT / "params" and (named := values.get("model")) != path.stem:  # other commands go by the file
+        raise ValueError(f"{path} gives model: {named!r:.80}: name the model as its file is named, model: {path.stem}.")
     return values
 
 
 def unknown_parameters(names: Mapping[str, Any], allowed: Iterable[str]) -> list[str]:
-    """Say for each name that is not `allowed` which one was probably meant."""
+    """Say for each name that is not `allowed` whose it is, or which one was probably meant."""
     allowed = list(allowed)
     return [
-        f"Unknown parameter {name} = {names[name]!r:.60}: {_nearest(str(name), allowed, 'the parameters are')}"
+        f"Unknown parameter {name} = {names[name]!r:.60}: "
+        f"{_owner(str(name)) or _nearest(str(name), allowed, 'the parameters are')}"
         for name in names
         if name not in allowed
     ]
+
+
+def _owner(name: str) -> str:
+    """Name the notebooks whose own parameter it is; nothing where it is none's."""
+    declared = re.compile(rf'^ +"{re.escape(name)}: \w+ = ', re.M)
+    owners = sorted(f.stem for f in (ROOT / "notebooks").glob("[0-9]*.ipynb") if declared.search(f.read_text("utf-8")))
+    return f"it belongs to {', '.join(owners)} alone: set it in the parameters cell there, or by -p." if owners else ""
 
 
 def _nearest(name: str, known: Iterable[str], what: str) -> str:
@@ -279,12 +297,15 @@ def _given_in_cells(namespace: Mapping[str, Any], known: Iterable[str]) -> dict[
     if not declare:
         return {name: namespace[name] for name in known if name in namespace}
     first, *rest = cells[declare[-1] :]
-    plain = takewhile(lambda cell: plain_assignments(_FLOAT.sub("0", cell)) is not None, rest)
+    plain = list(takewhile(lambda cell: plain_assignments(_FLOAT.sub("0", cell)) is not None, rest))
     given: dict[str, Any] = {}
     for node in ast.parse("\n".join([first, *plain])).body:
         names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         computed = {name: namespace[name] for name in names if name in namespace}
         given |= plain_assignments(ast.unparse(node)) or computed
+    passed = {name for cell in plain for name in plain_assignments(_FLOAT.sub("0", cell)) or ()}
+    if "checkpoint" in passed and "model" not in passed:  # the cell's model is another one
+        given.pop("model", None)
     return given
 
 

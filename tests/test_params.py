@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmflow_utils.params import ROOT, Params, load_params
+from docs.reference import own_parameters
+from mmflow_utils import params as params_module
+from mmflow_utils.params import ROOT, Params, load_params, unknown_parameters
 
 FILES = sorted((ROOT / "params").glob("*.yaml"))
 
@@ -36,6 +38,11 @@ FILES = sorted((ROOT / "params").glob("*.yaml"))
         ({"prompt": "<image>"}, "expected {question} once"),
         ({"prompt": "<image> {question} {question}"}, "expected {question} once"),
         ({"model": "../mini"}, "model = '../mini'"),
+        ({"device_map": "Auto"}, r"device_map = 'Auto': expected 'auto' \(auto spreads"),
+        ({"shard": "9/8"}, r"shard = '9/8': expected one of 8 shares, 8/8 at most"),
+        ({"shard": "0/8"}, r"shard = '0/8': should match"),
+        ({"windows": [1, 3]}, r"Unknown parameter windows = \[1, 3\]: it belongs to 08_window_size alone: set it in "),
+        ({"n_asked": 5}, "belongs to 07_efficiency_study, 11_unimodal_llm, 12_factual_tasks alone"),
     ],
 )
 def test_a_wrong_parameter_is_named_in_one_line(values, said):
@@ -47,6 +54,11 @@ def test_a_wrong_parameter_is_named_in_one_line(values, said):
 def test_several_wrong_parameters_are_all_named():
     with pytest.raises(ValueError, match=r"(?s)dtype = 'half'.*window = 0"):
         Params(dtype="half", window=0)
+
+
+@pytest.mark.parametrize("shard", ["1/1", "8/8", "2/10", "10/12"])
+def test_a_share_is_one_of_those_that_there_are(shard):
+    assert Params(shard=shard, device_map="auto").shard == shard
 
 
 @pytest.mark.parametrize("prompt", ["{question} <image>", "{caption} {question}"])
@@ -89,6 +101,24 @@ def test_a_missing_file_is_named_as_it_was_looked_for(tmp_path, monkeypatch):
         Params.from_yaml("params/minni.yaml")
     with pytest.raises(ValueError, match=f"{tmp_path}/x.yaml: params/ holds .*mini, mini-after-text, mini-next, "):
         Params.from_yaml(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("model", ["model: mini\n", ""])
+def test_a_file_of_params_bears_its_models_name_wherever_it_is_read(tmp_path, monkeypatch, model):
+    monkeypatch.setattr(params_module, "ROOT", tmp_path)
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "copy.yaml").write_text(f"{model}window: 5\n")
+    (tmp_path / "elsewhere.yaml").write_text(f"{model}window: 5\n")
+    read = (
+        lambda: Params.from_yaml("params/copy.yaml"),
+        lambda: load_params({"model": "copy"}),
+        lambda: load_params({"model": "params/copy.yaml"}),
+    )
+    for one in read:
+        with pytest.raises(ValueError, match=r"params/copy.yaml gives model: .*named, model: copy\.$") as caught:
+            one()
+        assert "\n" not in str(caught.value)
+    assert Params.from_yaml("elsewhere.yaml").window == 5
 
 
 def test_a_files_path_starts_at_the_project_too(tmp_path, monkeypatch):
@@ -228,7 +258,7 @@ def test_an_own_parameter_without_a_value_is_missing():
         ("do_pad = 'false'", "do_pad = 'false'.*boolean .*write -y 'do_pad: false'"),
         ("n_samples = '24'", "n_samples = '24'.*integer .*write -y 'n_samples: 24'"),
         ("revision = 1234567", "revision = 1234567.*string .*with -r revision 1234567"),
-        ("checkpoint = 1.5", "checkpoint = 1.5.*string .*with -r checkpoint 1.5"),
+        ("model = 'mini'\ncheckpoint = 1.5", "checkpoint = 1.5.*string .*with -r checkpoint 1.5"),
         ("model = 7", "model = 7: expected a valid string .*with -r model 7"),
         ("n_samples = 'many'", r"n_samples = 'many': expected a valid integer \(correctly answered .*task\)$"),
     ],
@@ -248,10 +278,29 @@ def test_a_model_is_a_file_in_params_or_the_path_of_another(tmp_path, monkeypatc
     assert load("# Parameters\nmodel = '~/own.yaml'").model == "mini"
 
 
+def test_a_checkpoint_that_comes_without_its_model_is_not_taken_for_the_cells(tmp_path):
+    said = "Parameter checkpoint = 'mine' comes without model: give both"
+    (tmp_path / "own.yaml").write_text("checkpoint: mine\nprompt: '<image>{question}'\n")
+    alone = "# Parameters\ncheckpoint = 'mine'\nprompt = '<image>{question}'"
+    for cell in (alone, f"# Parameters\nmodel = '{tmp_path}/own.yaml'"):
+        with pytest.raises(ValueError, match=said):
+            load(cell)
+    found = load(f"{alone}\nmodel = 'mini-next'", declared=f"{DECLARED}\nwindow = 2")
+    assert (found.checkpoint, found.do_pad, found.window) == ("mine", False, 2)  # the rest is that model's
+    assert load("n_samples = 5", declared=f"{DECLARED}\ncheckpoint = 'mine'").checkpoint == "mine"
+
+
 def test_a_file_of_a_model_holds_what_all_notebooks_share(tmp_path):
     (tmp_path / "own.yaml").write_text("threshold: 0.75\n")  # the cell's 0.5 would win over it
     with pytest.raises(ValueError, match=r"own.yaml: Unknown parameter threshold = 0.75"):
         load(f"# Parameters\nmodel = '{tmp_path}/own.yaml'")
+
+
+def test_each_notebooks_own_parameters_are_told_to_be_its():
+    for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        for name, *_ in own_parameters(notebook):
+            (said,) = unknown_parameters({name: 1}, Params.model_fields)
+            assert notebook.stem in said and said.endswith(" alone: set it in the parameters cell there, or by -p.")
 
 
 def test_a_model_of_another_name_comes_with_checkpoint_and_prompt():

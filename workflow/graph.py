@@ -36,6 +36,16 @@ SUBJECT = "llava-smollm2"
 OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "10", "12", "13", "14", "17")
 # Whose results a notebook reads, beside the samples.
 RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07", "16", "17")}
+# What 12 asks a model that sees photographs, where `make data` puts it; the notebook's own cell has drawn facts.
+FACTS: dict[str, Any] = {
+    "okvqa_questions": "data/okvqa/OpenEnded_mscoco_val2014_questions.json",
+    "okvqa_annotations": "data/okvqa/mscoco_val2014_annotations.json",
+    "aokvqa_questions": "data/aokvqa/aokvqa_v1p0_val.json",
+    "coco_images": [
+        "data/coco/val2014/COCO_{data_subtype}_{image_id:012d}.jpg",
+        "data/coco/val2017/{image_id:012d}.jpg",
+    ],
+}
 PARTS = "_in_parts("  # ends the name of what a notebook calls that measures in parts
 SHOWN = ("02", "03", COMPARISON, "17")  # whose main figures the report opens with
 
@@ -112,6 +122,8 @@ def _why_not(name: str, model: str, params: dict) -> str:
             return f"the weights of {pairs[model]} lie in no folder here; that model's own batch has the notebook"
     if name.startswith(FACTUAL) and all(task.startswith("Choose") for task in params.get("tasks", [""])):
         return "all its tasks offer options to choose from, and factual questions offer none"
+    if missing := [path for path in _paths(given_by_batch(name, params)) if not (ROOT / path).exists()]:
+        return f'there is no {missing[0]}: make data DATA="okvqa aokvqa", or run it by hand (docs/data.md)'
     if name.startswith(ORIGINS) and model not in own_parameter(name, "models"):
         return "the notebook's models don't list it"
     if name.startswith(TRAINING):
@@ -123,12 +135,24 @@ def _why_not(name: str, model: str, params: dict) -> str:
     return ""
 
 
+def given_by_batch(name: str, params: dict) -> dict[str, Any]:
+    """Return what a batch sets of a notebook's own parameters: real facts for a model that sees photographs."""
+    is_drawn = str(params.get("questions", "assets/")).startswith("assets/")
+    return FACTS if name.startswith(FACTUAL) and not is_drawn else {}
+
+
+def _paths(given: dict[str, Any]) -> list[str]:
+    """Return the files, and the folders of pictures, that parameters name."""
+    files = [value for value in given.values() if isinstance(value, str)]
+    return files + [pattern.rpartition("/")[0] for pattern in given.get("coco_images", [])]
+
+
 @cache
 def read_params(model: str) -> dict:
     """Read a model's file in `params/`, without judging the values.
 
     Raises:
-        ValueError: There is no such file, or it holds no parameters.
+        ValueError: There is no such file, it holds no parameters, or those of a model of another name.
     """
     file = ROOT / "params" / f"{model}.yaml"
     if not file.is_file():
@@ -140,6 +164,9 @@ def read_params(model: str) -> dict:
         raise ValueError(f"params/{model}.yaml is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
         raise ValueError(f"params/{model}.yaml should hold lines of the form name: value, but holds {params!r:.60}.")
+    if (named := params.get("model")) != model:
+        said = f"gives model: {named!r:.80}: name the model as its file is named, model: {model}."
+        raise ValueError(f"params/{model}.yaml {said}")
     return params
 
 
@@ -151,7 +178,7 @@ def checkpoint_of(params: dict) -> Path:
 def folder_of(model: str) -> Path:
     """Name the folder of a model's executed notebooks and results, relative to the project where it is in it."""
     outputs = read_params(model).get("outputs", "outputs")
-    return Path(_expand(os.environ.get("MMFLOW_OUTPUTS", outputs) if outputs == "outputs" else outputs)) / model
+    return Path(_expand(os.environ.get("MMFLOW_OUTPUTS") or outputs if outputs == "outputs" else outputs)) / model
 
 
 def _expand(path: str) -> str:

@@ -8,13 +8,16 @@ ends with the last cell that computes in parts, and its copy goes to outputs/<mo
 """
 
 import argparse
+import dis
 import logging
 import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import nbformat
@@ -25,7 +28,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
 from mmflow_utils.params import ROOT, Params, complete, plain_assignments, read_yaml, unknown_parameters
-from workflow.graph import PARTS
+from workflow.graph import PARTS, given_by_batch, read_params
 from workflow.kernel import OwnKernel, keep_caches_here
 from workflow.vector_figures import VECTORS, take_vectors, vector_arguments
 
@@ -51,7 +54,7 @@ def run_notebook(
     Args:
         notebook: A path in notebooks/, or a name there.
         model: A path to a parameter file, or a name in params/.
-        overrides: Parameters that win over the file's.
+        overrides: Parameters that win over the file's, and over the real data that 12 gets for a model of params/.
         figures: `svg` or `pdf` stores each figure as such a file too, in outputs/<model>/figures/.
         timeout_s: Longest time that a single cell may take, in seconds.
         progress: Show a bar of cells.
@@ -62,7 +65,8 @@ def run_notebook(
     """
     notebook, file = _find_ours(notebook), _find(model, "params", ".yaml")
     known = file.parent == ROOT / "params"
-    values = ({"model": file.stem} if known else read_yaml(file)) | (overrides or {})
+    given = {"model": file.stem} | given_by_batch(notebook.stem, read_params(file.stem)) if known else read_yaml(file)
+    values = given | (overrides or {})
     params = check_parameters(notebook, values)
     name, folder = notebook.stem, params.folder
     if params.shard:
@@ -130,6 +134,8 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> Params:
     unknown = unknown_parameters(values, [*Params.model_fields, *declared])
     if unknown:
         raise ValueError(f"{notebook.name}: " + "; ".join(unknown))
+    if "checkpoint" in values and "model" not in values:  # as load_params: the cell's model is another one
+        declared.pop("model", None)
     given = {name: value for name, value in (declared | values).items() if name in Params.model_fields}
     return Params(**complete(given))
 
@@ -188,14 +194,39 @@ def _execute(
 
 
 def _cut_after_the_parts(notebook: Path, copy: Path) -> Path:
-    """Copy a notebook up to its last cell that computes in parts: a share of the samples makes no figure."""
+    """Copy a notebook up to its last cell that computes in parts, without what no such cell needs on the way.
+
+    A share of the samples makes no figure, and with more shares than parts one may have no rows at all. The copy ends
+    before a cell tagged `all-samples`, which asks by what was found in all of them.
+    """
     cut = nbformat.read(notebook, as_version=4)
-    ends = [n for n, cell in enumerate(cut.cells, start=1) if PARTS in cell.source]
+    cut.cells = list(takewhile(lambda cell: "all-samples" not in cell.metadata.get("tags", []), cut.cells))
+    ends = [n for n, cell in enumerate(cut.cells) if PARTS in cell.source]
     if not ends:
         raise ValueError(f"{notebook.name} computes nothing in parts: run it without a shard.")
-    cut.cells = cut.cells[: ends[-1]]
+    kept: list[NotebookNode] = []
+    needed: set[str] = set()
+    for cell in reversed(cut.cells[ends[0] : ends[-1] + 1]):
+        needs, sets = _needs_and_sets(cell.source) if cell.cell_type == "code" else (set(), set())
+        if PARTS in cell.source or needed & sets:
+            needed = needed - sets | needs
+            kept.insert(0, cell)
+    cut.cells = [*cut.cells[: ends[0]], *kept]
     nbformat.write(cut, copy)
     return copy
+
+
+def _needs_and_sets(source: str) -> tuple[set[str], set[str]]:
+    """Return the names that a cell reads before it sets them, and those that it sets."""
+    needs, sets = set(), set()
+    for step in dis.get_instructions(compile(source, "cell", "exec")):
+        if step.opname == "STORE_NAME":
+            sets.add(step.argval)
+        elif isinstance(step.argval, CodeType):  # a function, or a comprehension
+            needs |= {*step.argval.co_names} - sets
+        elif step.opname == "LOAD_NAME":
+            needs |= {step.argval} - sets
+    return needs, sets
 
 
 def _find(name: str | Path, folder: str, suffix: str) -> Path:

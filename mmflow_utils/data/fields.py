@@ -20,6 +20,9 @@ from mmflow_utils.data.sample import Box
 
 NO_BAR_BELOW = 2**25  # bytes; a smaller file is read within seconds
 DEEPEST = 100  # lists and objects within one another; GQA's files have five
+# What `make data DATA=…` fetches, by a name in its path below data/; of several the first.
+FETCHED = {"region_descriptions": "captions", "val2014": "okvqa", "val2017": "aokvqa"}
+FETCHED |= {name: name for name in ("gqa", "okvqa", "aokvqa")}
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 # Escapes that are whole, a backslash or a character of two halves, or else half a character.
@@ -34,7 +37,7 @@ def _json_errors(path: Path | str, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"can't read the {what} {path} ({error.strerror}): put it there, or change the path in the parameters"
+            f"can't read the {what} {path} ({error.strerror}): {fetching(path)}put it there, or change the parameters"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't whole JSON ({error}): download the {what} again and unpack it") from error
@@ -146,8 +149,15 @@ def clipped_box(sides: Any, width: int, height: int) -> Box:
 def pictures_folder(images: Path | str) -> Path:
     """Check that the folder of pictures is there."""
     if not Path(images).is_dir():
-        raise ValueError(f"no images folder {images}: unpack the pictures there or change the parameter images")
+        raise ValueError(f"no images folder {images}: {fetching(images)}unpack them there or set the parameter images")
     return Path(images)
+
+
+def fetching(path: Path | str) -> str:
+    """Begin a remedy with the command that fetches what belongs in data/; with nothing for files elsewhere."""
+    parts = Path(path).with_suffix("").parts
+    names = [name for part, name in FETCHED.items() if part in parts and "data" in parts]
+    return f"make data DATA={names[0]}, or " if names else ""
 
 
 def picture_file(folder: Path, image_id: str) -> Path:

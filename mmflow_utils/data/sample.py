@@ -103,10 +103,8 @@ def load_image(sample: Sample) -> Image.Image:
             with Image.open(sample.image) as stored:
                 picture = _as_rgb(stored)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"sample {sample.sample_id}: no picture {sample.image}; unpack the pictures there, or name their"
-            " folder by the parameter images"
-        ) from error
+        said = f"sample {sample.sample_id}: no picture {sample.image}; unpack the pictures there, or set images"
+        raise ValueError(said) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, which is no photograph but may"

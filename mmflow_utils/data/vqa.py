@@ -186,9 +186,7 @@ def _image_id(entry: dict[str, Any]) -> int:
 
 def _people(values: Any, field: str) -> tuple[str, ...]:
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) for v in values):
-        raise ValueError(
-            f"{field} should hold what ten people answered, got {values!r:.60} (a test split has no answers)"
-        )
+        raise ValueError(f"{field} should hold what ten people answered (a test split has none), got {values!r:.60}")
     return tuple(text({field: value}, field) for value in values)
 
 

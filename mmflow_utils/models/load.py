@@ -69,8 +69,7 @@ def load_model(params: Any) -> VLM:
     without its language model gets it from `language_model`.
 
     Args:
-        params: anything with the attributes `model, checkpoint, revision, prompt, do_pad, dtype, device,
-            device_map` of `Params`, and optionally `language_model`.
+        params: `Params`, or anything with its attributes `model` to `device_map`; `language_model` may be missing.
 
     Raises:
         ValueError: no such folder and no such name on the hub; the hub can't be reached; a folder without
@@ -83,11 +82,11 @@ def load_model(params: Any) -> VLM:
     if base and not (folder / "config.json").is_file():
         folder = find_checkpoint(base)
     config, kind = _read_config(folder)
-    options = weights_options(params, device, kind, config) | {"gguf_file": gguf_file(folder), "config": config}
-    options |= _FUSED
+    options = weights_options(params, device, kind, config) | _FUSED | dict(gguf_file=gguf_file(folder), config=config)
     if language_model := getattr(params, "language_model", None):
-        kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        options["state_dict"] = load_file(folder / "model.safetensors") | language_weights(language_model)
+        kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), kind)
+        stored = {name: t for file in folder.glob("model*.safetensors") for name, t in load_file(file).items()}
+        options["state_dict"] = stored | language_weights(language_model)
     hf = _read_weights(kind, folder, options)
     if base:
         hf = merge_adapter(hf, adapter)
@@ -116,7 +115,7 @@ def _read_config(folder: Path) -> tuple[PreTrainedConfig, Any]:
         raise ValueError(
             f"Expected a vision-language model of a family that is served here ({', '.join(FAMILIES)}), but "
             f"{folder} holds {config.model_type!r}, whose picture path is not known: teach it to "
-            "mmflow_utils/models/adapter.py and prove it in tests/test_families.py."
+            "mmflow_utils/models/adapter.py and prove it in tests/models/test_families.py."
         )
     return config, AutoModelForImageTextToText
 

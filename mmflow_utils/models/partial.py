@@ -49,9 +49,7 @@ def merge_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     # Weights of a GGUF file are whole numbers no more once they are loaded.
     if getattr(hf, "is_quantized", False) and getattr(hf, "quantization_method", None) != "gguf":
-        raise ValueError(
-            f"The adapter in {folder} can't be merged exactly into quantized weights: set dtype to bfloat16 or float32."
-        )
+        raise ValueError(f"The adapter in {folder} can't be merged exactly into quantized weights: set dtype: float32.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it looks for the base by its name, which is loaded already
         try:

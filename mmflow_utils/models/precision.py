@@ -67,9 +67,7 @@ def _outside_decoder(kind: Any, config: PreTrainedConfig) -> list[str]:
 def _check_quantization(dtype: str, device: torch.device) -> None:
     instead = "or set dtype to bfloat16, whose results differ from those of quantized weights"
     if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"dtype {dtype} needs the package bitsandbytes, which isn't installed: pip install bitsandbytes, {instead}."
-        )
+        raise ValueError(f"dtype {dtype} needs bitsandbytes, which isn't here: pip install bitsandbytes, {instead}.")
     if device.type != "cuda":
         raise ValueError(
             f"dtype {dtype} needs a CUDA device, but this run would be on {device}: run it on a machine with "

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmflow_utils.data import fields
 from mmflow_utils.data.captions import add_captions
-from mmflow_utils.data.fields import read_entries, read_json, read_list
+from mmflow_utils.data.fields import fetching, pictures_folder, read_entries, read_json, read_list
 from mmflow_utils.data.gqa import read_gqa
 
 INTEGERS = st.integers(-(2**62), 2**62)
@@ -67,6 +67,31 @@ def test_a_damaged_file_is_one_clear_error_that_names_the_last_good_entry(tmp_pa
     with pytest.raises(ValueError, match=f"a.json isn't whole JSON .*{said}.*: download the questions again") as caught:
         list(read_entries(file, "questions"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("data/gqa/val_balanced_questions.json", "gqa"), ("/mnt/mmflow/data/gqa/images", "gqa"),
+        ("data/gqa/region_descriptions.json", "captions"), ("data/okvqa/mscoco_val2014_annotations.json", "okvqa"),
+        ("data/aokvqa/aokvqa_v1p0_val.json", "aokvqa"), ("data/coco/val2014", "okvqa"),
+        ("data/coco/val2017", "aokvqa"),
+    ],
+)  # fmt: skip
+def test_the_command_that_fetches_what_is_missing_is_named(tmp_path, path, data):
+    assert fetching(path) == f"make data DATA={data}, or "
+    there = tmp_path / "data" / path.split("data/")[1]
+    with pytest.raises(
+        ValueError, match=f"{there} .*: make data DATA={data}, or put it there, or change the parameters"
+    ):
+        list(read_entries(there, "question file"))
+    with pytest.raises(ValueError, match=f"no images folder {there}: make data DATA={data}, or unpack them there"):
+        pictures_folder(there)
+
+
+@pytest.mark.parametrize("path", ["gqa/questions.json", "data/mine/questions.json", "database/gqa/images"])
+def test_other_files_are_not_fetched_by_a_command(path):
+    assert fetching(path) == ""
 
 
 def test_captions_are_read_the_same_way(tmp_path):

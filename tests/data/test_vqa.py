@@ -174,7 +174,7 @@ def test_a_malformed_annotation_stops_with_its_file_entry_and_field(okvqa, chang
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(direct_answers=...), r"direct_answers should hold .* \(a test split has no answers\)"),
+        (dict(direct_answers=...), r"direct_answers should hold .* \(a test split has none\)"),
         (dict(difficult_direct_answer=...), "difficult_direct_answer should be true or false, got None"),
         (dict(difficult_direct_answer="no"), "difficult_direct_answer should be true or false"),
         (dict(image_id=None), "image_id should be a whole number"),

@@ -180,6 +180,26 @@ def test_a_llava_without_its_language_model_gets_it_from_elsewhere(tmp_path):
     joined = load_model(wanted(parts, language_model=str(text)))
     encoded = encode(whole, tiny_sample(tmp_path))
     assert torch.equal(library_logits(joined.hf, encoded.inputs), library_logits(whole.hf, encoded.inputs))
+    split_in_two(parts)
+    sharded = load_model(wanted(parts, language_model=str(text)))
+    assert torch.equal(library_logits(sharded.hf, encoded.inputs), library_logits(whole.hf, encoded.inputs))
+
+
+def split_in_two(folder: Path) -> None:
+    """Store a folder's weights in two files, as large checkpoints come."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(weights))}
+    for file in {*index.values()}:
+        save_file({name: weights[name] for name in weights if index[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_a_text_only_model_takes_no_language_model(tmp_path):
+    text = str(ROOT / "assets" / "mini-text")
+    with pytest.raises(ValueError, match="mini-text") as caught:
+        load_model(wanted(text, prompt="{caption} {question}", language_model=text))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
