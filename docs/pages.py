@@ -5,7 +5,8 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import nbformat
 from nbformat import NotebookNode
 
 from docs.address import binder, colab, first_cell
-from mmflow_utils.params import ROOT, plain_assignments
-from mmflow_utils.results.frames import find_frame, read_manifest
+from mmflow_utils.params import ROOT, Params, complete, plain_assignments
+from mmflow_utils.results.frames import LATER, NOT_OF_THE_RESULT, list_frames, read_manifest
 
 LINK = re.compile(r"\[([^\]]+)\]\((\w+\.ipynb)(?:#[^)]*)?\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COMMITTED = ".committed"  # in the outputs: notebooks as they come with the project, as if they had run here
 MEASURES = ("measure_in_parts(", "save_frame(", "read_results(", "load_frame(")  # what a frame comes from
+# In which frames of one run may differ: some show captions in place of the picture, or ask about pairs or facts.
+ASKED_OTHERWISE = {"prompt", "questions", "scene_graphs", "images"}
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
 
 
@@ -56,7 +59,7 @@ def write_page(executed: Path, page: Path) -> None:
 
 def _link_frames(notebook: NotebookNode, folder: Path, beside: Path) -> None:
     """Put the results that a notebook's code names beside its page, and a link to them below each figure of them."""
-    files = {name: find_frame(folder / f"{name}.parquet") for name in results_named(notebook, folder)}
+    files = {name: file for name, file in frames_of_run(notebook, folder).items() if file}
     files |= {file.name: file for file in folder.glob("*.csv") if file.name in strings_of(notebook)}
     for file in files.values():
         shutil.copy(file, beside)
@@ -151,26 +154,54 @@ def buttons(name: str) -> str:
 
 def changed_parameters(notebook: NotebookNode) -> dict[str, Any]:
     """Collect the parameters that this run set otherwise than the notebook's own cell does."""
+    default, run = _set_in_cells(notebook)
+    return {name: value for name, value in run.items() if name not in default or default[name] != value}
+
+
+def _set_in_cells(notebook: NotebookNode) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what the notebook's own parameters cell sets, and what its run has put below it."""
     cells = {
         tag: plain_assignments(cell.source) or {}
         for cell in code_cells(notebook)
         for tag in cell.metadata.get("tags", [])
         if tag in ("parameters", "injected-parameters")
     }
-    default = cells.get("parameters", {})
-    run = cells.get("injected-parameters", {})
-    return {name: value for name, value in run.items() if name not in default or default[name] != value}
+    return cells.get("parameters", {}), cells.get("injected-parameters", {})
 
 
 def manifests(notebook: NotebookNode, folder: Path) -> dict[str, dict[str, Any]]:
     """Read what made the results that the notebook's code names: results -> field -> value."""
-    found = {}
-    for name in results_named(notebook, folder):
-        try:
-            found[name] = _shown(read_manifest(find_frame(folder / f"{name}.parquet")))
-        except ValueError as error:
-            found[name] = {"no manifest": str(error)}
-    return found
+    none = {"no manifest": "no frame stored under this name is of a run with this notebook's parameters"}
+    frames = frames_of_run(notebook, folder)
+    return {name: _shown(read_manifest(file)) if file else none for name, file in frames.items()}
+
+
+def frames_of_run(notebook: NotebookNode, folder: Path) -> dict[str, Path | None]:
+    """Find the latest frame of each result that the notebook's code names which can be of its run; else None."""
+    run = parameters_of(notebook)
+    stored = {name: list_frames(folder / f"{name}.parquet") for name in results_named(notebook, folder)}
+    return {name: next((file for file in files if _fits(file, run)), None) for name, files in stored.items()}
+
+
+def parameters_of(notebook: NotebookNode) -> dict[str, Any]:
+    """Collect the parameters of a run that its results depend on: of its cells, over those of the model's file."""
+    default, run = _set_in_cells(notebook)
+    values = default | run
+    with suppress(ValueError):  # a model without a file
+        values = complete(values)
+    names = Params.model_fields.keys() - NOT_OF_THE_RESULT - ASKED_OTHERWISE
+    return LATER | {name: value for name, value in values.items() if name in names}
+
+
+def _fits(file: Path, run: Mapping[str, Any]) -> bool:
+    """Tell whether a frame can be of a run: it is of another model, shown beside, or says nothing else of this one."""
+    try:
+        stored = LATER | read_manifest(file)["depends_on"]
+    except ValueError:  # damaged
+        return False
+    if stored.get("model", run.get("model")) != run.get("model"):
+        return True
+    return all(stored[name] == run[name] for name in stored.keys() & run.keys())
 
 
 def results_named(notebook: NotebookNode, folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from mmflow_utils.params import ROOT, Params, outputs_folder
 from mmflow_utils.results.committed import FOLDER
 from mmflow_utils.results.frames import differences, manifest, pack, read_frame, read_manifest, write_whole
 from mmflow_utils.results.record import Result
-from mmflow_utils.results.version import describe_call
+from mmflow_utils.results.version import VERSIONS, describe_call
 
 __all__ = ["commit_results"]
 
@@ -54,23 +54,29 @@ def commit_results(params: Params, folder: Path, to: Path = FOLDER) -> list[Path
 
 
 def _measured(params: Params, folder: Path) -> Iterator[Found]:
-    """Give what was measured in parts with these parameters; what notebooks made of it is made anew from it.
+    """Give what was measured in parts with these parameters, of each name the latest run.
 
+    What notebooks made of it is made anew from it.
     A notebook about another model may have measured this one, too, to show it beside: it stores that with its own.
     """
     now = manifest(params)["depends_on"]
     now = {name: value for name, value in now.items() if name not in ASKED_OTHERWISE}
     rounds = [file for file in folder.glob("*/*.parquet") if file.stem.startswith(file.parent.name)]  # `ask_in_parts`
-    for file in sorted([*folder.parent.glob("*/*.parquet"), *rounds]):
+    found: dict[str, Path] = {}
+    files = [*folder.parent.glob("*/*.parquet"), *rounds]
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file)):
         made_from = read_manifest(file)
         run = made_from["depends_on"]
         if "experiment" not in run or run.get("model") != params.model:
             continue
-        shared = {"depends_on": {name: value for name, value in now.items() if name in run}}
+        current = now | {"version": VERSIONS.get(run["experiment"], run.get("version"))}
+        shared = {"depends_on": {name: value for name, value in current.items() if name in run}}
         if differ := differences(made_from, shared):
             print(f"{file.name} is left out: {'; '.join(differ)}.")
         else:
-            yield file.name.split(".")[0], Result.of(*read_frame(file))
+            found[file.name.split(".")[0]] = file
+    for name, file in sorted(found.items()):
+        yield name, Result.of(*read_frame(file))
 
 
 def _asked(params: Params, folder: Path) -> Iterator[Found]:

@@ -9,6 +9,7 @@ later downloads are held against it; what an archive holds is checked by its own
 """
 
 import argparse
+import fcntl
 import gzip
 import json
 import shutil
@@ -17,6 +18,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -129,22 +131,43 @@ def fetch(archive: Archive, folder: Path, *, progress: bool = True) -> str:
 
     Raises:
         ValueError: A connection that broke off, another checksum, an archive that is broken or holds nothing
-            of what is needed; says what to do.
+            of what is needed, another command that fetches it just now; says what to do.
     """
-    notes = folder / "checksums.json"
-    known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
-    noted = known.get(archive.url, {})
+    noted = _checksums(folder).get(archive.url, {})
     target = folder / archive.to
     if sum(1 for _ in target.glob(archive.members)) >= noted.get("n_files", archive.n_files):
         return "there already"
     file = folder / "downloads" / archive.name
-    _download(archive, file, archive.sha256 or noted.get("sha256"), progress)
-    sha256 = pooch.file_hash(str(file))
-    n_files = _unpack(file, archive.members, target, progress)
-    known[archive.url] = {"sha256": sha256, "n_files": n_files, "published": archive.sha256 is not None}
-    write_whole(notes, json.dumps(known, indent=1).encode())
+    with _alone(file.with_name(f"{file.name}.lock")):
+        _download(archive, file, archive.sha256 or noted.get("sha256"), progress)
+        sha256 = pooch.file_hash(str(file))
+        n_files = _unpack(file, archive.members, target, progress)
+    note = {"sha256": sha256, "n_files": n_files, "published": archive.sha256 is not None}
+    with _alone(file.with_name("checksums.lock"), waits=True):  # another archive's may have been noted meanwhile
+        known = _checksums(folder) | {archive.url: note}
+        write_whole(folder / "checksums.json", json.dumps(known, indent=1).encode())
     held = "held against the published checksum" if archive.sha256 else "its checksum is written down"
     return f"{n_files} files in {target}; {held}"
+
+
+def _checksums(folder: Path) -> dict[str, Any]:
+    notes = folder / "checksums.json"
+    return json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+
+
+@contextmanager
+def _alone(lock: Path, *, waits: bool = False) -> Iterator[None]:
+    """Hold a lock, which ends with the process; where another has it, wait, or raise a ValueError."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            name = lock.name.removesuffix(".lock")
+            raise ValueError(f"another command fetches {name} just now: wait for its end, then run again") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _download(archive: Archive, file: Path, sha256: str | None, progress: bool) -> None:

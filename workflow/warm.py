@@ -7,6 +7,7 @@ A report is twenty notebooks of two processes each, which would import torch, tr
 """
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -36,6 +37,7 @@ MOST = 1 << 20  # bytes of a request: arguments and environment
 # Variables that Python and the libraries read when they start: where these differ, a process starts by itself.
 READ_AT_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_WITH_PARENT = 1  # PR_SET_PDEATHSIG, of prctl
 
 
 def serve(command: Sequence[str]) -> int:
@@ -51,22 +53,44 @@ def serve(command: Sequence[str]) -> int:
         return subprocess.run(command).returncode
     listener.listen()
     running = subprocess.Popen(command, env=os.environ | {SERVED_AT: f"{ROOT}:{folder}/socket"})
+    for signum in _ending():
+        signal.signal(signum, lambda *_: running.terminate())
     signal.signal(signal.SIGINT, lambda *_: None)  # from a keyboard it comes to the command, too
-    signal.signal(signal.SIGTERM, lambda *_: running.terminate())
-    _import()  # while the command starts
-    forks: dict[socket.socket, int] = {}
-    while running.poll() is None:
-        for ready in select.select([listener, *forks], [], [], 0.02)[0]:
-            if ready is listener:
-                _fork(listener, forks, environment)
-            else:  # who asked is gone, and so goes what was asked for
-                os.kill(forks[ready], signal.SIGKILL)
-        for asked in list(forks):
-            _tell_its_end(asked, forks)
-    for pid in forks.values():
-        os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(folder)
+    try:
+        _serve_until_it_ends(running, listener, environment)
+    finally:  # whatever went wrong here: who asks from now on starts by itself
+        listener.close()
+        running.wait()
+        shutil.rmtree(folder, ignore_errors=True)
     return running.returncode
+
+
+def _serve_until_it_ends(running: subprocess.Popen, listener: socket.socket, environment: Mapping[str, str]) -> None:
+    """Import, fork for all who ask while the command runs, and end what is left of the forks."""
+    try:
+        _import()  # while the command starts
+    except Exception as error:
+        return print(f"mmflow: notebooks import what they need by themselves: {error!r}", file=sys.stderr)
+    forks: dict[socket.socket, int] = {}
+    try:
+        while running.poll() is None:
+            for ready in select.select([listener, *forks], [], [], 0.02)[0]:
+                if ready is listener:
+                    _fork(listener, forks, environment)
+                else:  # who asked is gone, and so goes what was asked for
+                    os.kill(forks[ready], signal.SIGKILL)
+            for asked in list(forks):
+                _tell_its_end(asked, forks)
+    finally:
+        for asked, pid in forks.items():
+            os.kill(pid, signal.SIGKILL)
+            asked.close()
+
+
+def _ending() -> Sequence[signal.Signals]:
+    """Name the signals that end a run; under nohup a closed terminal is none."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signum for signum in FORWARDED if signum != signal.SIGHUP or not ignored]
 
 
 def _import() -> None:
@@ -96,16 +120,25 @@ def _fork(listener: socket.socket, forks: dict[socket.socket, int], environment:
         request = json.loads(content)
     except (OSError, ValueError):  # gone before it could say what it wants
         return asked.close()
-    if _read_at_start(request["environment"]) != _read_at_start(environment):
+    server, pid = os.getpid(), None
+    if _read_at_start(request["environment"]) == _read_at_start(environment):
+        with suppress(OSError):  # no room for another process
+            pid = os.fork()
+    if pid is None:
         asked.close()
-    elif pid := os.fork():
+    elif pid:
         forks[asked] = pid
         with suppress(OSError):
             asked.send(b"%d" % pid)
     else:
-        for one in (listener, asked, *forks):
-            one.close()
-        become(request, files)
+        try:
+            for one in (listener, asked, *forks):
+                one.close()
+            become(request, files, server)
+        except BaseException:
+            traceback.print_exc()
+        finally:  # what ends the server's own work is no fork's to do
+            os._exit(1)
     for file in files:
         os.close(file)
 
@@ -122,8 +155,11 @@ def _tell_its_end(asked: socket.socket, forks: dict[socket.socket, int]) -> None
             asked.send(b"%d" % os.waitstatus_to_exitcode(status))
 
 
-def become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
-    """Be the process that was asked for, with its files, folder, environment and arguments."""
+def become(request: dict[str, Any], files: Sequence[int], server: int) -> NoReturn:
+    """Be the process that was asked for, with its files, folder and arguments, as long as the server is."""
+    ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != server:  # it ended just now
+        os._exit(1)
     os.setsid()
     for signum in FORWARDED:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
@@ -165,7 +201,7 @@ def ask(arguments: Sequence[str]) -> int:
             pid = int(server.recv(64))
         except (OSError, ValueError):  # nobody serves, or turns away
             os.execv(sys.executable, [sys.executable, "-Xfrozen_modules=off", "-m", *arguments])
-        for signum in FORWARDED:
+        for signum in _ending():
             signal.signal(signum, lambda number, _: os.kill(pid, number))
         while not select.select([server], [], [], 1.0)[0]:
             if os.getppid() != parent:  # a kernel ends with who started it

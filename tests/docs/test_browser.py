@@ -23,6 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BINDER = ROOT / "binder"
 CONTAINER = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
 TORCH_FOR_CPU = "https://download.pytorch.org/whl/cpu"
+IPYTHON_RUNNING = "7.34.0"  # and its kernel, 6.17.1
 NUMPY_RUNNING = "2.0.2"  # the oldest numpy 2 that hosted notebooks still come with
 
 
@@ -73,6 +74,25 @@ def test_a_numpy_that_runs_already_is_left_alone():
     own = next(Requirement(need) for need in PROJECT["dependencies"] if need.startswith("numpy"))
     assert own.specifier.contains(NUMPY_RUNNING) and len(asking) > 5
     assert [name for name, allows in asking.items() if not allows] == []
+
+
+def test_colabs_own_ipython_and_kernel_are_left_alone():
+    """Replaced, they may crash its sessions again and again; the recipe installs the core and two packages."""
+    asked = re.search(r"%pip install -q -e \. (.*)", first_cell())[1].split()
+    core, found, asking = map(Requirement, [*PROJECT["dependencies"], *asked]), set(), []
+    waiting = list(core)
+    while waiting:
+        need = waiting.pop()
+        name = canonicalize_name(need.name)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        if name == "ipython":
+            asking.append(need.specifier.contains(IPYTHON_RUNNING))
+        elif name not in found:
+            found.add(name)
+            waiting += map(Requirement, requires(name) or [] if name in LOCK else [])
+    assert asking and all(asking) and found > set(asked)
+    assert found & {"ipykernel", "jupyter-client", "jupyter-core", "tornado", "pyzmq", "prompt-toolkit"} == set()
 
 
 def test_the_address_is_stated_once_and_repeated_where_it_must_be():

@@ -3,6 +3,7 @@
 The Snakefile and its profile are the real ones; `workflow.run_notebook` has a stand-in that notes when it ran.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from mmflow_utils.params import ROOT
 pytestmark = pytest.mark.slow
 
 IN_PARTS = "mm.measure_in_parts("
+BESIDE = """beside: dict = {'mini': 'big', 'other': 'mini'}"""
 RUN_NOTEBOOK = """
 import os, pathlib, sys, time
 
@@ -45,14 +47,20 @@ sys.exit(fails)
 NVIDIA_SMI = "#!/bin/sh\nprintf '0\\n1\\n'\n"  # a machine with two GPUs
 
 
+def notebook(source):
+    """Write a notebook of one cell, which reads samples and holds its parameters."""
+    cell = {"source": f"{source}\n" if ": " in source else "", "metadata": {"tags": ["parameters"]}}
+    return json.dumps({"cells": [cell], "metadata": {"says": f"mm.load_samples( {source}"}})
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project of notebooks, two of which compute in parts; its folder's name needs quotes, and there is no home."""
     folder = tmp_path / "my project's größe"
     shutil.copytree(ROOT / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".venv").symlink_to(sys.prefix)
-    read = {"01_dataset_curation": "", "04_tour": "", "02_flow": IN_PARTS, "03_image": IN_PARTS, "90_train": ""}
-    files = {f"notebooks/{name}.ipynb": f"mm.load_samples( {text}" for name, text in read.items()}
+    read = {"01_dataset_curation": "", "04_tour": BESIDE, "02_flow": IN_PARTS, "03_image": IN_PARTS, "90_train": ""}
+    files = {f"notebooks/{name}.ipynb": notebook(text) for name, text in read.items()}
     files |= {f"params/{model}.yaml": f"model: {model}\ncheckpoint: assets/{model}\n" for model in ("mini", "big")}
     files |= {"assets/mini/training.json": '{"recipe": {}}', "fail": "", "meet": "", "bin/nvidia-smi": NVIDIA_SMI}
     files |= {"workflow/run_notebook.py": RUN_NOTEBOOK}
@@ -164,8 +172,34 @@ def test_what_is_finished_stays_so_when_the_rest_is_shared_among_more(batch, pro
 
     for name in ("03_image", "04_tour"):  # touched, and changed
         with (project / "notebooks" / f"{name}.ipynb").open("a") as file:
-            file.write(" and more" * (name == "04_tour"))
+            file.write(" " * (name == "04_tour"))
     assert ended(batch()) == ["04_tour"]
+
+
+def test_weights_questions_and_a_partners_parameters_count(batch, project):
+    files = {"assets/big/model.safetensors": "weights", "questions.json": "{}"}
+    with (project / "params" / "big.yaml").open("a") as params:
+        params.write("questions: questions.json\nscene_graphs: none.json\n")
+    for name, text in files.items():
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text(text)
+    everything = ["01_dataset_curation", "02_flow", "03_image", "04_tour"]
+    config = ("--config", "model=big")
+    assert ended(batch(*config)) == everything
+    assert batch(*config) == []
+    for name in files:
+        (project / name).write_text("others")
+        assert ended(batch(*config)) == everything, name
+    assert ended(batch()) == [*everything, "90_train"]
+    with (project / "params" / "big.yaml").open("a") as params:
+        params.write("window: 5\n")
+    assert ended(batch()) == ["04_tour"]
+
+
+def test_a_folder_with_braces_is_refused_in_one_sentence(batch, monkeypatch):
+    monkeypatch.setenv("MMFLOW_OUTPUTS", "out{puts}")
+    assert batch() == []
+    assert batch.done.returncode == 1 and "has braces in its name: let outputs" in batch.said
 
 
 def test_a_model_without_a_file_is_one_sentence(batch):

@@ -36,9 +36,9 @@ def params(tmp_path, monkeypatch):
     return Params(tasks=["ChooseAttr"], n_samples=30, outputs=str(tmp_path / "outputs"))
 
 
-def run(params, **options):
+def run(params, n=40, **options):
     path = params.folder / "flow.parquet"
-    return measure_in_parts(measure, None, SAMPLES[:40], path, params, version=1, progress=False, **options)
+    return measure_in_parts(measure, None, SAMPLES[:n], path, params, version=1, progress=False, **options)
 
 
 def test_frames_and_samples_are_found_in_a_fresh_copy(params, tmp_path, capsys):
@@ -68,6 +68,26 @@ def test_what_is_of_another_run_is_left_out_and_named(params, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "flow.parquet is left out: window was 9, now 3." in said
     assert "The choice of samples is left out: not made yet for ChooseAttr." in said
+
+
+def test_of_each_name_the_latest_run_is_taken(params, tmp_path):
+    def taken():
+        (file,) = commit_results(params, params.folder, tmp_path / "committed")
+        return len(load_frame(file))
+
+    first, few = run(params), run(params, n=4)
+    assert len(few.frame) < len(first.frame)
+    assert len(list(params.folder.glob("flow*.parquet"))) == 2 and taken() == len(few.frame)
+    run(params)  # loaded, which makes it the latest again
+    assert taken() == len(first.frame)
+
+
+def test_what_an_older_version_measured_is_left_out(params, tmp_path, monkeypatch, capsys):
+    run(params)
+    monkeypatch.setitem(module.VERSIONS, "measure", 2)
+    with pytest.raises(ValueError, match="Expected results of mini"):
+        commit_results(params, params.folder, tmp_path / "committed")
+    assert "flow.parquet is left out: version was 1, now 2." in capsys.readouterr().out
 
 
 def test_what_another_model_was_shown_beside_is_taken_and_the_other_models_own_is_not(params, tmp_path):

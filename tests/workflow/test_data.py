@@ -294,6 +294,26 @@ def test_a_broken_archive_is_not_taken_for_data(served, tmp_path):
         fetch(served.archive, tmp_path, progress=False)
 
 
+def test_what_another_command_fetches_is_left_to_it(served, tmp_path):
+    with download._alone(tmp_path / "downloads" / "a.zip.lock"):
+        with pytest.raises(ValueError, match="another command fetches a.zip just now: wait"):
+            fetch(served.archive, tmp_path, progress=False)
+        assert not served.asked and not (tmp_path / "gqa").exists()
+    fetch(served.archive, tmp_path, progress=False)
+
+
+def test_checksums_that_another_command_noted_meanwhile_stay(served, tmp_path, monkeypatch):
+    unpack = download._unpack
+
+    def meanwhile(*arguments):
+        (tmp_path / "checksums.json").write_text('{"another": {"sha256": "1"}}')
+        return unpack(*arguments)
+
+    monkeypatch.setattr(download, "_unpack", meanwhile)
+    fetch(served.archive, tmp_path, progress=False)
+    assert set(json.loads((tmp_path / "checksums.json").read_text())) == {"another", served.archive.url}
+
+
 def test_no_server_is_one_clear_error(tmp_path):
     archive = Archive(url="http://127.0.0.1:9/a.zip", members="val.json", to="gqa", size="")
     with pytest.raises(ValueError, match="a.zip wasn't fetched whole, 0 bytes are here"):

@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mmflow_utils.params import Params
 from workflow import run_notebook as execute
+from workflow.graph import FACTS
 from workflow.run_notebook import check_parameters, find_problems, main, run_notebook
 
 pytestmark = pytest.mark.notebook
@@ -77,6 +78,26 @@ def test_a_model_of_params_is_injected_by_its_name_alone(tmp_path, write):
     assert check_parameters(path, {"model": "planted"}) == Params.from_yaml("params/planted.yaml", seed=5)
 
 
+def test_real_facts_are_passed_for_a_model_of_params_and_an_override_wins(write, monkeypatch):
+    own = "\n".join(f"{name}: {type(value).__name__} = {value!r}" for name, value in FACTS.items())
+    path = write(SETUP, declared=f"{DECLARED}\n{own}").rename
+    path = path(execute.NOTEBOOKS / "12_facts.ipynb")
+    passed = []
+    monkeypatch.setattr(execute, "_execute", lambda *_, **__: passed.append(_[2]) or "no kernel here")
+    for model, values in (("llava-1.5-7b", {}), ("llava-1.5-7b", {"aokvqa_questions": "mine.json"}), ("mini", {})):
+        with pytest.raises(RuntimeError, match="no kernel here"):
+            run_notebook(path, model, values)
+    real = {"model": "llava-1.5-7b"} | FACTS
+    assert passed == [real, real | {"aokvqa_questions": "mine.json"}, {"model": "mini"}]
+
+
+def test_a_file_that_gives_a_checkpoint_names_its_model(tmp_path, write, capsys):
+    path = write("1")
+    (tmp_path / "tiny.yaml").write_text("checkpoint: tiny\nprompt: '<image> {question}'\n")
+    assert run(path) == 1
+    assert capsys.readouterr().err == "mmflow: Parameter checkpoint = 'tiny' comes without model: give both.\n"
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -100,6 +121,28 @@ def test_a_shard_ends_with_the_last_cell_that_computes_in_parts(tmp_path, write)
     done = nbformat.read(tmp_path / "out" / "tiny" / "shards" / "02_flow.2of4.ipynb", as_version=4)
     assert done.cells[-1].outputs[0].text == "2/4\n"
     assert run(path) == 1  # without a shard it goes on to its end
+
+
+def test_a_shard_runs_what_its_measurements_need_and_no_figure_between_them(tmp_path, write):
+    path = write(
+        SETUP,
+        "rows = []  # measure_in_parts(",
+        "boot = 3\nmean = sum(rows) / len(rows)",  # a summary, of a share without rows
+        "few = [n for n in range(2)]",
+        "print(few, boot := 4)  # measure_in_parts(",
+    )
+    assert run(path, "-p", "shard", "2/4") == 0
+    done = nbformat.read(tmp_path / "out" / "tiny" / "shards" / "02_flow.2of4.ipynb", as_version=4)
+    said = [cell.source for cell in done.cells if cell.cell_type == "code"]
+    assert not any("mean" in source for source in said) and any("few = [" in source for source in said)
+
+
+def test_a_shard_ends_before_what_asks_by_all_samples(tmp_path, write):
+    path = write(SETUP, "found = 1  # measure_in_parts(", "1 / 0  # measure_in_parts(")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["tags"] = ["all-samples"]
+    nbformat.write(notebook, path)
+    assert run(path, "-p", "shard", "2/4") == 0 and run(path) == 1
 
 
 @pytest.mark.parametrize(

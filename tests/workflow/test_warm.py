@@ -176,6 +176,47 @@ def test_forks_end_with_the_command_whose_exit_code_is_given_back(run):
     assert process.returncode == 5 and ends(fork)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_the_server_ends_the_forks_and_leaves_no_folder(run, tmp_path, monkeypatch, sent):
+    (tmp_path / "t").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
+    process = run(sys.executable, "-IS", WARM, "-m", "probe", "wait", stdin=subprocess.DEVNULL)
+    fork = said(process.stdout.readline())["pid"]
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+    assert process.returncode and ends(fork)
+    assert sent == signal.SIGKILL or not list((tmp_path / "t").iterdir())
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(run):
+    process = run("nohup", sys.executable, "-c", SERVER, "serve", "bash", "-c",
+                  f"{sys.executable} -IS {WARM} -m probe 'time.sleep(1)'", served=False, stdin=subprocess.DEVNULL,
+                  start_new_session=True)  # fmt: skip
+    assert said(process.stdout.readline())["imported"]
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("fault", ["warm.BY_KERNEL = ['no_such_library']", "warm.os.fork = lambda: open('/no/such')"])
+def test_where_the_server_can_not_fork_the_command_goes_on(run, fault):
+    faulty = SERVER.replace("sys.exit(", f"{fault}\nsys.exit(")
+    shell = f"sleep 1; {sys.executable} -IS {WARM} -m probe 4"
+    process = run(sys.executable, "-c", faulty, "serve", "bash", "-c", shell, served=False, stdin=subprocess.DEVNULL)
+    out, beside = process.communicate(timeout=60)
+    assert process.returncode == 4 and not said(out)["imported"], beside
+    assert ("mmflow: notebooks import what they need by themselves" in beside) == ("library" in fault)
+    assert "Traceback" not in beside
+
+
+def test_a_fork_that_can_not_begin_leaves_the_server_be(run):
+    faulty = SERVER.replace("sys.exit(", "warm.os.chdir = lambda folder: open('/no/such')\nsys.exit(")
+    shell = f"for n in 1 2; do {sys.executable} -IS {WARM} -m probe 4; echo code $?; done; exit 7"
+    process = run(sys.executable, "-c", faulty, "serve", "bash", "-c", shell, served=False, stdin=subprocess.DEVNULL)
+    out, beside = process.communicate(timeout=60)
+    assert (out, process.returncode) == ("code 1\ncode 1\n", 7) and beside.count("FileNotFoundError") == 2
+
+
 def test_where_there_is_a_gpu_nobody_serves(run, tmp_path):
     without = SERVER.replace("sys.exit(", "warm.GPU = warm.Path('/dev/null')\nsys.exit(")
     process = run(sys.executable, "-c", without, "serve", sys.executable, "-IS", WARM, "-m", "probe", "4", served=False,
