@@ -74,7 +74,7 @@ def plot_image_patches(
         total, bottom = columns * width + side, axes[-1].get_position().y0
         beside = (1 - side / total, bottom, 0.12 / total, axes[0].get_position().y1 - bottom)
         bar = figure.colorbar(scale, cax=figure.add_axes(beside))
-        bar.set_label("Attention to an image token (%)", fontsize=8.5)
+        bar.set_label("Attention to an image token (%, square-root scale)", fontsize=8.5)
         bar.outline.set_visible(False)
     return figure
 

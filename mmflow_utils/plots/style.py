@@ -43,18 +43,20 @@ SET_COLORS = {  # one color per position set, the same in prompts, pictures and 
     "question_without_options": "#3D9BD1",
     "question_without_objects": "#5C2A12",
 }
+_NAMED = {"other": "#8A8A8A"}  # questions that belong to no task, in learning curves
+_INTO_QUESTION = {"image": "#009E73", "captions": "#CC79A7"}
 _SPARE = ("#44AA99", "#999933", "#6A4C93", "#CC5A6E", "#117733")
 _WHOLE = ("image", "image_related", "image_other", "image_random", "captions", "last", "question")
 
 
 def set_color(name: str) -> str:
     """Return the color of a position set; an unknown one gets a spare by its name, the same everywhere."""
-    return SET_COLORS.get(name, _SPARE[crc32(name.encode()) % len(_SPARE)])
+    return (SET_COLORS | _NAMED).get(name, _SPARE[crc32(name.encode()) % len(_SPARE)])
 
 
 def _color_of(flow: flows.Flow) -> str:
-    if flow.source in ("image", "captions") and flow.target == "question":
-        return "#009E73"  # it stands beside Image -> Last in one figure, so it can't have the image's color
+    if flow.target == "question" and flow.source in _INTO_QUESTION:
+        return _INTO_QUESTION[flow.source]  # beside Image -> Last in one figure, so not in the image's color
     # A flow into a part of the question is identified by that part, any other by where it comes from.
     return set_color(flow.source if flow.target in _WHOLE else flow.target)
 

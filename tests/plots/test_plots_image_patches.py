@@ -47,7 +47,7 @@ def test_with_weights_patches_are_shaded_on_one_scale_over_a_gray_picture():
     assert first.collections[1].get_label() == "image_related" and edge[:3] == pytest.approx(
         to_rgb(set_color("image_related"))
     )
-    assert bar.get_ylim() == (0, 8) and "(%)" in bar.get_ylabel()
+    assert bar.get_ylim() == (0, 8) and "(%, square-root scale)" in bar.get_ylabel()
 
 
 def test_tiles_and_named_tables_have_panels_of_their_own():
