@@ -102,7 +102,8 @@ def plot_curves(
     for axis, (name, other) in zip(axes, product(panels, aside), strict=True):
         part = data[data[panel] == name]
         part = part[part[across] == other] if across else part
-        axis.set_title(" · ".join(style.shown(label) for label in (name, other) if label is not None), loc="left")
+        shown = " · ".join(style.shown(label) for label in (name, other) if label is not None)
+        axis.set_title(shown, loc="left", fontsize=9 if len(shown) > 22 else None)  # n stands beside it
         axis.set_title(_n_text(part), loc="right", fontsize=9, fontweight="normal", color="#555555")
         axis.axhline(0, color="#444444", linewidth=0.9, zorder=1.5, label="_zero")
         for value, (label, color, dashes) in lines.items():

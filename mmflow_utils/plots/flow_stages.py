@@ -21,7 +21,7 @@ _LINES = (*_FLOWS, *_WORDS)
 _LANES = {"image": "Image", "question": "Question", "last": "Last"}  # from left to right, an arrow's width apart
 _MARK_AT = dict(zip(_FLOWS, (0.33, 0.62, 0.5, 1.4, 1.75), strict=True))
 _ENDS = {"Question -> Last": (1, 2), "Image -> Last": (0, 2)}  # lanes; else from the image to the question
-_WORD_AT = dict(zip(_WORDS, (2.45, 2.92), strict=True))
+_WORD_AT = dict(zip(_WORDS, (2.55, 3.15), strict=True))
 
 
 @style.styled
@@ -71,7 +71,7 @@ def plot_stages(layers: pd.DataFrame, stages: pd.DataFrame, *, title: str = "", 
 
 
 def _draw_model(axis: plt.Axes, layers: pd.DataFrame, stages: pd.DataFrame, n_layers: int) -> None:
-    axis.set(xlim=(-0.3, 3.25), ylim=(-0.9, n_layers - 0.1))
+    axis.set(xlim=(-0.3, 3.5), ylim=(-0.9, n_layers - 0.1))
     for at, (name, label) in enumerate(_LANES.items()):
         axis.plot([at, at], [0, n_layers - 1], color=style.set_color(name), linewidth=11, alpha=0.25, label="_lane")
         axis.text(at, -0.045, label, transform=axis.get_xaxis_transform(), ha="center", va="top")

@@ -27,7 +27,7 @@ FEW_OF_ITS_OWN = {
     "12_factual_tasks": {"n_asked": 6},
     "13_fine_grained_flow": {"n_samples": 2},  # one to choose layers by, one to ask
     "15_sweep_speed": {"bench_layers": [4], "bench_image_tokens": [64], "bench_rounds": 1},
-    "16_heads": {"n_samples": 4, "n_exact": 1},
+    "16_heads": {"n_samples": 4, "n_exact": 1, "n_random": 2},
     "17_activation_patching": {"every": 6},
     "18_where_routes_come_from": {"models": ["mini-next", "planted"], "n_few": 1},
     "90_train_miniature": {"n_questions": 2},

@@ -185,15 +185,19 @@ def test_weights_questions_and_a_partners_parameters_count(batch, project):
         (project / name).write_text(text)
     everything = ["01_dataset_curation", "02_flow", "03_image", "04_tour"]
     config = ("--config", "model=big")
-    assert ended(batch(*config)) == everything
-    assert batch(*config) == []
+    assert ended(batch(*config)) == everything and ended(batch()) == [*everything, "90_train"]
     for name in files:
+        before = (project / name).stat()
         (project / name).write_text("others")
-        assert ended(batch(*config)) == everything, name
-    assert ended(batch()) == [*everything, "90_train"]
+        batch(*config, "--dry-run")
+        assert counted(batch.said) == {"notebook": len(everything)}, name
+        os.utime(project / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    batch(*config, "--dry-run")
+    assert counted(batch.said) == {}
     with (project / "params" / "big.yaml").open("a") as params:
         params.write("window: 5\n")
-    assert ended(batch()) == ["04_tour"]
+    batch("--dry-run")
+    assert counted(batch.said) == {"notebook": 1}  # the one that sets the two side by side
 
 
 def test_a_folder_with_braces_is_refused_in_one_sentence(batch, monkeypatch):
