@@ -6,7 +6,8 @@ samples without a loss don't show that there is none: where a flow matters to fe
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import betainc, stdtrit
+from scipy.special import stdtrit
+from scipy.stats.mstats import hdquantiles
 
 # What one sample can show of a measure. Where nothing ends a range, it reaches as far as what was seen on the curve.
 RANGES = {"rel_change_pct": (-100.0, np.inf), "change": (-100.0, np.inf), "effect": (-np.inf, 100.0)}
@@ -86,16 +87,6 @@ def greatest_deviation(
     there = np.isfinite(deviation).all(0)
     for name in np.unique(curve[there]):
         rows = there & (curve == name)
-        most[rows] = smooth_quantile(deviation[:, rows].max(1), level)
+        # Harrell and Davis's quantile (1982) averages order statistics, so that the band hangs on no single one.
+        most[rows] = hdquantiles(deviation[:, rows].max(1), prob=[level])[0]
     return most
-
-
-def smooth_quantile(values: Float[np.ndarray, " n"], level: float) -> float:
-    """Average the order statistics around a quantile (Harrell and Davis 1982), so that it hangs on no single one.
-
-    >>> round(smooth_quantile(np.arange(1000.0), 0.95), 1)
-    949.5
-    """
-    n = len(values)
-    weights = np.diff(betainc((n + 1) * level, (n + 1) * (1 - level), np.arange(n + 1) / n))
-    return float(weights @ np.sort(values))
