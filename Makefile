@@ -99,7 +99,7 @@ bench: $(READY)
 	    { echo "Python's venv module is missing: install it with sudo apt-get install python3-venv" >&2; exit 1; }
 	@echo "Setting up .venv from requirements.lock: this takes some minutes, once."
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.lock
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

@@ -4,7 +4,7 @@ import ast
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 import mmflow_utils as mm
+from mmflow_utils import params as parameters
 from mmflow_utils.analysis import answers, claims, collect, flow_stages, stats  # noqa: F401 (before they are patched)
 from mmflow_utils.experiments import patching
-from mmflow_utils.params import ROOT
+from mmflow_utils.params import ROOT, read_yaml
 from mmflow_utils.plots import maps
 from mmflow_utils.prompts import other_pictures
 from mmflow_utils.results.record import Result
@@ -38,6 +39,9 @@ SUMMARIES = (
     (flow_stages, "stage_layers"),
     (claims, "check_claims"),
 )
+
+
+read_once = cache(read_yaml)  # every run reads the same files of params/
 
 
 @cache
@@ -89,12 +93,14 @@ class Run:
         self.skipped: list[str] = []  # first lines of cells that a stub couldn't serve to their end
 
 
-def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Run:
+def run_cells(
+    notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.DataFrame], *, but: Sequence[str] = ()
+) -> Run:
     """Run the cells of a notebook from its measurement on, on stored frames that `change` moves.
 
-    Cells that need a model or a picture are skipped and listed.
+    Cells that need a model or a picture are skipped and listed; those that begin with a line of `but` are left out.
     """
-    code = cells_of(notebook)
+    code = [source for source in cells_of(notebook) if source.partition("\n")[0] not in but]
     begin, given = STORED.get(notebook.stem, (MEASURES, None))
     begins = [begin] if given else begin
     first = next(
@@ -146,6 +152,7 @@ def run_cells(notebook: Path, model: str, change: Callable[[pd.DataFrame], pd.Da
         for module, name in SUMMARIES:
             stack.enter_context(_recording(module, name, run))
         stack.enter_context(patch.object(patching, "load_pairs", lambda *_: []))
+        stack.enter_context(patch.object(parameters, "read_yaml", read_once))
         for name in ("plot_maps", "plot_heads"):
             stack.enter_context(patch.object(maps, name, lambda *_, **__: None))
         scratch = stack.enter_context(tempfile.TemporaryDirectory())  # for what a cell writes

@@ -41,6 +41,13 @@ CHECKS = {
     ],
     "13": ["for held in spans.values():"],
 }
+# Cells that read nothing but what comes with the project: once is enough, since no processor measures it anew.
+UNMOVED = {
+    "14": [
+        'known = {"Image -> Question": "2", "Question -> Last": "5"}  # PICK_UP and ANSWER of miniature/planted.py',
+        'control_claims = tally_claims(mm.check_claims(planted, **boot)).droplevel("model")',
+    ]
+}
 CASES = [
     (name, model)
     for name in NOTEBOOKS
@@ -89,10 +96,13 @@ def table_differences(table: pd.DataFrame, other: pd.DataFrame) -> list[str]:
 def test_nothing_said_hangs_on_rounding(name, model):
     plain = run_cells(NOTEBOOKS[name], model, lambda frame: frame)
     assert plain.tables and plain.skipped == CHECKS.get(name[:2], [])
+    if but := UNMOVED.get(name[:2], []):
+        plain, whole = run_cells(NOTEBOOKS[name], model, lambda frame: frame, but=but), plain
+        assert len(plain.text) == len(whole.text) - len(but)
     found = []
     for draw in range(N_DRAWS):
         rng = np.random.default_rng(draw)
-        other = run_cells(NOTEBOOKS[name], model, lambda frame, rng=rng: moved(frame, rng, NOISE))
+        other = run_cells(NOTEBOOKS[name], model, lambda frame, rng=rng: moved(frame, rng, NOISE), but=but)
         found += differences(plain, other)
     assert not found, found[:5]
 

@@ -180,7 +180,9 @@ def test_forks_end_with_the_command_whose_exit_code_is_given_back(run):
 def test_what_ends_the_server_ends_the_forks_and_leaves_no_folder(run, tmp_path, monkeypatch, sent):
     (tmp_path / "t").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
+    heard = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     process = run(sys.executable, "-IS", WARM, "-m", "probe", "wait", stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGHUP, heard)
     fork = said(process.stdout.readline())["pid"]
     process.send_signal(sent)
     process.communicate(timeout=30)
