@@ -18,7 +18,7 @@ BY_LAYER = {"knockout_sweep": ("layers", "layer", "p_knockout"), "patch_sweep": 
 BY_LAYER |= dict.fromkeys(("module_knockout", "question_semantics"), ("layers", "layer", "jaccard"))
 BY_LAYER |= {"prune_sweep": ("removed", "n_layers_without", "same_pct")}
 """Experiments that can be asked for some layers alone: by which argument, where they stand, what is measured there."""
-N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass, too
+N_PLAIN = 3  # edits of such a sample that are measured, each in a full forward pass
 # What makes a result: what a notebook has of its own comes in through samples and arguments.
 DEPENDS_ON = {*Params.model_fields, "weights_sha256", "settings_sha256", "data_sha256"}
 DEPENDS_ON |= {"experiment", "version", "samples", "arguments"}
@@ -44,13 +44,13 @@ def take_committed(
     """Return the result of this very run that comes with the project; None where there is none.
 
     Its first samples are measured anew before it is believed: where an experiment edits the model layer by layer,
-    in the layers that change each sample most, by the sweep and by full forward passes.
+    in the layers that change each sample most, by full forward passes, which leave nothing of the sweep to trust.
 
     Args:
         path: where the result would go; its name is that of the committed one.
         whole: the run's manifest.
         samples: of the run.
-        measure: measures some samples and holds each against full forward passes; takes the experiment's options.
+        measure: measures some samples; takes the experiment's options.
         flows: what the experiment blocks, so that of many flows some are taken in turns, or (); with None each
             sample is measured whole.
 
@@ -91,6 +91,7 @@ def _some_rows(
             lowest = rows.groupby(column)[value].agg(["min", "size"])
             n = max(1, N_PLAIN // int(lowest["size"].max()))
             narrow[argument] = chosen = sorted(map(int, lowest["min"].nsmallest(n, keep="last").index))
+            narrow |= {"method": "reference"} if argument == "layers" else {}
             intact = [0] if argument == "removed" else []  # comes along unasked
             rows = rows[rows[column].isin([*chosen, *intact])]
         yield sample, rows.reset_index(drop=True), narrow
