@@ -52,13 +52,18 @@ def pytest_collection_modifyitems(items):
 
 
 def _prepare_cell(item):
-    """Let a tied decimal of a notebook tip, and skip cells whose model's weights can't be had here, saying why."""
+    """Let a tied decimal tip, compare no progress bars, and skip cells whose model can't be had here, saying why."""
     from ties import Said
+
+    from workflow.cell_outputs import without_widgets
 
     def sanitize(output, original=item.sanitize):
         return Said(original(output)) if isinstance(output, str) else output
 
-    item.sanitize = sanitize
+    def compare(made, committed, *more, original=item.compare_outputs):
+        return original(without_widgets(made), without_widgets(committed), *more)
+
+    item.sanitize, item.compare_outputs = sanitize, compare
     if reason := _lacking(item.path.stem):
         item.add_marker(pytest.mark.skip(reason=reason))
 

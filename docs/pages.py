@@ -18,9 +18,9 @@ from nbformat import NotebookNode
 from docs.address import binder, colab, first_cell
 from mmflow_utils.params import ROOT, Params, complete, plain_assignments
 from mmflow_utils.results.frames import LATER, NOT_OF_THE_RESULT, list_frames, read_manifest
+from workflow.cell_outputs import without_widgets
 
 LINK = re.compile(r"\[([^\]]+)\]\((\w+\.ipynb)(?:#[^)]*)?\)")
-WIDGET = "application/vnd.jupyter.widget-view+json"
 COMMITTED = ".committed"  # in the outputs: notebooks as they come with the project, as if they had run here
 MEASURES = ("measure_in_parts(", "save_frame(", "read_results(", "load_frame(")  # what a frame comes from
 # In which frames of one run may differ: some show captions in place of the picture, or ask about pairs or facts.
@@ -38,7 +38,7 @@ def write_page(executed: Path, page: Path) -> None:
     model = executed.parent.name
     notebook.metadata.pop("widgets", None)
     for cell in code_cells(notebook):
-        cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+        cell.outputs = without_widgets(cell.outputs)
     if figure := main_figure(notebook):
         cell, number = figure
         cell.metadata["nbsphinx-thumbnail"] = {"output-index": number}

@@ -28,9 +28,9 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
 from mmflow_utils.params import ROOT, Params, complete, plain_assignments, read_yaml, unknown_parameters
+from workflow.cell_outputs import VECTORS, take_vectors, vector_arguments, without_widgets
 from workflow.graph import PARTS, given_by_batch, read_params
 from workflow.kernel import OwnKernel, keep_caches_here
-from workflow.vector_figures import VECTORS, take_vectors, vector_arguments
 
 __all__ = ["check_parameters", "find_problems", "run_notebook"]
 
@@ -109,6 +109,8 @@ def refresh_outputs(notebook: str | Path) -> Path:
         for cell in executed.cells:
             kept = {key: value for key, value in cell.metadata.items() if key not in ("papermill", "execution")}
             cell.metadata = NotebookNode({key: value for key, value in kept.items() if value != []})
+            if cell.cell_type == "code":
+                cell.outputs = without_widgets(cell.outputs)
         nbformat.write(executed, running)
         os.replace(running, notebook)
     finally:

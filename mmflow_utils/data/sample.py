@@ -122,6 +122,11 @@ def load_image(sample: Sample) -> Image.Image:
     return picture
 
 
+def picture_size(sample: Sample) -> tuple[int, int]:
+    """Return the width and height of a sample's picture: as its annotation says, or else as it is stored."""
+    return sample.image_size or load_image(sample).size
+
+
 def _as_rgb(stored: Image.Image) -> Image.Image | None:
     """Convert a picture's first frame; None where nothing says which number is white."""
     if stored.mode in ("I", "F"):

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mmflow_utils.data.sample import Box, Sample, load_image
+from mmflow_utils.data.sample import Box, Sample, load_image, picture_size
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.positions import PositionSets, question_sets, tokens_in
 
@@ -127,7 +127,7 @@ def find_image_patches(model: VLM, encoded: Encoded, boxes: Iterable[Box]) -> tu
         ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
     image_positions(encoded)
-    flags = _flag_tokens(model, load_image(encoded.sample).size, encoded.inputs, boxes)
+    flags = _flag_tokens(model, picture_size(encoded.sample), encoded.inputs, boxes)
     return tuple(p for p, flag in zip(image_positions(encoded, len(flags)), flags.tolist(), strict=True) if flag > 0)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from mmflow_utils.data.sample import Box, Sample, load_image
+from mmflow_utils.data.sample import Box, Sample, picture_size
 from mmflow_utils.models.adapter import VLM
 from mmflow_utils.prompts.encoding import Encoded, encode, find_image_patches, image_positions, processed_drawing
 from mmflow_utils.prompts.flows import IMAGE_PATCHES_TO_QUESTION, Flow
@@ -58,7 +58,7 @@ def locate_image_patches(
         ValueError: The prompt shows no picture, or the model's image tokens are not its patches in order.
     """
     image_positions(encoded)
-    edges = _patch_edges(model, load_image(encoded.sample).size)
+    edges = _patch_edges(model, picture_size(encoded.sample))
     overview = range(len(edges))[model.overview_tile]
     views = torch.tensor([[[float(tile != overview)]] * edges.shape[1] for tile in range(len(edges))])
     values = model.in_token_order(torch.cat([views, edges], dim=-1), encoded.inputs).numpy()
@@ -118,7 +118,7 @@ def encode_random_patches(model: VLM, sample: Sample, *, n_draws: int = 5, seed:
     names, positions = [f"image_random_{draw}" for draw in range(1, n_draws + 1)], encoded.positions
     if reason := positions.missing.get("image_related") or positions.missing.get("image_other"):
         return replace(encoded, positions=positions.with_missing(**dict.fromkeys(names, reason)))
-    patches, size = locate_image_patches(model, encoded), load_image(sample).size
+    patches, size = locate_image_patches(model, encoded), picture_size(sample)
     boxes = [thing.box for thing in sample.objects if thing.box]
     rng = np.random.default_rng([seed, crc32(sample.sample_id.encode())])
     related, found = set(positions["image_related"]), {}
@@ -173,7 +173,7 @@ def count_image_patches(positions: PositionSets) -> dict[str, float]:
 def _move(box: Box, size: tuple[int, int], rng: np.random.Generator) -> Box:
     """Put a box anywhere in the picture, at whole pixels."""
     x, y = (rng.integers(max(1, floor(s - w) + 1)) for s, w in zip(size, (box.w, box.h), strict=True))
-    return replace(box, x=float(x), y=float(y))
+    return Box(x=float(x), y=float(y), w=box.w, h=box.h)
 
 
 def _touched(edges: Float[np.ndarray, "patches 4"], boxes: Iterable[Box]) -> Bool[np.ndarray, " patches"]:

@@ -9,6 +9,7 @@ from cells import NOTEBOOKS, code_cells, declared, parameters_cell, read
 
 from mmflow_utils.params import Params
 from mmflow_utils.results.version import VERSIONS
+from workflow.cell_outputs import without_widgets
 from workflow.graph import opens_with
 from workflow.run_notebook import find_problems
 
@@ -42,6 +43,11 @@ def test_it_has_outputs_and_a_picture(path):
 def test_nothing_went_to_stderr(path):
     streams = [output for cell in code_cells(read(path)) for output in cell.outputs if output.output_type == "stream"]
     assert [stream.text for stream in streams if stream.name == "stderr"] == []
+
+
+@every_notebook
+def test_no_progress_bar_stays_that_stands_at_nothing(path):
+    assert all(without_widgets(cell.outputs) == cell.outputs for cell in code_cells(read(path)))
 
 
 @every_notebook

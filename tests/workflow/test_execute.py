@@ -272,12 +272,14 @@ def test_an_error_that_a_cell_announces_is_no_problem():
 
 
 def test_refreshing_in_place_leaves_outputs_and_no_traces(write):
-    path = write("print(sharpness)", "display('picture')")
+    bar = "from tqdm.auto import tqdm\nlist(tqdm(range(3), desc='Slowly'))"
+    path = write("print(sharpness)", f"display('picture')\n{bar}")
     assert main([str(path), "--in-place"]) == 0
     text = path.read_text()
     done = nbformat.reads(text, as_version=4)
     assert [cell.get("execution_count") for cell in done.cells] == [None, 1, 2, 3]
     assert done.cells[2].outputs[0].text == "0.5\n"
+    assert [output.data["text/plain"] for output in done.cells[3].outputs] == ["'picture'", "[0, 1, 2]"]
     assert done.metadata.kernelspec.name == "python3"
     assert not [trace for trace in ("papermill", "iopub", str(path.parent)) if trace in text]
 

@@ -5,7 +5,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from workflow import run_notebook as execute
-from workflow.vector_figures import VECTORS
+from workflow.cell_outputs import VECTORS
 
 DECLARED = 'model: str = "mini"'
 DRAW = """import mmflow_utils as mm, pandas as pd

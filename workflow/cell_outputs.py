@@ -1,15 +1,17 @@
-"""Figures of an executed notebook as vector files, for papers and slides.
+"""What is taken out of an executed notebook: figures as vector files, for papers and slides, and finished widgets.
 
 A kernel that is started with `vector_arguments` shows each figure twice, as PNG and in the vector format;
 `take_vectors` moves the latter from the notebook into files.
 """
 
 from base64 import b64decode
+from collections.abc import Iterable
 from pathlib import Path
 
 from nbformat import NotebookNode
 
 VECTORS = {"svg": "image/svg+xml", "pdf": "application/pdf"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def vector_arguments(kind: str) -> list[str]:
@@ -36,3 +38,8 @@ def take_vectors(executed: NotebookNode, kind: str, folder: Path, name: str) -> 
             files.append(folder / f"{name}-{len(files) + 1}.{kind}")
             files[-1].write_bytes(b64decode(figure) if kind == "pdf" else figure.encode())
     return files
+
+
+def without_widgets(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """Leave out progress bars and the explorer, which without a kernel are a line of text that means nothing."""
+    return [output for output in outputs if WIDGET not in output.get("data", {})]
