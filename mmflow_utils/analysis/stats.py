@@ -105,9 +105,8 @@ def summarize(
         low, high = mean - half, mean + half
     else:
         low, high = intervals.percentile_interval(resampled, ndtr(-wide))
-    low, high = (np.where(table["n_clusters"] > 1, end, np.nan) for end in (low, high))
-    table.insert(len(by) + 1, "ci_low", low)
-    table.insert(len(by) + 2, "ci_high", high)
+    for name, end in (("ci_high", high), ("ci_low", low)):
+        table.insert(len(by) + 1, name, np.where(table["n_clusters"] > 1, end, np.nan))
     return table.assign(interval=f"{100 * level:g} %{' simultaneous' if simultaneous_over else ''} interval")
 
 
@@ -171,9 +170,8 @@ def paired_difference(
     smallest = SMALLEST_OF.get(value, SMALLEST) if smallest is None else smallest
     table = summarize(pairs, "difference", by, n_boot=n_boot, seed=seed, smallest=smallest, limits=(-most, most))
     _, sums, counts, *_ = _cluster_table(pairs, "difference", by, "image_id")
-    slack = smallest * counts.sum(1)
     table.insert(0, "contrast", f"{a} minus {b}")
-    table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, slack, n_flips, seed), np.nan)
+    table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, smallest * counts.sum(1), n_flips, seed), np.nan)
     table["p_holm"] = curves(table, list(family))["p"].transform(holm)
     return table.assign(n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
 

@@ -104,8 +104,7 @@ class Loop:
                 self.skip(encoded, reason, **{kind: label})
                 continue
             where: Any = {"window": window, "n_layers": self.model.n_layers, "layers": layers, "heads": heads}
-            of_flow = variants(held, [flow], intervention=intervention, **where)
-            planned += [(label, variant) for variant in of_flow]
+            planned += [(label, variant) for variant in variants(held, [flow], intervention=intervention, **where)]
         return planned
 
     def skip(self, encoded: Encoded, reason: str, **what: str) -> None:

@@ -94,8 +94,7 @@ def random_boxes(
     """
     boxes = tuple(boxes)
     edges = patches[["x", "y", "w", "h"]].to_numpy(dtype=float)
-    taken = _touched(edges, boxes)
-    wanted = int(taken.sum())
+    wanted = int((taken := _touched(edges, boxes)).sum())
     best, least = None, floor(_LOOSEST * wanted) + 1
     for _ in range(_N_TRIES if wanted else 0):
         moved = tuple(_move(box, size, rng) for box in boxes)

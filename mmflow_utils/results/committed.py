@@ -92,8 +92,7 @@ def _some_rows(
             n = max(1, N_PLAIN // int(lowest["size"].max()))
             narrow[argument] = chosen = sorted(map(int, lowest["min"].nsmallest(n, keep="last").index))
             narrow |= {"method": "reference"} if argument == "layers" else {}
-            intact = [0] if argument == "removed" else []  # comes along unasked
-            rows = rows[rows[column].isin([*chosen, *intact])]
+            rows = rows[rows[column].isin([*chosen, 0] if argument == "removed" else chosen)]  # 0 comes along unasked
         yield sample, rows.reset_index(drop=True), narrow
 
 

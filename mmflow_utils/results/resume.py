@@ -160,13 +160,12 @@ def _cut(
     folder = path.with_name(f"{path.stem}.{frames.identity_of(whole)}.parts")
     for number, start in enumerate(range(0, len(samples), part_size) or [0]):
         some = samples[start : start + part_size]
-        depends_on = whole["depends_on"] | {"part": [sample.sample_id for sample in some]}
         yield _Part(
             number=number,
             samples=some,
             options={} if n_check is None else {"n_check": min(max(n_check - start, 0), len(some))},
             file=folder / f"{number:05}.parquet",
-            manifest={**whole, "depends_on": depends_on},
+            manifest={**whole, "depends_on": whole["depends_on"] | {"part": [sample.sample_id for sample in some]}},
         )
 
 
