@@ -142,9 +142,9 @@ def check_samples(samples, images):
         for box in filter(None, (thing.box for thing in sample.objects)):
             assert 0 <= box.x < box.x + box.w <= width and 0 <= box.y < box.y + box.h <= height
     assert len({sample.sample_id for sample in samples}) == len(samples)
-    table = io.BytesIO()
-    samples_to_frame(samples).to_parquet(table)
-    assert frame_to_samples(samples_to_frame(samples)) == list(samples)
+    frame = samples_to_frame(samples)
+    frame.to_parquet(io.BytesIO())
+    assert frame_to_samples(frame) == list(samples)
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def sphinx(monkeypatch):
     return sphinx
 
 
-def run(outputs):
-    return build.main(["--outputs", str(outputs), "--docs", str(outputs / "none"), "--no-committed"])
+def run(outputs, *more):
+    return build.main(["--outputs", str(outputs), "--docs", str(outputs / "none"), *(more or ["--no-committed"])])
 
 
 def test_a_site_stays_until_the_next_is_whole(outputs, sphinx):
@@ -59,6 +59,18 @@ def test_a_site_stays_until_the_next_is_whole(outputs, sphinx):
     sphinx.code = 0
     assert run(outputs) == 0 and (outputs / "site" / "index.html").read_text() == "mini"
     assert sorted(path.name for path in outputs.iterdir()) == ["mini", "site"]
+
+
+def test_where_the_subject_was_run_here_its_run_is_the_report(outputs, sphinx):
+    (outputs / SUBJECT).mkdir()
+    nbformat.write(executed(), outputs / SUBJECT / "02_flow.ipynb")
+    assert run(outputs, "--committed") == 0
+    assert (outputs / "site" / "index.html").read_text() == f"{SUBJECT} mini"  # a page each
+
+
+def test_without_a_run_there_is_no_report(tmp_path, sphinx, capsys):
+    assert run(tmp_path, "--committed") == 1
+    assert "There is no executed notebook" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ['{"cells": [', "", "{}", "null"])

@@ -285,12 +285,3 @@ def test_what_comes_with_the_project_is_shown_first_and_said_to(tmp_path):
     page = (tmp_path / "site" / SUBJECT / "17_activation_patching.html").read_text("utf-8")
     assert "Download the frame" in page and "Results: patching" in page
     assert (tmp_path / "site" / SUBJECT / "patching.parquet").is_file()
-    put_executed("02_flow_to_last", tmp_path / SUBJECT)  # where the model was run here, its run is the report
-    assert build("--outputs", tmp_path, "--docs", tmp_path / "none").returncode == 0
-    assert not (tmp_path / "site" / SUBJECT / "17_activation_patching.html").exists()
-
-
-def test_without_a_run_there_is_no_report(tmp_path):
-    built = build("--outputs", tmp_path)
-    assert built.returncode == 1
-    assert "There is no executed notebook" in built.stderr

@@ -11,18 +11,16 @@ CHECKS = ("console", "failed", "other hosts", "described", "contrast, light", "c
 # Text whose contrast with what lies behind it is below 4.5, as WCAG 2.2 counts it.
 FAINT = """() => {
   const dot = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = color => {
+  const once = (known, find) => key => { known.has(key) || known.set(key, find(key)); return known.get(key); };
+  const rgba = once(new Map(), color => {
     dot.clearRect(0, 0, 1, 1); dot.fillStyle = color; dot.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = dot.getImageData(0, 0, 1, 1).data;
     return [r, g, b, a / 255];
-  };
-  const seen = node => node ? getComputedStyle(node).opacity * seen(node.parentElement) : 1;
+  });
+  const seen = once(new Map([[null, 1]]), node => getComputedStyle(node).opacity * seen(node.parentElement));
   const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
-  const behind = node => {
-    const layers = [];
-    for (; node; node = node.parentElement) layers.push(rgba(getComputedStyle(node).backgroundColor));
-    return layers.reduceRight((below, top) => over(top, below), [255, 255, 255, 1]);
-  };
+  const behind = once(new Map([[null, [255, 255, 255, 1]]]), node =>
+    over(rgba(getComputedStyle(node).backgroundColor), behind(node.parentElement)));
   const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
   const found = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);

@@ -44,6 +44,8 @@ else:
     out.touch()
 sys.exit(fails)
 """
+# Snakemake is imported once, and its runs and the notebooks' are forks.
+FORKS = 'BY_BATCH, BY_KERNEL = ["snakemake.cli"], []'
 NVIDIA_SMI = "#!/bin/sh\nprintf '0\\n1\\n'\n"  # a machine with two GPUs
 
 
@@ -53,23 +55,40 @@ def notebook(source):
     return json.dumps({"cells": [cell], "metadata": {"says": f"mm.load_samples( {source}"}})
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project of notebooks, two of which compute in parts; its folder's name needs quotes, and there is no home."""
-    folder = tmp_path / "my project's größe"
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A project's folder, whose name needs quotes, where Snakemake is served; there is no home."""
+    folder = tmp_path_factory.mktemp("batch") / "my project's größe"
     shutil.copytree(ROOT / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "workflow" / "run_notebook.py").write_text(RUN_NOTEBOOK)
+    warm = folder / "workflow" / "warm.py"
+    text, n = re.subn(r"^BY_BATCH = .*\nBY_KERNEL = .*$", FORKS, warm.read_text(), flags=re.M)
+    assert n == 1 and warm.write_text(text)
+    command = [folder / ".venv/bin/python", "workflow/warm.py", "serve", "sh", "-c", "echo $MMFLOW_WARM; read _"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+        patch.setenv("HOME", "/dev/null/home")
+        server = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        patch.setenv("MMFLOW_WARM", server.stdout.readline().strip())
+        yield folder
+    server.communicate(timeout=60)
+
+
+@pytest.fixture
+def project(served):
+    """A project of notebooks, two of which compute in parts."""
+    folder = served
+    for left in {*folder.iterdir()} - {folder / "workflow", folder / ".venv"}:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     read = {"01_dataset_curation": "", "04_tour": BESIDE, "02_flow": IN_PARTS, "03_image": IN_PARTS, "90_train": ""}
     files = {f"notebooks/{name}.ipynb": notebook(text) for name, text in read.items()}
     files |= {f"params/{model}.yaml": f"model: {model}\ncheckpoint: assets/{model}\n" for model in ("mini", "big")}
     files |= {"assets/mini/training.json": '{"recipe": {}}', "fail": "", "meet": "", "bin/nvidia-smi": NVIDIA_SMI}
-    files |= {"workflow/run_notebook.py": RUN_NOTEBOOK}
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "bin" / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("HOME", "/dev/null/home")
     return folder
 
 
@@ -81,7 +100,8 @@ def batch(project):
         (project / "fail").write_text(fail)
         (project / "meet").write_text(meet)
         (project / "log").write_text("")
-        command = [project / ".venv/bin/python", "-m", "snakemake", "--cores", "4", *options]
+        python = project / ".venv/bin/python"
+        command = [python, "-IS", "workflow/warm.py", "-m", "snakemake", "--cores", "4", *options]
         batch.done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
         batch.said = batch.done.stdout + batch.done.stderr
         return (project / "log").read_text().splitlines()
