@@ -35,7 +35,11 @@ AROUND = "91"  # around a language model that was there before
 SUBJECT = "llava-smollm2"
 OF_SUBJECT = ("00", "02", "03", "04", "05", "06", "08", "10", "12", "13", "14", "17")
 # Whose results a notebook reads, beside the samples.
-RESULTS = {UNIMODAL: ("02", "03"), COMPARISON: ("02", "03", "04", "05", "06", "07", "16", "17")}
+RESULTS = {
+    UNIMODAL: ("02", "03"),
+    FACTUAL: ("02", "03"),
+    COMPARISON: ("02", "03", "04", "05", "06", "07", "16", "17"),
+}
 # What 12 asks a model that sees photographs, where `make data` puts it; the notebook's own cell has drawn facts.
 FACTS: dict[str, Any] = {
     "okvqa_questions": "data/okvqa/OpenEnded_mscoco_val2014_questions.json",

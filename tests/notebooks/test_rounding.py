@@ -32,7 +32,7 @@ CHECKS = {
         'cuts = [mm.Flow(source="image_related", target=target) for target in ("last", "question")]',
         'seeded = {"n_boot": params.n_boot, "seed": params.seed}',
         'strong = attended[attended.groupby(["flow", "sample_id"]).rel_change_pct.transform("min") <= -1]',
-        'for flow, part in attended.groupby("flow", sort=False):',
+        'by_sample = attended.groupby(["flow", "sample_id", "image_id"], sort=False)',
         'largest, fence = mm.format_number(float(norms["norm"].max())), mm.format_number(cut.value)',
     ],
     "11": [
@@ -40,6 +40,7 @@ CHECKS = {
         "worth = mm.paired_difference(",
     ],
     "13": ["for held in spans.values():"],
+    "17": ['how = {"layers": layers, "method": params.method, "n_check": 1}'],
 }
 # Cells that read nothing but what comes with the project: once is enough, since no processor measures it anew.
 UNMOVED = {
