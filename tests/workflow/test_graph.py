@@ -62,7 +62,7 @@ def test_what_can_run_at_once_reads_nothing_of_one_another():
 
 def test_what_measures_sample_by_sample_can_be_shared_among_runs():
     others = [name[:2] for name in graph.names() if not graph.in_parts(name)]
-    assert others == ["00", graph.COMPARISON, "15", "90", "91"]  # the tour of one sample, comparison, timings, training
+    assert others == ["00", graph.COMPARISON, "15", "90"]  # the tour of one sample, comparison, timings, training
 
 
 def test_each_model_is_asked_what_it_can_be():
