@@ -140,7 +140,7 @@ def test_killed_twenty_times_nothing_is_lost(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_kernel_papermill_or_snakemake_loses_nothing(tmp_path):
-    kinds = ["kernel"] * 2 + ["papermill"] * 2 + ["snakemake"]
+    kinds = ["kernel"] * 3 + ["papermill"] * 3 + ["snakemake"] * 2
     assert 0 < run_and_kill(tmp_path, kinds) <= len(kinds) * PART_SIZE
     code = [cell for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells]
     assert [cell.execution_count for cell in code] == [1, 2]
