@@ -123,8 +123,11 @@ def load_image(sample: Sample) -> Image.Image:
 
 
 def picture_size(sample: Sample) -> tuple[int, int]:
-    """Return the width and height of a sample's picture: as its annotation says, or else as it is stored."""
-    return sample.image_size or load_image(sample).size
+    """Return the width and height of a sample's picture, as its annotation or else its file says; reads no pixels."""
+    if sample.image_size:
+        return sample.image_size
+    with Image.open(sample.image) as stored:
+        return stored.size
 
 
 def _as_rgb(stored: Image.Image) -> Image.Image | None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from PIL import Image
 
-from mmflow_utils.data.sample import Sample
+from mmflow_utils.data.sample import Sample, picture_size
 from mmflow_utils.engine.closeness import check_close, probabilities, rounding
 from mmflow_utils.engine.patching import Patch, Patched, run_patched, run_patched_reference
 from mmflow_utils.experiments.curation import WITHOUT, ask_in_parts, curate, read_questions
@@ -54,7 +53,10 @@ def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
     waiting: dict[tuple, list[Sample]] = {}
     pairs = []
     for sample in samples:
-        alike = waiting.setdefault((sample.task, sample.question, sample.image_size or _stored_size(sample)), [])
+        size = None
+        with suppress(Exception):  # a broken file raises what it likes; why it can't be used is said where it is asked
+            size = picture_size(sample)
+        alike = waiting.setdefault((sample.task, sample.question, size), [])
         first = next((one for one in alike if one.answer != sample.answer and one.image_id != sample.image_id), None)
         if first is None:
             alike.append(sample)
@@ -62,12 +64,6 @@ def find_pairs(samples: Iterable[Sample]) -> list[Pair]:
             alike.remove(first)
             pairs.append(Pair(**vars(first), other=sample))
     return pairs
-
-
-def _stored_size(sample: Sample) -> tuple[int, int] | None:
-    with suppress(Exception), Image.open(sample.image) as stored:  # which reads no pixels yet
-        return stored.size
-    return None  # a broken file raises what it likes; why it can't be used is said where it is asked about
 
 
 def with_pairs(params: Params) -> Params:
