@@ -115,10 +115,7 @@ def _lines(mine: pd.DataFrame, n_boot: int, seed: int) -> dict[str, dict[str, me
     for ((task, name), band), (_, rows) in zip(curves(bands, by), used.groupby(curves(mine, by).ngroup()), strict=True):
         own = None if name.startswith(HELD) else images[task]  # pairs show pictures of their own
         draws = resample(rows, images=own, n_boot=n_boot, seed=seed)
-        low, high, layers = (band[column].to_numpy(float) for column in ("ci_low", "ci_high", "layer"))
-        counted = (int(band[column].min()) for column in ("n", "n_clusters"))
-        n_layers, has_stage = int(rows["n_layers"].max()), bool(band["in_stage"].any())
-        found[task][name] = measures.Line(draws, low, high, layers, n_layers, has_stage, *counted)
+        found[task][name] = measures.Line.of(band, draws, int(rows["n_layers"].max()))
     return found
 
 

@@ -136,8 +136,7 @@ def strongest_index(draws: Draws) -> Int[np.ndarray, " draws"]:
 
 def with_image_numbers(effects: pd.DataFrame) -> pd.DataFrame:
     """Return what `resample` needs, in numbers alone: curve by curve, texts would cost more than all the rest."""
-    images = pd.factorize(effects["image_id"], sort=True)[0]
-    return effects[["layer", "effect", "n_layers"]].assign(image_id=images)
+    return effects[["layer", "effect", "n_layers"]].assign(image_id=pd.factorize(effects["image_id"], sort=True)[0])
 
 
 def resample(effects: pd.DataFrame, *, images: Sequence | None = None, n_boot: int, seed: int) -> Draws:

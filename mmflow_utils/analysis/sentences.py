@@ -98,9 +98,8 @@ def describe_differences(table: pd.DataFrame, by: Sequence[str] = ("task",), *, 
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])
         differs = curve.loc[(curve["p_holm"] < 0.05) & (size >= SMALLEST), over]
         claim = f"differs in {_layers(layer_ranges(differs), over)}" if len(differs) else f"no {over} differs"
-        effect = f"{format_number(row['mean'])} percentage points ({_evidence(row)})"
-        rule = f"Holm p < 0.05, by {SMALLEST:g} or more"
-        sentences.append(f"{name}: {claim} ({rule}); largest at {over} {row[over]}, {effect}.")
+        largest = f"{over} {row[over]}, {format_number(row['mean'])} percentage points ({_evidence(row)})"
+        sentences.append(f"{name}: {claim} (Holm p < 0.05, by {SMALLEST:g} or more); largest at {largest}.")
     return sentences
 
 

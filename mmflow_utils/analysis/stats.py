@@ -251,9 +251,8 @@ def _cluster_table(
     if cluster and (n_missing := int(frame[cluster].isna().sum())):
         raise ValueError(f"{n_missing} rows have no {cluster!r}: fill it in, or choose another cluster")
     groups = frame.groupby(by, dropna=False, observed=True)
-    for name in SETTINGS:
-        mixed = name in frame and name not in by and frame[name].nunique() > 1
-        if mixed and groups[name].nunique().max() > 1:
+    for name in (name for name in SETTINGS if name in frame and name not in by):
+        if frame[name].nunique() > 1 and groups[name].nunique().max() > 1:
             raise ValueError(f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`")
     kept = np.isfinite(values)
     ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,11 @@ def measure_in_parts(
         found = measure(model, some, **(arguments | options), progress=False)
         return found if isinstance(found, Result) else Result(found)
 
-    def run_checked(some: Sequence[Sample], **narrow: Any) -> Result:
-        return run(some, **narrow | ({} if n_check is None else {"n_check": len(some)}))
-
+    checked: dict[str, Any] = {} if n_check is None else {"n_check": 1}  # of one sample at a time
     if not frames.wants_fresh(fresh):
         if finished := _finished(path, whole):
             return finished
-        if committed := take_committed(path, whole, asked_for, run_checked, arguments.get("flows", ())):
+        if committed := take_committed(path, whole, asked_for, partial(run, **checked), arguments.get("flows", ())):
             frames.save_frame(committed.frame, path, committed.manifest)
             return committed
 
