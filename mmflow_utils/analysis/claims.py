@@ -1,7 +1,7 @@
 """The paper's claims as numbers, and what was measured of them in each model: task by task, then all together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -16,6 +16,7 @@ from mmflow_utils.analysis.stats import curves
 
 POOLED = "all tasks"
 VERDICTS = ("holds", "does not hold", "differs by task", "undecided", "not applicable", "not measured")
+MET = ("met", "not met", "not decided", "not applicable")  # what becomes of a notebook's own expectations
 APART = 1.0  # layers between the centers of what comes first and what comes second
 OF_STAGES = (measures.two_drops, measures.later, measures.depth)  # about where effects are: each line must have one
 
@@ -68,7 +69,7 @@ def tally_claims(table: pd.DataFrame) -> pd.DataFrame:
     """Bring `check_claims` to a row per model and claim: verdicts by task, then all together, beside the paper."""
     pooled = table[table["task"] == POOLED].set_index(["model", "claim"])
     by_task = table[table["task"] != POOLED].groupby(["model", "claim"])
-    said = by_task[["task", "verdict"]].apply(lambda rows: _count(dict(rows.itertuples(index=False))))
+    said = by_task[["task", "verdict"]].apply(lambda rows: count_verdicts(dict(rows.itertuples(index=False))))
     return pooled.assign(tasks=said).rename(columns={"verdict": POOLED})[
         ["tasks", POOLED, "measured", "value", "ci_low", "ci_high", "n", "n_clusters", "why", "here", "says", "paper"]
     ]
@@ -89,20 +90,19 @@ def describe_claims(table: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _count(verdicts: Mapping[str, str]) -> str:
-    """Count tasks by verdict.
+def count_verdicts(verdicts: Mapping[str, str], words: Sequence[str] = VERDICTS) -> str:
+    """Count tasks by verdict, the first of `words` in any case.
 
-    >>> _count({"A": "holds", "B": "undecided", "C": "undecided"})
+    >>> count_verdicts({"A": "holds", "B": "undecided", "C": "undecided"})
     'holds in 1 of 3 tasks (A), undecided in 2 (B, C)'
     """
     if set(verdicts.values()) == {"not measured"}:
         return "not measured"
     parts = []
-    for verdict in VERDICTS:
-        tasks = [str(task) for task, found in verdicts.items() if found == verdict]
-        of = f" of {len(verdicts)} task{'s' * (len(verdicts) != 1)}" if verdict == "holds" else ""
-        named = f" ({', '.join(tasks)})" if tasks else ""
-        parts += [f"{verdict} in {len(tasks)}{of}{named}"] if tasks or of else []
+    for word in words:
+        tasks = [str(task) for task, found in verdicts.items() if found == word]
+        of = f" of {len(verdicts)} task{'s' * (len(verdicts) != 1)}" if word == words[0] else ""
+        parts += [f"{word} in {len(tasks)}{of}" + f" ({', '.join(tasks)})" * bool(tasks)] if tasks or of else []
     return ", ".join(parts)
 
 
