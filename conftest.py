@@ -1,5 +1,6 @@
 """Shared by all tests. None may reach the network, and one thread keeps numbers and times steady."""
 
+import ast
 import gc
 import os
 import re
@@ -10,12 +11,23 @@ from pathlib import Path
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
+from jaxtyping import _import_hook
 
 # Rooms without arrays have their types checked, too, which is quicker where there are no shapes to compare.
 beartype_packages(
     ("mmflow_utils.data", "mmflow_utils.plots", "mmflow_utils.results"), conf=BeartypeConf(claw_is_pep526=False)
 )
 
+
+class OuterFunctions(_import_hook.JaxtypingTransformer):
+    """Checks functions and methods: one inside another would be compiled anew with every call, half of all time."""
+
+    def visit(self, node):
+        inside = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
+        return node if inside else super().visit(node)
+
+
+_import_hook.JaxtypingTransformer = OuterFunctions  # type: ignore[misc]
 SLOW = {"slow", "browser", "notebook"}
 LIBRARIES = ("pydantic", "accelerate", "seaborn", "transformers.models.llava.modeling_llava")
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from mmflow_utils.analysis.flow_stages import SHARE, Draws, Measured, depth_of, strongest_index, with_interval
@@ -24,13 +23,6 @@ class Line:
     has_stage: bool
     n: int
     n_clusters: int
-
-    @classmethod
-    def of(cls, band: pd.DataFrame, draws: Draws, n_layers: int) -> "Line":
-        """Bring one curve of `stage_layers`, and its resamples, to what claims are measured of."""
-        low, high, layers = band[["ci_low", "ci_high", "layer"]].to_numpy(float).T
-        counted = (int(band[column].min()) for column in ("n", "n_clusters"))
-        return cls(draws, low, high, layers, n_layers, bool(band["in_stage"].any()), *counted)
 
 
 def strongest(line: Line) -> str:

@@ -55,14 +55,33 @@ def check_claims(effects: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) ->
     """
     if effects.empty:
         return pd.DataFrame(columns=["model", "task", *_judge(CLAIMS[0], {})])
-    rows = []
+    rows, boot = [], {"n_boot": n_boot, "seed": seed}
     for model, mine in effects.groupby("model"):
-        of_task = _lines(mine, n_boot, seed) | _lines(mine.assign(task=POOLED), n_boot, seed)
+        of_task = measure_lines(mine, **boot) | measure_lines(mine.assign(task=POOLED), **boot)
         rows += [{"model": model, "task": task} | _judge(claim, of_task[task]) for task in of_task for claim in CLAIMS]
     table = pd.DataFrame(rows)
     opposed = table.groupby(["model", "claim"])["verdict"].transform(lambda said: {*VERDICTS[:2]} <= {*said})
     table.loc[opposed & (table["task"] == POOLED), "verdict"] = "differs by task"
     return table
+
+
+def measure_lines(mine: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> dict[str, dict[str, measures.Line]]:
+    """Bring one model's effects, see `collect_effects`, to what claims are measured of: by task, then by line.
+
+    A task's lines share their draws and can be compared draw by draw.
+    """
+    by, found = ["task", "line"], defaultdict[str, dict[str, measures.Line]](dict)
+    bands, used = stage_layers(mine, by, n_boot=n_boot, seed=seed), with_image_numbers(mine)
+    shown = used["image_id"].where(~mine["line"].str.startswith(HELD)).groupby(mine["task"], dropna=False)
+    images = {task: np.unique(some.dropna()).tolist() for task, some in shown}
+    for ((task, name), band), (_, rows) in zip(curves(bands, by), used.groupby(curves(mine, by).ngroup()), strict=True):
+        own = None if name.startswith(HELD) else images[task]  # pairs show pictures of their own
+        draws = resample(rows, images=own, n_boot=n_boot, seed=seed)
+        numbers = band[["ci_low", "ci_high", "layer", "in_stage", "n", "n_clusters"]].to_numpy(float).T
+        low, high, layers, in_stage, *counted = numbers
+        n_layers, counts = int(rows["n_layers"].max()), (int(n.min()) for n in counted)
+        found[task][name] = measures.Line(draws, low, high, layers, n_layers, bool(in_stage.any()), *counts)
+    return found
 
 
 def tally_claims(table: pd.DataFrame) -> pd.DataFrame:
@@ -104,19 +123,6 @@ def count_verdicts(verdicts: Mapping[str, str], words: Sequence[str] = VERDICTS)
         of = f" of {len(verdicts)} task{'s' * (len(verdicts) != 1)}" if word == words[0] else ""
         parts += [f"{word} in {len(tasks)}{of}" + f" ({', '.join(tasks)})" * bool(tasks)] if tasks or of else []
     return ", ".join(parts)
-
-
-def _lines(mine: pd.DataFrame, n_boot: int, seed: int) -> dict[str, dict[str, measures.Line]]:
-    """Describe each line of each task of a model."""
-    by, found = ["task", "line"], defaultdict[str, dict[str, measures.Line]](dict)
-    bands, used = stage_layers(mine, by, n_boot=n_boot, seed=seed), with_image_numbers(mine)
-    shown = used["image_id"].where(~mine["line"].str.startswith(HELD)).groupby(mine["task"], dropna=False)
-    images = {task: np.unique(some.dropna()).tolist() for task, some in shown}
-    for ((task, name), band), (_, rows) in zip(curves(bands, by), used.groupby(curves(mine, by).ngroup()), strict=True):
-        own = None if name.startswith(HELD) else images[task]  # pairs show pictures of their own
-        draws = resample(rows, images=own, n_boot=n_boot, seed=seed)
-        found[task][name] = measures.Line.of(band, draws, int(rows["n_layers"].max()))
-    return found
 
 
 def _judge(claim: Claim, lines: Mapping[str, measures.Line]) -> dict[str, object]:

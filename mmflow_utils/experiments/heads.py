@@ -112,10 +112,11 @@ def head_sets(table: pd.DataFrame, sizes: Sequence[int], *, n_random: int = 5, s
         raise ValueError(f"Expected sizes of 1 to {len(mean)} heads, as the table has, got {list(sizes)}.")
     steps = (mean / TIE).round()  # heads that cost alike come layer by layer, whatever rounding says
     ranked = {"strongest": steps, "weakest": steps.abs()}
-    orders = [(choice, 0, costs.sort_values(kind="stable")) for choice, costs in ranked.items()]
-    orders += [("random", draw, mean.iloc[rng.permutation(len(mean))]) for draw in range(n_random)]
+    orders = [(choice, 0, costs.sort_values(kind="stable").index) for choice, costs in ranked.items()]
+    orders += [("random", draw, mean.index[rng.permutation(len(mean))]) for draw in range(n_random)]
+    heads = [(choice, draw, [[*map(int, pair)] for pair in order]) for choice, draw, order in orders]
     return [
-        {"choice": choice, "draw": draw, "n_heads": n, "heads": [[*map(int, pair)] for pair in order.index[:n]]}
-        for choice, draw, order in orders
+        {"choice": choice, "draw": draw, "n_heads": n, "heads": order[:n]}
+        for choice, draw, order in heads
         for n in sizes
     ]

@@ -214,7 +214,7 @@ def add_title(
     Return where the text ends, as a share of the figure's height.
     """
     width, height = figure.get_size_inches()
-    title, subtitle = (textwrap.fill(t, max(20, int(width * k))) for t, k in ((title, 9.5), (subtitle, 13.5)))
+    title, subtitle = (textwrap.fill(shown(t), max(20, int(width * k))) for t, k in ((title, 9.5), (subtitle, 13.5)))
     first, second = (k * (t.count("\n") + 1) if t else 0.0 for t, k in ((title, 0.23), (subtitle, 0.19)))
     total = height + 0.1 + first + second + gap
     figure.set_size_inches(width, total)

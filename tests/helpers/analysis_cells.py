@@ -31,6 +31,8 @@ STORED = {
     "08_window_size": ("mm.save_frame(frame", "window_size"),
     "09_last_subword": ("mm.save_frame(frame", "last_subword"),
 }
+# Every model that 18 shows has the same frames here: one of each kind will do.
+GIVEN = {"18_where_routes_come_from": {"models": ["mini", "planted", "llava-smollm2"]}}
 ASKED = {"11_unimodal_llm": "unimodal_accuracy", "12_factual_tasks": "factual_accuracy"}
 SUMMARIES = (
     (stats, "summarize"),
@@ -159,7 +161,7 @@ def run_cells(
         for number, source in enumerate(code):
             if number < 3:  # imports, parameters, setup
                 exec(source, names)
-                names["model"] = model
+                names |= {"model": model} | GIVEN.get(notebook.stem, {})
                 if "params" in names:
                     names["params"] = names["params"].model_copy(update={"n_boot": 100, "outputs": scratch})
                 continue
