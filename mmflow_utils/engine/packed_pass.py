@@ -17,7 +17,7 @@ from mmflow_utils.engine.closeness import check_head
 from mmflow_utils.engine.packed_attention import PACKED_ATTENTION, Attend, Block, Capture, as_index, keys_only
 from mmflow_utils.engine.plan import Branch
 from mmflow_utils.engine.prefix import Prefix, Uncut
-from mmflow_utils.engine.reference import Keep
+from mmflow_utils.engine.reference import Keep, keep_of
 from mmflow_utils.models.adapter import VLM, compute_device
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import heads_in
@@ -56,11 +56,12 @@ class PackedPass:
 
     def run(self, encoded: Encoded) -> dict[int, Shaped[Tensor, "n_read k"]]:
         """Return what is kept of each variant's logits, by the variant's index in the plan."""
-        self.base = self._kept(self._run_clean(encoded))
+        self.base = keep_of(self._run_clean(encoded), self.keep)
         if not self.branches:
             return {}
         norm = self.model.final_norm
-        rows = torch.cat([self._kept(self.model.unembed(norm(x.to(compute_device(norm))))) for x in self.finals])
+        finals = (self.model.unembed(norm(x.to(compute_device(norm)))) for x in self.finals)
+        rows = torch.cat([keep_of(final, self.keep) for final in finals])
         branches = [branch for some in self._slices(self.last) for branch in some]
         found: dict[int, Tensor] = {}
         for branch, own in zip(branches, rows.split([len(b.reads(self.read)) for b in branches]), strict=True):
@@ -85,9 +86,6 @@ class PackedPass:
         if prefix:
             prefix.remember(self.model, inputs, self.keys)
         return out.logits[0]
-
-    def _kept(self, logits: Float[Tensor, "rows vocab"]) -> Shaped[Tensor, "rows k"]:
-        return (self.keep(logits.float()) if self.keep else logits.float()).cpu()
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:

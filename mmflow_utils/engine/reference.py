@@ -18,7 +18,7 @@ from mmflow_utils.models.adapter import VLM, text_inputs
 from mmflow_utils.prompts.encoding import Encoded
 from mmflow_utils.prompts.flows import EDGE_INTERVENTIONS, Variant, heads_in
 
-__all__ = ["Keep", "Run", "check_request", "collect_stream", "intervene", "run_reference"]
+__all__ = ["Keep", "Run", "check_request", "collect_stream", "intervene", "keep_of", "run_reference"]
 
 Keep = Callable[[Tensor], Tensor]  # what to keep of logits, row by row: [rows, vocab] -> [rows, k]
 
@@ -91,17 +91,19 @@ def run_reference(
         kwargs, own = text_inputs(model, encoded.inputs, read)
     check_head(model, encoded, stream[-1], own)
 
-    def kept(logits: Float[Tensor, "n_read vocab"]) -> Shaped[Tensor, "n_read k"]:
-        return (keep(logits.float()) if keep else logits.float()).cpu()
-
-    base, rows = kept(own), []
+    base, rows = keep_of(own, keep), []
     other = _other_values(model, encoded) if any(one.intervention == "resample" for one in variants) else ()
     for variant in variants:
         with intervene(model, variant, encoded.positions.n_tokens, other):
-            rows.append(kept(model.unembed(model.text(**kwargs).last_hidden_state[0, read])))
+            rows.append(keep_of(model.unembed(model.text(**kwargs).last_hidden_state[0, read]), keep))
         if progress:
             progress()
     return Run.from_parts(encoded, base, rows, stream, one=one)
+
+
+def keep_of(logits: Float[Tensor, "rows vocab"], keep: Keep | None) -> Shaped[Tensor, "rows k"]:
+    """Return what is kept of logits: all of them without `keep`."""
+    return (keep(logits.float()) if keep else logits.float()).cpu()
 
 
 @contextmanager
