@@ -20,14 +20,14 @@ beartype_packages(
 
 
 class OuterFunctions(_import_hook.JaxtypingTransformer):
-    """Checks functions and methods: one inside another would be compiled anew with every call, half of all time."""
+    """Checks functions and methods, and none inside a function: it would be compiled anew with every call of that."""
 
     def visit(self, node):
         inside = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
         return node if inside else super().visit(node)
 
 
-_import_hook.JaxtypingTransformer = OuterFunctions  # type: ignore[misc]
+_import_hook.JaxtypingTransformer = OuterFunctions
 SLOW = {"slow", "browser", "notebook"}
 LIBRARIES = ("pydantic", "accelerate", "seaborn", "transformers.models.llava.modeling_llava")
 

@@ -158,5 +158,14 @@ def test_types_are_checked_while_the_tests_run(name):
     assert type(refused.value).__module__.split(".")[0] in ("beartype", "jaxtyping")
 
 
+@every_file
+def test_no_function_inside_another_names_a_shape(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inner = [node for outer in functions for node in ast.walk(outer) if node in functions and node is not outer]
+    said = [ast.unparse(part) for one in inner for part in (one.args, one.returns) if part]
+    assert [part for part in said if "Tensor, '" in part or "ndarray, '" in part] == []  # nobody would check it
+
+
 def test_types_are_checked_in_every_room():
     assert tuple(name.split(".")[0] for name in IN_EACH_ROOM) == ROOMS
