@@ -31,8 +31,8 @@ STORED = {
     "08_window_size": ("mm.save_frame(frame", "window_size"),
     "09_last_subword": ("mm.save_frame(frame", "last_subword"),
 }
-# Every model that 18 shows has the same frames here: one of each kind will do.
-GIVEN = {"18_where_routes_come_from": {"models": ["mini", "planted", "llava-smollm2"]}}
+# Models whose frames are stored here, and one that stands for those around SmolLM2, with the frames of mini.
+GIVEN = {"18_where_routes_come_from": {"models": ["mini", "mini-next", "planted", "llava-smollm2"]}}
 ASKED = {"11_unimodal_llm": "unimodal_accuracy", "12_factual_tasks": "factual_accuracy"}
 SUMMARIES = (
     (stats, "summarize"),
@@ -49,7 +49,9 @@ read_once = cache(read_yaml)  # every run reads the same files of params/
 @cache
 def load(model: str, name: str) -> pd.DataFrame:
     """Return a stored frame, with the columns that follow from its probabilities."""
-    return derive(pd.read_parquet(FRAMES / model / f"{name}.parquet"))
+    parts = ("image_to_question", "flow_to_last") if name == "origins" else (name,)  # 18 measures what 03 and 02 do
+    frames = [pd.read_parquet(FRAMES / model / f"{part}.parquet") for part in parts]
+    return derive(pd.concat(frames, ignore_index=True))
 
 
 def derive(frame: pd.DataFrame) -> pd.DataFrame:
@@ -115,8 +117,12 @@ def run_cells(
             frames[name, model] = change(load(model, name))
         return frames[name, model].copy()
 
+    def of_its_model(path, *_):
+        own = Path(path).parent.name
+        return stored(Path(path).stem, own if (FRAMES / own).is_dir() else model)
+
     def measure(_, __, ___, path, ____, **_____):
-        return Result(stored(Path(path).stem), max_check_diff=0.0)
+        return Result(of_its_model(path), max_check_diff=0.0)
 
     def read_results(outputs, *others):
         if Path(outputs) == ROOT / "assets" / "control":  # comes with the project: nobody measures it anew
@@ -138,7 +144,7 @@ def run_cells(
 
     fakes = {
         "measure_in_parts": measure,
-        "load_frame": lambda path, *_: stored(Path(path).stem),
+        "load_frame": of_its_model,
         "read_results": read_results,
         "load_model": lambda *_: stub,
         "load_samples": lambda *_: [],
