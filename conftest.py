@@ -13,11 +13,6 @@ from beartype import BeartypeConf
 from beartype.claw import beartype_packages
 from jaxtyping import _import_hook
 
-# Rooms without arrays have their types checked, too, which is quicker where there are no shapes to compare.
-beartype_packages(
-    ("mmflow_utils.data", "mmflow_utils.plots", "mmflow_utils.results"), conf=BeartypeConf(claw_is_pep526=False)
-)
-
 
 class OuterFunctions(_import_hook.JaxtypingTransformer):
     """Checks functions and methods, and none inside a function: it would be compiled anew with every call of that."""
@@ -27,8 +22,20 @@ class OuterFunctions(_import_hook.JaxtypingTransformer):
         return node if inside else super().visit(node)
 
 
-_import_hook.JaxtypingTransformer = OuterFunctions
+def check_types(*packages):
+    """Check annotations while tests run: of shapes where a module names some, else of plain types, which is quicker."""
+    shapes, plain = [], []
+    for file in sorted(path for package in packages for path in (Path(__file__).parent / package).rglob("*.py")):
+        name = ".".join(file.relative_to(Path(__file__).parent).with_suffix("").parts).removesuffix(".__init__")
+        (shapes if "from jaxtyping" in file.read_text("utf-8") else plain).append(name)
+    _import_hook.JaxtypingTransformer = OuterFunctions
+    _import_hook.install_import_hook(shapes, "beartype.beartype")
+    beartype_packages([name for name in plain if name not in packages], conf=BeartypeConf(claw_is_pep526=False))
+
+
+check_types("mmflow_utils", "miniature")
 SLOW = {"slow", "browser", "notebook"}
+LONGEST = {"test_slurm.py", "test_rounding.py", "test_every_notebook.py"}
 LIBRARIES = ("pydantic", "accelerate", "seaborn", "transformers.models.llava.modeling_llava")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,8 +63,8 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the test that waits for Slurm, beside which others run, and end with quick ones: no worker idles."""
-    items.sort(key=lambda item: ("slurm" not in item.keywords, not SLOW & set(item.keywords)))
+    """Begin with the files that take longest and end with quick ones, so that no worker idles."""
+    items.sort(key=lambda item: (item.path.name not in LONGEST, not SLOW & set(item.keywords)))
     for item in items:
         if item.path.suffix == ".ipynb":
             _prepare_cell(item)
