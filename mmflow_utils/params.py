@@ -208,8 +208,7 @@ def _read_shared(path: str | Path) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a parameter file as papermill does, without judging the values.
 
-    Refused are a name that stands twice, of which YAML would take the last, and a reference, which can stand for more
-    than memory holds.
+    Refused are a name that stands twice, of which YAML would take the last, and a reference, which can fill the memory.
     """
     path = project_path(path)
     if not path.is_file():

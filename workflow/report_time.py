@@ -45,8 +45,8 @@ CUTS: dict[str, list[Cut]] = {  # where a notebook's own parameters say nothing 
     "03": [(1, IMAGE_TO_QUESTION, None)],
     "05": [(2, NOTHING, None)],
     "06": [(1, (*IMAGE_TO_QUESTION * 3,), None)],  # two modules and an edge, read at every position of the question
-    "07": [],  # a few samples
-    "09": [(0.02, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
+    "07": [(1.7, NOTHING, None)],  # 100 questions of each task, each answered in up to 17 ways
+    "09": [(0.1, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
     "16": [],  # a few samples
     "17": [],  # a few pairs
 }

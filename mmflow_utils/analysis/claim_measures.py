@@ -49,9 +49,9 @@ def later(first: Line, second: Line) -> Measured:
 
 
 def depth(line: Line) -> Measured:
-    """Depth of the strongest layer: 0 is the first, 1 the last."""
+    """Depth of the strongest layer (%): 0 is the first, 100 the last."""
     strongest = np.where(np.isfinite(line.draws).all(1), line.layers[strongest_index(line.draws)], np.nan)
-    return with_interval(depth_of(strongest, line.n_layers))
+    return with_interval(100 * depth_of(strongest, line.n_layers))
 
 
 def at_both_ends(first: Line, second: Line) -> Measured:

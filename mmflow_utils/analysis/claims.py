@@ -178,7 +178,7 @@ def _verdict(low: float, high: float, holds: tuple[float, float]) -> str:
     return "does not hold" if high < holds[0] or low > holds[1] else "undecided"
 
 
-SMALL, LATER = (-inf, NEGLIGIBLE), (APART, inf)
+SMALL, LATER, _MIDDLE = (-inf, NEGLIGIBLE), (APART, inf), (100 * MIDDLE[0], 100 * MIDDLE[1])
 QUESTION, IMAGE = {"Question -> Last": "flow_to_last"}, {"Image -> Last": "flow_to_last"}
 PICTURE = {"Image -> Question": "image_to_question"}
 CLAIMS = (
@@ -206,8 +206,8 @@ CLAIMS = (
         says="up to -30 % in ChooseAttr, in the middle layers",
         lines=QUESTION,
         measure=measures.depth,
-        measured="depth of its strongest layer (0 first, 1 last; middle: {:g} to {:g})".format(*MIDDLE),
-        holds=MIDDLE,
+        measured="depth of its strongest layer (%, 0 first, 100 last; middle: {:g} to {:g})".format(*_MIDDLE),
+        holds=_MIDDLE,
     ),
     Claim(
         text="The last position draws on the question more than on the image",
@@ -234,7 +234,7 @@ CLAIMS = (
         says="no significant impact in most tasks, a slight one in QueryAttr",
         lines=IMAGE | QUESTION,
         measure=measures.largest,
-        measured=f"largest effect of Image -> Last at any layer (%; nothing: within ±{NEGLIGIBLE:g})",
+        measured=f"largest effect of Image -> Last at any layer (%, loss or gain; nothing: within ±{NEGLIGIBLE:g})",
         holds=SMALL,
     ),
     Claim(
@@ -243,7 +243,7 @@ CLAIMS = (
         says="negligible change in all tasks",
         lines={"Last -> Last": "flow_to_last"} | QUESTION,
         measure=measures.largest,
-        measured=f"its largest effect at any layer (%; negligible: within ±{NEGLIGIBLE:g})",
+        measured=f"its largest effect at any layer (%, loss or gain; negligible: within ±{NEGLIGIBLE:g})",
         holds=SMALL,
     ),
     Claim(
@@ -262,7 +262,7 @@ CLAIMS = (
         text="The answer comes in lower case before it is capitalized",
         paper="§7, Fig. 6",
         says="in lower case from near 0 to 20-70 % around the middle layers, then down to nearly 0; the capitalized "
-        "form stays low up to layer 20 (depth 0.51) and a few layers more before it rises",
+        "form rises a few layers after layer 20 (depth 0.51); not in Llama3-LLaVA-NeXT-8b (App. I.3)",
         lines={"Noncapitalized answer": "logit_lens", "Capitalized answer": "logit_lens"},
         measure=measures.later,
         measured=f"how much later the center of the capitalized answer lies (layers; before: {APART:g} or more)",

@@ -37,7 +37,7 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
 
     Args:
         outputs: the folder with a folder for each model.
-        others: such folders for the models that the earlier ones have nothing of.
+        others: such folders for what a model lacks in the earlier ones; of another run than those, it isn't taken.
 
     Raises:
         ValueError: a file is damaged, or of a run with other parameters, weights or data than the model's
@@ -45,9 +45,10 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
     """
     models: dict[str, dict[str, list[Path]]] = {}
     for folder in (path for place in (outputs, *others) for path in sorted(Path(place).glob("*"))):
-        stored = {name: list_frames(folder / f"{name}.parquet") for name in WRITTEN_BY}
-        if not models.get(folder.name):
-            models[folder.name] = {name: files for name, files in stored.items() if files}
+        mine = models.setdefault(folder.name, {})
+        known = next((_run_of(files[0]) for files in mine.values()), None)
+        stored = {name: list_frames(folder / f"{name}.parquet") for name in WRITTEN_BY if name not in mine}
+        mine |= {n: some for n, some in stored.items() if some and not (known and differences(known, _run_of(some[0])))}
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in WRITTEN_BY}
     for model, stored in sorted(models.items()):
         latest = {name: files[0] for name, files in stored.items()}
@@ -61,16 +62,19 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
 
 def _hold_together(files: Mapping[str, Path]) -> None:
     """Refuse results that would be compared although they are of different runs."""
-    runs = {}
     for name, file in files.items():
-        depends_on = read_manifest(file).get("depends_on", {})
-        runs[name] = {"depends_on": {key: depends_on[key] for key in depends_on if key in IN_COMMON}}
-        first = next(iter(runs))
-        if differ := differences(runs[first], runs[name]):
+        first = next(iter(files))
+        if differ := differences(_run_of(files[first]), _run_of(file)):
             raise ValueError(
                 f"{file} and {files[first].name} are of different runs ({'; '.join(differ)}): run the notebooks "
                 f"{WRITTEN_BY[first]} and {WRITTEN_BY[name]} again with the same parameters."
             )
+
+
+def _run_of(file: Path) -> dict[str, dict]:
+    """Return what a model's results have in common."""
+    depends_on = read_manifest(file).get("depends_on", {})
+    return {"depends_on": {key: depends_on[key] for key in depends_on if key in IN_COMMON}}
 
 
 def collect_effects(results: Mapping[str, pd.DataFrame], *, protocol: str = "corrected") -> pd.DataFrame:

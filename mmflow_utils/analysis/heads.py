@@ -57,7 +57,7 @@ def judge_agreement(table: pd.DataFrame) -> tuple[Measured, bool | None]:
     means = table[table["other"] == "mean"].set_index("task")
     gap = means["rho"][SAME] - means["rho"][DIFFERENT]
     reach = np.hypot(*((means["ci_high"] - means["ci_low"]) / 2)[[SAME, DIFFERENT]])
-    unseen = means["ci_low"][SAME] <= 0 or gap - reach <= ALIKE <= gap + reach
+    unseen = (table.loc[table["task"] == table["other"], "ci_low"] <= 0).any() or gap - reach <= ALIKE <= gap + reach
     return (gap, gap - reach, gap + reach), None if unseen else bool(gap < ALIKE)
 
 

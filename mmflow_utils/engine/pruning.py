@@ -259,7 +259,7 @@ def compare_to_knockout(
     embeds = prompt_embeds(model, encoded)
     with image_tokens_removed(model, encoded, pruning) as removal:
         logits, _ = read_prompt(model, embeds)
-    assert removal is not None  # as there is a pruning
+    assert removal is not None
     layers = range(pruning.from_layer if knockout_from is None else knockout_from, model.n_layers)
     gone = tuple(sorted({*range(removal.n_tokens)} - {*removal.kept}))
     # Without anything gone the variant has no source and is the clean run.

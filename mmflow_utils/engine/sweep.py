@@ -49,8 +49,7 @@ def run_sweep(
     Args:
         model, encoded, variants, read, keep: As for `run_reference`; attention runs fused (`sdpa`) here, whatever the
             model is set to.
-        chunk: Variants that share one clean pass: all by default. When memory runs out fewer are taken, and what is
-            done by then is kept.
+        chunk: Variants that share one clean pass: all by default, fewer when memory runs out.
         prefix: What the prompt before this one left: positions that both begin with are not run again.
 
     Raises:

@@ -37,8 +37,7 @@ def count_work(config: Any, n_tokens: Sequence[int], *, n_new: int = 1, itemsize
 
     Matrix products count, as for torch's FlopCounterMode: projections, gated MLP, scores and mixed values (the full
     square: a causal kernel may do half), the unembedding of one position; not the image encoder. Torch's own counter
-    would have to run the model for each number of tokens, of which `equal_work` compares many; a test holds the two
-    together.
+    would have to run the model for each number of tokens that `equal_work` compares; a test holds the two together.
 
     Args:
         config: The decoder's configuration, of a Llama-like architecture.

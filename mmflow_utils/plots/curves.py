@@ -76,8 +76,7 @@ def plot_curves(
         summary: From `summarize`: mean, ci_low, ci_high, and n if known.
         line: The column that tells curves apart. Numbers, such as window sizes, get an ordered scale.
         panel: The column that tells panels apart; a summary that lacks it makes one panel.
-        across: A second column that tells panels apart: its values stand side by side, those of `panel` one
-            below the other.
+        across: A second column that tells panels apart: its values stand side by side.
         x, x_label: The column of the horizontal axis, whole numbers from 0, and its label.
         y_label: Label of the mean, with its unit.
         colors: Colors by value of `line`, in place of the flows' own; their order is the legend's.

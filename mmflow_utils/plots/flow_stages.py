@@ -101,10 +101,10 @@ def _draw_flow(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> 
         axis.plot(mark, at + aside, "D", color=color, markeredgecolor="white", markersize=6)
         top = max(high, layers["layer"].max() + aside)
         notes = (note.xy for note in axis.texts if isinstance(note, Annotation))
-        met = [y for x, y in notes if abs(x - mark) < 0.45 and abs(y - top) < 0.08 * axis.get_ylim()[1]]
+        met = [y for x, y in notes if abs(x - mark) < 0.75 and abs(y - top) < 0.08 * axis.get_ylim()[1]]
         text: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#1A1A1A"}
         text |= {"xytext": (0, 4 + 11 * len(met)), "textcoords": "offset points"}
-        axis.annotate(f"−{format_number(stage['effect'], 0)} %", (mark, max([top, *met])), **text)
+        axis.annotate(f"−{format_number(stage['effect'], 0)} % at {at:g}", (mark, max([top, *met])), **text)
 
 
 def _draw_word(axis: plt.Axes, line: str, layers: pd.DataFrame, stage: dict) -> None:

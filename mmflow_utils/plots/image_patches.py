@@ -30,6 +30,7 @@ def plot_image_patches(
     subtitle: str = "",
     width: float = 3.2,
     columns: int = 3,
+    weight_label: str = "Attention to an image token (%, square-root scale)",
 ) -> Figure:
     """Draw which piece of the picture each image token stands for, colored by position set or as a heat map.
 
@@ -38,11 +39,11 @@ def plot_image_patches(
         patches: From `locate_image_patches`: x, y, w, h (pixels), view and set; or several by the title of
             their panel. Tiles have a panel of their own beside the whole picture's. A patch in no set is only
             outlined, one in the padding isn't seen. With a column `weight`, such as the attention that a token gets
-            (%), patches are shaded by it, on one scale for all panels, over the picture in gray; those of a set are
-            outlined in its color.
+            (%), patches are shaded by it, on one scale for all panels, over a gray picture, and sets outlined.
         objects: Things with a box (`Sample.objects`), outlined in every panel; a box of None is passed over.
         width: Of a panel, in inches.
         columns: Panels side by side.
+        weight_label: What the weights are, with their unit.
 
     Raises:
         ValueError: A column is missing or there are no rows.
@@ -74,7 +75,7 @@ def plot_image_patches(
         total, bottom = columns * width + side, axes[-1].get_position().y0
         beside = (1 - side / total, bottom, 0.12 / total, axes[0].get_position().y1 - bottom)
         bar = figure.colorbar(scale, cax=figure.add_axes(beside))
-        bar.set_label("Attention to an image token (%, square-root scale)", fontsize=8.5)
+        bar.set_label(weight_label, fontsize=8.5)
         bar.outline.set_visible(False)
     return figure
 

@@ -236,7 +236,7 @@ def test_numbers_are_those_computed_by_hand():
     table = check_claims(as_drawn(AS_IN_THE_PAPER, noise=0), **QUICK)
     table = table[table["task"] == POOLED]
     values = dict(zip([claim.measure.__name__ for claim in CLAIMS], table["value"], strict=True))
-    assert values["depth"] == pytest.approx(11.5 / 20)
+    assert values["depth"] == pytest.approx(100 * 11.5 / 20)
     assert values["stronger"] == pytest.approx(44)
     assert values["largest"] == 0
     assert values["at_both_ends"] == pytest.approx(15) and values["in_second_half"] == 0
@@ -473,7 +473,7 @@ def arrows(axis) -> dict[str, list[int]]:
 def test_there_is_an_arrow_for_each_layer_of_a_stage_and_none_elsewhere():
     (axis,) = drawn(AS_IN_THE_PAPER, noise=0.1).axes
     assert arrows(axis) == {OTHER: [1, 2, 3], RELATED: [7, 8, 9], "Question -> Last": [9, 10, 11, 12, 13]}
-    assert "−35 %" in [text.get_text() for text in axis.texts]
+    assert "−35 % at 8" in [text.get_text() for text in axis.texts]
 
 
 def test_the_whole_image_stands_where_its_parts_were_not_measured():

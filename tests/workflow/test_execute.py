@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mmflow_utils.params import Params
 from workflow import run_notebook as execute
-from workflow.graph import FACTS
+from workflow.graph import FACTUAL, FOR_PHOTOGRAPHS
 from workflow.run_notebook import check_parameters, find_problems, main, run_notebook
 
 pytestmark = pytest.mark.notebook
@@ -79,7 +79,7 @@ def test_a_model_of_params_is_injected_by_its_name_alone(tmp_path, write):
 
 
 def test_real_facts_are_passed_for_a_model_of_params_and_an_override_wins(write, monkeypatch):
-    own = "\n".join(f"{name}: {type(value).__name__} = {value!r}" for name, value in FACTS.items())
+    own = "\n".join(f"{name}: {type(value).__name__} = {value!r}" for name, value in FOR_PHOTOGRAPHS[FACTUAL].items())
     path = write(SETUP, declared=f"{DECLARED}\n{own}").rename
     path = path(execute.NOTEBOOKS / "12_facts.ipynb")
     passed = []
@@ -87,7 +87,7 @@ def test_real_facts_are_passed_for_a_model_of_params_and_an_override_wins(write,
     for model, values in (("llava-1.5-7b", {}), ("llava-1.5-7b", {"aokvqa_questions": "mine.json"}), ("mini", {})):
         with pytest.raises(RuntimeError, match="no kernel here"):
             run_notebook(path, model, values)
-    real = {"model": "llava-1.5-7b"} | FACTS
+    real = {"model": "llava-1.5-7b"} | FOR_PHOTOGRAPHS[FACTUAL]
     assert passed == [real, real | {"aokvqa_questions": "mine.json"}, {"model": "mini"}]
 
 

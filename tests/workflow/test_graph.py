@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 import conftest
+import mmflow_utils as mm
 from mmflow_utils.models import sources
 from mmflow_utils.params import ROOT
 from workflow import graph
@@ -87,6 +89,19 @@ def test_a_model_that_sees_photographs_is_asked_real_facts_where_they_are(projec
     assert set(given) == {name for name in given if graph.own_parameter("12_factual_tasks", name)} and len(given) == 4
     assert graph.given_by_batch("12_factual_tasks", graph.read_params("mini")) == {}
     assert graph.given_by_batch("02_flow_to_last", graph.read_params("llava-1.5-7b")) == {}
+
+
+@pytest.mark.parametrize(("name", "number"), [("07_efficiency_study", "n_asked"), ("09_last_subword", "n_long")])
+def test_a_model_that_sees_photographs_answers_so_often_that_a_claim_of_no_difference_can_be_met(name, number):
+    given = graph.given_by_batch(name, graph.read_params("llava-1.5-7b"))
+    assert given.keys() == {number} and graph.given_by_batch(name, graph.read_params("mini")) == {}
+    assert reach(given[number]) < 5 < reach(graph.own_parameter(name, number))
+
+
+def reach(n):
+    """How far from 0 the interval of n samples lies that differ in nothing (percentage points)."""
+    alike = pd.DataFrame({"image_id": range(n), "layer": 0, "change": 0.0, "task": "t", "flow": "f"})
+    return mm.summarize(alike, "change", simultaneous_over="layer", limits=(-100.0, 100.0)).ci_high.max()
 
 
 def test_a_copied_file_that_still_names_the_other_model_is_refused(project, capsys):
