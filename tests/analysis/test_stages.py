@@ -527,5 +527,12 @@ def test_what_a_model_has_nothing_of_is_read_from_the_next_folder(tmp_path):
         frame = pd.DataFrame({"layer": range(n)})
         save_frame(frame, tmp_path / place / model / "flow_to_last.parquet", {"depends_on": {}})
     (tmp_path / "here" / "b").mkdir()
-    found = read_results(tmp_path / "here", tmp_path / "there")["flow_to_last"]
-    assert found.groupby("model").size().to_dict() == {"a": 1, "b": 3}
+    # Of each result by itself, where it is of the same run as what the model has.
+    for model, name, window in (("a", "logit_lens", 3), ("a", "patching", 5), ("b", "patching", 5)):
+        save_frame(frame, tmp_path / "there" / model / f"{name}.parquet", {"depends_on": {"window": window}})
+    for place, model in (("here", "a"), ("there", "b")):
+        path = tmp_path / place / model / "flow_to_last.parquet"
+        save_frame(pd.read_parquet(path), path, {"depends_on": {"window": 3 if model == "a" else 5}})
+    found = read_results(tmp_path / "here", tmp_path / "there")
+    assert found["flow_to_last"].groupby("model").size().to_dict() == {"a": 1, "b": 3}
+    assert found["logit_lens"].model.unique().tolist() == ["a"] and found["patching"].model.unique().tolist() == ["b"]

@@ -149,6 +149,9 @@ def test_tasks_share_their_heads_only_where_halves_of_a_task_agree_for_sure():
     assert judged({"A": one, "B": other}, 0.5) is False
     assert judged({"A": flat, "B": flat}, 1.0, 8) is None  # equal gaps, and nothing behind them
     assert judged({"A": one, "B": 3 * one}, 9.0, 8) is None
+    # One task that can't be seen is enough, though on average halves agree.
+    assert judged({"A": one, "B": other, "C": 3 * other}, 0.5) is False
+    assert judged({"A": one, "B": other, "C": flat}, 0.5) is None
 
 
 def test_sets_are_nested_and_in_the_order_of_their_effects():
