@@ -119,7 +119,7 @@ def _edges(
     return {name: np.where(inside.any(1), layers[at].astype(float), np.nan) for name, at in index.items()}
 
 
-def depth_of(layer: Any, n_layers: int) -> Any:
+def depth_of(layer: Any, n_layers: Any) -> Any:
     """Say how deep the middle of a layer lies, or of each in a column: 0 where the first begins, 1 where the last ends.
 
     >>> depth_of(np.array([0, 39]), 40).tolist()
