@@ -55,7 +55,8 @@ ALONE = """
 ## Of one notebook alone
 
 Declared in the notebook's `parameters` cell, and set there, by papermill or with `-p` of `workflow.run_notebook`; a
-model's file in `params/` holds none.
+model's file in `params/` holds none. To a model that sees photographs a batch gives more than a laptop's defaults: 100
+questions in each task in 07 (`n_asked`), 100 long answers in 09 (`n_long`), and OKVQA and A-OKVQA in 12.
 
 ```sh
 .venv/bin/python -m workflow.run_notebook 08_window_size llava-1.5-7b -p windows '[1, 9, 15]'
