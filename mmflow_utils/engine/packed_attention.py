@@ -206,10 +206,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, keys: _Keys, n_blocks: int, scaling:
 
 
 def _replaced(other: Tensor | None, q: Tensor, k: Tensor, v: Tensor, keys: _Keys, _: int, scaling: float) -> Tensor:
-    """Attend with the pattern left alone and other values on some edges.
-
-    To give all sources their mean value is to spread the weight that falls on them evenly over them.
-    """
+    """Attend with the pattern left alone and other values on some edges."""
+    # To give all sources their mean value is to spread the weight that falls on them evenly over them.
     assert keys.touched is not None
     fold = q.shape[1] // len(keys.sees)
     pattern = (q @ k.transpose(1, 2)).float() * scaling + keys.mask(1, torch.float32).repeat(fold, 1)

@@ -184,10 +184,7 @@ class PackedPass:
         self.resid_post.append(state.to("cpu", torch.float32, copy=True))
 
     def _slices(self, i: int) -> list[list[Branch]]:
-        """Divide the families into slices of no more rows than the clean pass has, or `ENOUGH_ROWS`.
-
-        Within a slice come the branches with keys of their own, then those that begin in this layer.
-        """
+        """Divide the families into slices of no more rows than the clean pass, or `ENOUGH_ROWS`; new ones come last."""
         begun = (branch for branch in self.branches if branch.born <= i)
         families = [list(family) for _, family in groupby(begun, key=lambda branch: branch.parent or branch)]
         sizes = [sum(len(branch.rows) for branch in family) for family in families]

@@ -320,10 +320,7 @@ def _name_patches(
 def _flag_tokens(
     model: VLM, size: tuple[int, int], inputs: Mapping[str, Tensor], boxes: Iterable[Box]
 ) -> Float[Tensor, " image_tokens"]:
-    """Return for each image token whether a box reaches into it: above 0 yes, 0 no, NaN for a newline.
-
-    `size` is the width and height of the stored picture.
-    """
+    """Tell for each image token if a box in the picture reaches into it: above 0 if so, 0 if not, NaN a newline."""
     drawn = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     for box in boxes:
         left, top = max(0, floor(box.x)), max(0, floor(box.y))

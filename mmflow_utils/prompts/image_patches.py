@@ -206,10 +206,8 @@ def _patch_edges(model: VLM, size: tuple[int, int]) -> Float[Tensor, "tiles patc
 def _edges(
     shade: Float[np.ndarray, "across along"], inside: Bool[np.ndarray, "across along"], *, side: int, length: int
 ) -> Float[np.ndarray, " patches_plus_1"]:
-    """Fit the straight line from processed to stored pixels along the second axis, and read it at the patches' edges.
-
-    Colors have 256 steps, which is coarser than a pixel in a large picture; the line is not.
-    """
+    """Fit the line from processed to stored pixels along the second axis, and read it at the patches' edges."""
+    # Colors have 256 steps, which is coarser than a pixel in a large picture; the line is not.
     n_pixels = shade.shape[1]
     used = np.flatnonzero(inside.any(0))
     if len(used) < 2:
