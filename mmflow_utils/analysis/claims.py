@@ -12,7 +12,7 @@ from mmflow_utils.analysis import claim_measures as measures
 from mmflow_utils.analysis.collect import HELD, LEAD, REMOVED, WRITTEN_BY
 from mmflow_utils.analysis.flow_stages import MIDDLE, NEGLIGIBLE, Measured, resample, stage_layers, with_image_numbers
 from mmflow_utils.analysis.sentences import format_number
-from mmflow_utils.analysis.stats import number_groups
+from mmflow_utils.analysis.stats import curves
 
 POOLED = "all tasks"
 VERDICTS = ("holds", "does not hold", "differs by task", "undecided", "not applicable", "not measured")
@@ -72,10 +72,9 @@ def measure_lines(mine: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> d
     """
     by, found = ["task", "line"], defaultdict[str, dict[str, measures.Line]](dict)
     bands, used = stage_layers(mine, by, n_boot=n_boot, seed=seed), with_image_numbers(mine)
-    of, _ = number_groups(mine, by)
     shown = used["image_id"].where(~mine["line"].str.startswith(HELD)).groupby(mine["task"], dropna=False)
     images = {task: np.unique(some.dropna()).tolist() for task, some in shown}
-    for ((task, name), band), (_, rows) in zip(bands.groupby(by, dropna=False), used.groupby(of), strict=True):
+    for ((task, name), band), (_, rows) in zip(curves(bands, by), used.groupby(curves(mine, by).ngroup()), strict=True):
         own = None if name.startswith(HELD) else images[task]  # pairs show pictures of their own
         draws = resample(rows, images=own, n_boot=n_boot, seed=seed)
         numbers = band[["ci_low", "ci_high", "layer", "in_stage", "n", "n_clusters"]].to_numpy(float).T

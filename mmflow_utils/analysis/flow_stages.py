@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from mmflow_utils.analysis.sentences import TIE, format_number, layer_ranges
-from mmflow_utils.analysis.stats import number_groups, resample_means, summarize, sums_and_counts
+from mmflow_utils.analysis.stats import curves, resample_means, summarize, sums_and_counts
 
 SHARE = 0.2  # of a curve's strongest effect: what lies below is its tail, not its stage
 NEGLIGIBLE = 5.0  # % or percentage points: a smaller effect counts as none
@@ -81,9 +81,9 @@ def find_stages(
     """
     by, rule = list(by), {"share": share, "negligible": negligible}
     table = stage_layers(effects, by, **rule, n_boot=n_boot, seed=seed)
-    curve, (layer, mean, low) = number_groups(table, by)[0], table[["layer", "mean", "ci_low"]].to_numpy().T
+    curve, (layer, mean, low) = curves(table, by).ngroup().to_numpy(), table[["layer", "mean", "ci_low"]].to_numpy().T
     found, tops = [], []
-    for number, mine in with_image_numbers(effects).groupby(number_groups(effects, by)[0]):
+    for number, mine in with_image_numbers(effects).groupby(curves(effects, by).ngroup()):
         at = np.flatnonzero(curve == number)
         draws = resample(mine, n_boot=n_boot, seed=seed)
         row: dict[str, object] = {"layers": layer_ranges(layer[at[table["in_stage"].to_numpy()[at]]])}

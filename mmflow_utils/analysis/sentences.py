@@ -9,7 +9,7 @@ from math import isfinite
 import numpy as np
 import pandas as pd
 
-from mmflow_utils.analysis.stats import SMALLEST, need_columns, number_groups
+from mmflow_utils.analysis.stats import SMALLEST, curves, need_columns
 
 TIE = 0.05  # of what is printed with one decimal: means that differ by less are equally strong
 
@@ -30,7 +30,7 @@ def strongest_layer(summary: pd.DataFrame, by: Sequence[str] = ("task", "flow"),
     by = [column for column in by if column in summary]
     need_columns(summary, ["layer", "mean", "ci_low", "ci_high", "n"])
     rows = summary.dropna(subset="mean").sort_values("layer", kind="stable")
-    curve, first, tied, dropped = number_groups(rows, by)[0], [], [], []
+    curve, first, tied, dropped = curves(rows, by).ngroup().to_numpy(), [], [], []
     layer, mean, high = (rows[column].to_numpy() for column in ("layer", "mean", "ci_high"))
     for number in range(curve.max(initial=-1) + 1):
         at = np.flatnonzero(curve == number)
@@ -76,8 +76,7 @@ def describe_highest(summary: pd.DataFrame, by: Sequence[str] = ("task",)) -> li
         '2.0 % at layer 5.'
     """
     by, sentences = [column for column in by if column in summary], []
-    rows = summary.dropna(subset="mean").sort_values("layer", kind="stable")
-    for _, curve in rows.groupby(number_groups(rows, by)[0]):
+    for _, curve in curves(summary.dropna(subset="mean").sort_values("layer", kind="stable"), by):
         row = curve[curve["mean"] >= curve["mean"].max() - TIE].iloc[0].to_dict()
         end = curve.iloc[-1]
         effect = f"{format_number(row['mean'])} % ({_evidence(row)})"
@@ -93,8 +92,7 @@ def describe_differences(table: pd.DataFrame, by: Sequence[str] = ("task",), *, 
     A mean difference below `SMALLEST`, the smallest effect that counts, is not claimed, however sure it is.
     """
     by, sentences = [column for column in by if column in table], []
-    rows = table.dropna(subset="p_holm").sort_values(over, kind="stable")
-    for _, curve in rows.groupby(number_groups(rows, by)[0]):
+    for _, curve in curves(table.dropna(subset="p_holm").sort_values(over, kind="stable"), by):
         size = curve["mean"].abs()
         row = curve[size >= size.max() - TIE].iloc[0].to_dict()
         name = ", ".join([*(str(row[column]) for column in by), row["contrast"]])

@@ -91,7 +91,7 @@ def summarize(
         resampled = _resample_groups(sums, counts, clusters, n_boot, seed)
     if simultaneous_over:
         error = resampled.std(0)
-        curve = number_groups(table, [column for column in by if column != simultaneous_over])[0]
+        curve = curves(table, [column for column in by if column != simultaneous_over]).ngroup().to_numpy()
         deviation = np.abs(resampled - mean) / np.hypot(error, smallest)
         most = intervals.greatest_deviation(deviation, curve, level)
         z = most if limits is None else np.maximum(most, z)
@@ -172,7 +172,7 @@ def paired_difference(
     _, sums, counts, *_ = _cluster_table(pairs, "difference", by, "image_id")
     table.insert(0, "contrast", f"{a} minus {b}")
     table["p"] = np.where(table["n"] > 0, _sign_flip_p(sums, smallest * counts.sum(1), n_flips, seed), np.nan)
-    table["p_holm"] = table.groupby(number_groups(table, family)[0])["p"].transform(holm)
+    table["p_holm"] = curves(table, list(family))["p"].transform(holm)
     return table.assign(n_unpaired=len(sides[0]) + len(sides[1]) - 2 * len(pairs))
 
 
@@ -233,17 +233,9 @@ def need_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
             raise ValueError(f"the frame has no column {column!r}: {hint}")
 
 
-def number_groups(frame: pd.DataFrame, by: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Number each row's group in the order of `groupby`, in a third of its time, and say where each begins.
-
-    Without columns to group by, a frame is one group; NaN is a value like others.
-    """
-    codes = [pd.factorize(frame[name], sort=True, use_na_sentinel=False)[0] for name in by]
-    cells = (
-        np.ravel_multi_index(codes, [code.max(initial=0) + 1 for code in codes]) if by else np.zeros(len(frame), int)
-    )
-    _, first, group = np.unique(cells, return_index=True, return_inverse=True)
-    return group, first
+def curves(table: pd.DataFrame, by: list[str]) -> Any:
+    """Group a table; without columns to group by, it is one group."""
+    return table.groupby(by or np.zeros(len(table)), dropna=False, observed=True)
 
 
 def _cluster_table(
@@ -258,12 +250,15 @@ def _cluster_table(
         raise ValueError(f"{n_infinite} values of {value!r} are infinite: leave out rows with p_base = 0")
     if cluster and (n_missing := int(frame[cluster].isna().sum())):
         raise ValueError(f"{n_missing} rows have no {cluster!r}: fill it in, or choose another cluster")
-    group, first = number_groups(frame, by)
+    groups = frame.groupby(by, dropna=False, observed=True)
     for name in (name for name in SETTINGS if name in frame and name not in by):
-        if frame[name].nunique() > 1 and frame.groupby(group)[name].nunique().max() > 1:
+        if frame[name].nunique() > 1 and groups[name].nunique().max() > 1:
             raise ValueError(f"one group mixes several values of {name!r}: select one, or add {name!r} to `by`")
     kept = np.isfinite(values)
-    ids, names = pd.factorize(frame[cluster] if cluster else frame.groupby(group).cumcount(), sort=True)
+    ids, names = pd.factorize(frame[cluster] if cluster else groups.cumcount(), sort=True)
+    # Arrays from here on: this is called for every table of every notebook, and a frame's own ways take longer.
+    group = groups.ngroup().to_numpy()
+    first = np.unique(group, return_index=True)[1]
     sums, counts = sums_and_counts(group[kept], ids[kept], values[kept], (len(first), len(names)))
     n = n_rows = counts.sum(1).astype(int)
     if "sample_id" in frame:  # a group may hold several rows of a sample, e.g. one per layer
@@ -274,11 +269,9 @@ def _cluster_table(
     mean = np.divide(sums.sum(1), n_rows, out=np.full(len(first), np.nan), where=n_rows > 0)
     columns = {name: frame[name].array[first] for name in by}
     table = pd.DataFrame(columns | {"mean": mean, "n": n, "n_clusters": (counts > 0).sum(1)})
-    curve, _ = number_groups(table, [name for name in by if name != "layer"])
-    least, most = np.full(len(table), np.inf), np.full(len(table), -np.inf)
-    np.minimum.at(least, curve[group[kept]], values[kept])
-    np.maximum.at(most, curve[group[kept]], values[kept])
-    return table, sums, counts, np.asarray(names).astype(str), np.stack([least[curve], most[curve]])
+    curve = curves(table, [c for c in by if c != "layer"]).ngroup().to_numpy()
+    extremes = pd.Series(values[kept]).groupby(curve[group[kept]]).agg(["min", "max"])
+    return table, sums, counts, np.asarray(names).astype(str), extremes.reindex(curve).to_numpy().T
 
 
 def sums_and_counts(
