@@ -29,8 +29,10 @@ IN_COMMON = {*Params.model_fields, "weights_sha256", "data_sha256"}
 COLUMNS = ("model", "task", "sample_id", "image_id", "line", "layer", "n_layers", "window", "effect")
 
 
-def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataFrame]:
-    """Read what notebooks 02 to 07 and 17 stored: name -> rows of all models, with a column `model`.
+def read_results(
+    outputs: str | Path, *others: str | Path, names: Mapping[str, str] = WRITTEN_BY
+) -> dict[str, pd.DataFrame]:
+    """Read what notebooks stored: name -> rows of all models, with a column `model`.
 
     What a model hasn't stored is not in the result. Where a notebook was run with several settings, what it
     measured or loaded last is read, which is said.
@@ -38,6 +40,7 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
     Args:
         outputs: the folder with a folder for each model.
         others: such folders for what a model lacks in the earlier ones; of another run than those, it isn't taken.
+        names: the results to read, and the number of the notebook that writes each.
 
     Raises:
         ValueError: a file is damaged, or of a run with other parameters, weights or data than the model's
@@ -47,12 +50,12 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
     for folder in (path for place in (outputs, *others) for path in sorted(Path(place).glob("*"))):
         mine = models.setdefault(folder.name, {})
         known = next((_run_of(files[0]) for files in mine.values()), None)
-        stored = {name: list_frames(folder / f"{name}.parquet") for name in WRITTEN_BY if name not in mine}
+        stored = {name: list_frames(folder / f"{name}.parquet") for name in names if name not in mine}
         mine |= {n: some for n, some in stored.items() if some and not (known and differences(known, _run_of(some[0])))}
-    found: dict[str, list[pd.DataFrame]] = {name: [] for name in WRITTEN_BY}
+    found: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
     for model, stored in sorted(models.items()):
         latest = {name: files[0] for name, files in stored.items()}
-        _hold_together(latest)
+        _hold_together(latest, names)
         for name, file in latest.items():
             if len(stored[name]) > 1:
                 print(f"{model} has {len(stored[name])} runs of {name}: {file.name} is the latest, and read.")
@@ -60,14 +63,14 @@ def read_results(outputs: str | Path, *others: str | Path) -> dict[str, pd.DataF
     return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items() if frames}
 
 
-def _hold_together(files: Mapping[str, Path]) -> None:
+def _hold_together(files: Mapping[str, Path], names: Mapping[str, str]) -> None:
     """Refuse results that would be compared although they are of different runs."""
     for name, file in files.items():
         first = next(iter(files))
         if differ := differences(_run_of(files[first]), _run_of(file)):
             raise ValueError(
                 f"{file} and {files[first].name} are of different runs ({'; '.join(differ)}): run the notebooks "
-                f"{WRITTEN_BY[first]} and {WRITTEN_BY[name]} again with the same parameters."
+                f"{names[first]} and {names[name]} again with the same parameters."
             )
 
 

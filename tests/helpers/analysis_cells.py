@@ -124,11 +124,11 @@ def run_cells(
     def measure(_, __, ___, path, ____, **_____):
         return Result(of_its_model(path), max_check_diff=0.0)
 
-    def read_results(outputs, *others):
+    def read_results(outputs, *others, names=collect.WRITTEN_BY):
         if Path(outputs) == ROOT / "assets" / "control":  # comes with the project: nobody measures it anew
             return collect.read_results(outputs)
         found = {}
-        for name in collect.WRITTEN_BY:
+        for name in names:
             files = sorted(FRAMES.glob(f"*/{name}.parquet"))
             parts = [stored(name, f.parent.name).assign(model=f.parent.name) for f in files]
             found |= {name: pd.concat(parts, ignore_index=True)} if parts else {}
