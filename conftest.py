@@ -24,13 +24,17 @@ class OuterFunctions(_import_hook.JaxtypingTransformer):
 
 def check_types(*packages):
     """Check annotations while tests run: of shapes where a module names some, else of plain types, which is quicker."""
-    shapes, plain = [], []
-    for file in sorted(path for package in packages for path in (Path(__file__).parent / package).rglob("*.py")):
-        name = ".".join(file.relative_to(Path(__file__).parent).with_suffix("").parts).removesuffix(".__init__")
-        (shapes if "from jaxtyping" in file.read_text("utf-8") else plain).append(name)
+    here = Path(__file__).parent
+    files = [
+        file
+        for package in packages
+        for file in (here / package).rglob("*.py")
+        if "from jaxtyping" in file.read_text("utf-8")
+    ]
+    shapes = [".".join(file.relative_to(here).with_suffix("").parts) for file in files]
+    beartype_packages(packages, conf=BeartypeConf(claw_is_pep526=False))
     _import_hook.JaxtypingTransformer = OuterFunctions
-    _import_hook.install_import_hook(shapes, "beartype.beartype")
-    beartype_packages([name for name in plain if name not in packages], conf=BeartypeConf(claw_is_pep526=False))
+    _import_hook.install_import_hook(shapes, "beartype.beartype")  # asked first, since it was installed last
 
 
 check_types("mmflow_utils", "miniature")
