@@ -30,7 +30,7 @@ from mmflow_utils.prompts.flows import (
     window_sizes,
 )
 from mmflow_utils.prompts.positions import PositionSets
-from workflow.graph import in_parts, notebooks_of, own_parameter
+from workflow.graph import given_by_batch, in_parts, notebooks_of, own_parameter, read_params
 
 __all__ = ["passes_of_report", "passes_of_sample", "questions_of_report"]
 
@@ -45,12 +45,11 @@ CUTS: dict[str, list[Cut]] = {  # where a notebook's own parameters say nothing 
     "03": [(1, IMAGE_TO_QUESTION, None)],
     "05": [(2, NOTHING, None)],
     "06": [(1, (*IMAGE_TO_QUESTION * 3,), None)],  # two modules and an edge, read at every position of the question
-    "07": [(1.7, NOTHING, None)],  # 100 questions of each task, each answered in up to 17 ways
-    "09": [(0.1, (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION) * 2, None)],
     "16": [],  # a few samples
     "17": [],  # a few pairs
 }
 ASKED_FOR_ONE = 4 / 3  # questions for a sample: assumed, three of four answers are right
+WAYS_TO_PRUNE = 17  # of answering each of 07's questions, at most
 ASKED_BESIDE = 15 * 50 + 200  # by 01 in its groups, and by 12
 
 
@@ -85,15 +84,19 @@ def passes_of_report(params: Params, prompts: Sequence[PositionSets], n_layers: 
 def _by_own_parameters(params: Params, n_layers: int) -> dict[str, list[Cut]]:
     """Return the cuts of which a notebook's `parameters` cell says how many there are."""
 
-    def share(name: str) -> float:
-        return min(1.0, (own_parameter(name, "n_each") or params.n_samples) / params.n_samples)
+    def share(name: str, n: str = "n_each") -> float:
+        given = given_by_batch(name, read_params(params.model)).get(n) or own_parameter(name, n)
+        return min(1.0, (given or params.n_samples) / params.n_samples)
 
     random = IMAGE_PATCHES_TO_QUESTION[:1] * own_parameter("04_image_patch_knockout", "n_draws")
     of_one_task = share("08_window_size") / len(params.tasks)
     flows = (*FLOW_TO_LAST[:2], *IMAGE_TO_QUESTION)
+    of_answers = (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION)
     return {
         "04": [(1, (*IMAGE_PATCHES_TO_QUESTION, *random), None)],
+        "07": [(share("07_efficiency_study", "n_asked") * WAYS_TO_PRUNE, NOTHING, None)],
         "08": [(of_one_task, flows, width) for width in window_sizes(n_layers)],
+        "09": [(share("09_last_subword", "n_long"), of_answers * 2, None)],
         "11": [(share("11_unimodal_llm"), (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
         "13": [(share("13_fine_grained_flow"), PARTS, None)],
     }

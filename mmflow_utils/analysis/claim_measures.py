@@ -34,7 +34,7 @@ def strongest(line: Line) -> str:
 
 
 def _center(line: Line) -> Float[np.ndarray, " draws"]:
-    """Mean layer weighted by the effect, over layers with at least SHARE of the strongest, which jumps on a plateau."""
+    """Mean layer weighted by the effect, where it has SHARE of its most: the strongest layer jumps on a plateau."""
     weight = np.where(line.draws >= SHARE * line.draws.max(1, keepdims=True), line.draws, 0.0).clip(0)
     with np.errstate(invalid="ignore"):
         return (weight @ line.layers) / weight.sum(1)
