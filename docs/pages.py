@@ -48,7 +48,7 @@ def write_page(executed: Path, page: Path) -> None:
             cell.source = LINK.sub(lambda link, ran=ran: link[0] if link.groups() in ran else link[1], cell.source)
     first = notebook.cells[0]
     _, _, introduction = first.source.partition("\n")
-    first.source = f"# {title_of(notebook, model)}"
+    first.source = f"# {title_of(notebook, model)} — {model}"
     top = describe_run(notebook, executed) + buttons(executed.name)
     run = nbformat.v4.new_raw_cell(top, metadata={"raw_mimetype": "text/html"})
     notebook.cells[1:1] = [run, nbformat.v4.new_markdown_cell(introduction)]
@@ -73,9 +73,9 @@ def _link_frames(notebook: NotebookNode, folder: Path, beside: Path) -> None:
 
 
 def title_of(notebook: NotebookNode, model: str) -> str:
-    """Name the notebook and, once, its model."""
+    """Name the notebook, without the model that a title may name already."""
     title = notebook.cells[0].source.split("\n")[0].removeprefix("# ")
-    return f"{title.removesuffix(f' — {model}')} — {model}"
+    return title.removesuffix(f" — {model}")
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -103,24 +103,14 @@ def main_figure(notebook: NotebookNode) -> tuple[NotebookNode, int] | None:
     return None
 
 
-def findings(notebook: NotebookNode) -> list[str]:
-    """List the sentences that the cells of the section Findings have printed."""
-    return [" ".join(sentence.split()) for sentence in f"\n{_printed(notebook)}".split("\n- ")[1:]]
-
-
-def short_answer(notebook: NotebookNode) -> str:
-    """Return the answer with which the section Findings begins, beside the paper's: from "Here" on, or ""."""
-    _, here, said = f"\n{_printed(notebook)}".split("\n- ")[0].partition("\nHere")
-    return " ".join(f"{here}{said}".split())
-
-
-def _printed(notebook: NotebookNode) -> str:
-    return "".join(
-        output.text
-        for cell in cells_below(notebook, "Findings")
-        for output in cell.outputs
-        if output.output_type == "stream"
-    )
+def short_answer(notebook: NotebookNode) -> tuple[str, list[str]]:
+    """Return what the first cell of Findings has printed: its sentence, without the paper's, and the items below."""
+    cells = cells_below(notebook, "Findings")
+    printed = ("".join(part.text for part in cell.outputs if part.output_type == "stream") for cell in cells)
+    answer = next(printed, "")
+    sentence, items = f"\n{answer}".split("\n- ")[0], re.findall(r"^- (.*(?:\n  .*)*)", answer, re.MULTILINE)
+    _, here, ours = sentence.partition("\nHere")
+    return " ".join((here + ours or sentence).split()), [" ".join(item.split()) for item in items]
 
 
 def describe_run(notebook: NotebookNode, executed: Path) -> str:

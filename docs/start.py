@@ -9,11 +9,12 @@ from pathlib import Path
 import nbformat
 import pypandoc
 
-from docs.pages import COMMITTED, PICTURES, findings, main_figure, short_answer, title_of
+from docs.pages import COMMITTED, PICTURES, main_figure, short_answer, title_of
 from mmflow_utils.params import ROOT
 from workflow.graph import COMPARISON, SHOWN, SUBJECT, describe_left_out, read_params
 
 FAILED = ".failed.ipynb"
+MOST_ITEMS = 5  # of an answer, below its figure
 
 HOLDS = """\
 Each page is a notebook as it ran: question, method, figure, checks and findings. The findings are computed
@@ -66,35 +67,25 @@ def welcome_of(readme: Path) -> str:
 
 
 def show_figure(pages: Path, notebook: Path) -> str:
-    """Show a notebook's main figure, linked to its page, above its short answer or the finding that says most of it."""
+    """Show a notebook's main figure, linked to its page, above its short answer."""
     content = nbformat.read(notebook, as_version=4)
-    found, said = main_figure(content), findings(content)
-    if not found or not said:
+    found, (said, items) = main_figure(content), short_answer(content)
+    if not found or not (said or items):
         return ""
     cell, number = found
     kind, suffix = next((kind, end) for kind, end in PICTURES.items() if kind in cell.outputs[number].data)
     picture, model = cell.outputs[number].data[kind], notebook.parent.name
-    name = title_of(content, model).removesuffix(f" — {model}")
+    name = title_of(content, model)
     file = pages / "figures" / f"{model}_{notebook.stem}{suffix}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(picture.encode() if suffix == ".svg" else base64.b64decode(picture))
-    more = f" (One of {len(said)} findings.)" if len(said) > 1 else ""
-    text = short_answer(content) or f"{strongest(said)}{more}"
+    left = [f"{len(items) - MOST_ITEMS} more on its page."] if len(items) > MOST_ITEMS else []
+    listed = "".join(f"   - {plain(item)}\n" for item in items[:MOST_ITEMS] + left)
     return (
         f".. figure:: figures/{file.name}\n   :target: {model}/{notebook.stem}.html\n"
         f"   :alt: Main figure of {name}, {model}\n\n"
-        f"   :doc:`{plain(name)} <{address(notebook)}>`: {plain(text)}\n"
+        f"   :doc:`{plain(name)} <{address(notebook)}>`: {plain(said)}\n\n{listed}"
     )
-
-
-def strongest(said: list[str]) -> str:
-    """Choose the finding whose effect is largest: findings begin with it, to one decimal; else the first."""
-
-    def effect(sentence: str) -> float:
-        number = re.search(r"-?\d+\.\d (?=%)", sentence)
-        return abs(float(number[0])) if number else 0.0
-
-    return max(said, key=effect)
 
 
 def write_docs(pages: Path, docs: Path) -> list[str]:
@@ -139,8 +130,9 @@ def caution_about(models: Iterable[str]) -> str:
 
 
 def gallery(notebooks: list[Path], directive: str) -> str:
-    """List notebooks with their thumbnails."""
-    return listing(directive, [address(notebook) for notebook in notebooks])
+    """List notebooks with their thumbnails, by titles without the model: all are of one."""
+    titles = [title_of(nbformat.read(notebook, as_version=4), notebook.parent.name) for notebook in notebooks]
+    return listing(directive, [f"{title} <{address(nb)}>" for title, nb in zip(titles, notebooks, strict=True)])
 
 
 def address(notebook: Path) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from site_checks import CHECKS, DESK, Addresses, broken_links, broken_markdown_links, inspect, pages_of
 
+from docs.pages import cells_below
 from mmflow_utils.params import ROOT, Params
 from mmflow_utils.results.frames import manifest, save_frame
 from workflow.graph import SUBJECT, names, opens_with
@@ -163,11 +164,12 @@ def test_the_start_page_shows_the_main_figures_and_leads_on(site, page):
         assert shown_picture(figure.locator("img")) == main_figure(name)
         assert figure.locator("a:has(img)").get_attribute("href") == f"mini/{name}.html"
         title = figure.locator("figcaption a.internal").inner_text()
-        said = figure.locator("figcaption").inner_text().removeprefix(f"{title}: ").replace("→", "->")
+        said = figure.locator("figcaption").inner_text().removeprefix(f"{title}: ").replace("→", "->").split("\n")
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        cells = ["".join(o.get("text", "") for o in c.get("outputs", [])) for c in notebook.cells]
-        printed = [" ".join(text.split()) for text in cells]
-        assert any(said.split(" (One of ")[0] in text for text in printed)
+        printed = " ".join("".join(o.get("text", "") for o in next(cells_below(notebook, "Findings")).outputs).split())
+        sentence, *items = [line for line in said if line]
+        assert sentence in printed and items
+        assert all(f"- {item}" in printed or re.fullmatch(r"\d+ more on its page\.", item) for item in items)
     for name in NOTEBOOKS:
         thumbnail = page.locator(f".nbsphinx-gallery a[href='mini/{name}.html'] img")
         assert shown_picture(thumbnail) == main_figure(name)
