@@ -25,6 +25,7 @@ COMMITTED = ".committed"  # in the outputs: notebooks as they come with the proj
 MEASURES = ("measure_in_parts(", "save_frame(", "read_results(", "load_frame(")  # what a frame comes from
 # In which frames of one run may differ: some show captions in place of the picture, or ask about pairs or facts.
 ASKED_OTHERWISE = {"prompt", "questions", "scene_graphs", "images"}
+MOST_ITEMS = 5  # of a short answer
 PICTURES = {"image/svg+xml": ".svg", "image/png": ".png", "image/jpeg": ".jpg"}
 
 
@@ -51,10 +52,17 @@ def write_page(executed: Path, page: Path) -> None:
     first.source = f"# {title_of(notebook, model)} — {model}"
     top = describe_run(notebook, executed) + buttons(executed.name)
     run = nbformat.v4.new_raw_cell(top, metadata={"raw_mimetype": "text/html"})
-    notebook.cells[1:1] = [run, nbformat.v4.new_markdown_cell(introduction)]
+    notebook.cells[1:1] = [run, *map(nbformat.v4.new_markdown_cell, [introduction, *_opening(notebook)])]
     page.parent.mkdir(parents=True, exist_ok=True)
     _link_frames(notebook, executed.parent, page.parent)
     nbformat.write(notebook, page)
+
+
+def _opening(notebook: NotebookNode) -> list[str]:
+    """Put what was found in front, for a reader who wants the answer before its evidence."""
+    sentence, items = short_answer(notebook)
+    answer = "\n- ".join([f"**Short answer** (computed under [Findings](#Findings)). {sentence}\n", *items])
+    return [html.escape(answer, quote=False)] if sentence or items else []
 
 
 def _link_frames(notebook: NotebookNode, folder: Path, beside: Path) -> None:
@@ -104,12 +112,13 @@ def main_figure(notebook: NotebookNode) -> tuple[NotebookNode, int] | None:
 
 
 def short_answer(notebook: NotebookNode) -> tuple[str, list[str]]:
-    """Return what the first cell of Findings has printed: its sentence, without the paper's, and the items below."""
+    """Return what Findings prints first: its sentence, without the paper's, and its first items."""
     cells = cells_below(notebook, "Findings")
     printed = ("".join(part.text for part in cell.outputs if part.output_type == "stream") for cell in cells)
-    answer = next(printed, "")
+    answer = next(filter(None, printed), "").replace("->", "→")
     sentence, items = f"\n{answer}".split("\n- ")[0], re.findall(r"^- (.*(?:\n  .*)*)", answer, re.MULTILINE)
     _, here, ours = sentence.partition("\nHere")
+    items[MOST_ITEMS:] = [f"and {len(items) - MOST_ITEMS} more"] * (len(items) > MOST_ITEMS)
     return " ".join((here + ours or sentence).split()), [" ".join(item.split()) for item in items]
 
 

@@ -14,7 +14,6 @@ from mmflow_utils.params import ROOT
 from workflow.graph import COMPARISON, SHOWN, SUBJECT, describe_left_out, read_params
 
 FAILED = ".failed.ipynb"
-MOST_ITEMS = 5  # of an answer, below its figure
 
 HOLDS = """\
 Each page is a notebook as it ran: question, method, figure, checks and findings. The findings are computed
@@ -79,8 +78,7 @@ def show_figure(pages: Path, notebook: Path) -> str:
     file = pages / "figures" / f"{model}_{notebook.stem}{suffix}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(picture.encode() if suffix == ".svg" else base64.b64decode(picture))
-    left = [f"{len(items) - MOST_ITEMS} more on its page."] if len(items) > MOST_ITEMS else []
-    listed = "".join(f"   - {plain(item)}\n" for item in items[:MOST_ITEMS] + left)
+    listed = "".join(f"   - {plain(item)}\n" for item in items)
     return (
         f".. figure:: figures/{file.name}\n   :target: {model}/{notebook.stem}.html\n"
         f"   :alt: Main figure of {name}, {model}\n\n"
@@ -152,7 +150,7 @@ def heading(text: str, under: str = "-") -> str:
 
 def plain(text: str) -> str:
     """Keep a notebook's words from being read as markup."""
-    return re.sub(r"([\\`*_|<>:])", r"\\\1", text.replace("->", "→"))
+    return re.sub(r"([\\`*_|<>:])", r"\\\1", text)
 
 
 def write(file: Path, parts: list[str]) -> None:

@@ -3,7 +3,7 @@
 import nbformat
 import pandas as pd
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from docs import build, pages
 from mmflow_utils.params import ROOT, Params, complete
@@ -117,6 +117,24 @@ def test_a_page_says_what_made_the_frames_of_its_own_run(tmp_path):
     wider.write_bytes(b"")
     assert found(window=5) is None
     assert store(model="planted") == found(window=5)  # shown beside
+
+
+def test_a_page_opens_with_its_short_answer(tmp_path):
+    said = "Paper: one.\nHere (mini): A -> B <i>\n- first,\n  of two lines\n- second\nNot an item.\n"
+    found = [new_output("stream", text=said)]
+    cells = [new_markdown_cell("# Title\n\nOf what?"), new_markdown_cell("Text.\n\n## Findings")]
+    executed = tmp_path / "mini" / "02_flow_to_last.ipynb"
+    executed.parent.mkdir()
+    for outputs in (found, []):  # a run that failed has printed nothing
+        printing = [new_code_cell("1"), *(new_code_cell("2", outputs=outputs) for _ in range(2))]
+        nbformat.write(new_notebook(cells=[*cells, *printing]), executed)
+        pages.write_page(executed, tmp_path / "page.ipynb")
+        opening = nbformat.read(tmp_path / "page.ipynb", as_version=4).cells[3].source
+        expected = "Here (mini): A → B &lt;i&gt;\n\n- first, of two lines\n- second"
+        assert opening.endswith(expected) if outputs else opening.startswith("Text.")
+    items = [f"- {n}\n" for n in range(9)]
+    many = new_notebook(cells=[cells[1], new_code_cell("1", outputs=[new_output("stream", text="".join(items))])])
+    assert pages.short_answer(many) == ("", ["0", "1", "2", "3", "4", "and 4 more"])
 
 
 def test_all_that_comes_with_the_project_is_of_its_notebooks():

@@ -169,7 +169,7 @@ def test_the_start_page_shows_the_main_figures_and_leads_on(site, page):
         printed = " ".join("".join(o.get("text", "") for o in next(cells_below(notebook, "Findings")).outputs).split())
         sentence, *items = [line for line in said if line]
         assert sentence in printed and items
-        assert all(f"- {item}" in printed or re.fullmatch(r"\d+ more on its page\.", item) for item in items)
+        assert all(f"- {item}" in printed or re.fullmatch(r"and \d+ more", item) for item in items)
     for name in NOTEBOOKS:
         thumbnail = page.locator(f".nbsphinx-gallery a[href='mini/{name}.html'] img")
         assert shown_picture(thumbnail) == main_figure(name)
