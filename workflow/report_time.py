@@ -84,9 +84,12 @@ def passes_of_report(params: Params, prompts: Sequence[PositionSets], n_layers: 
 def _by_own_parameters(params: Params, n_layers: int) -> dict[str, list[Cut]]:
     """Return the cuts of which a notebook's `parameters` cell says how many there are."""
 
-    def share(name: str, n: str = "n_each") -> float:
-        given = given_by_batch(name, read_params(params.model)).get(n) or own_parameter(name, n)
-        return min(1.0, (given or params.n_samples) / params.n_samples)
+    def share(name: str) -> float:
+        return min(1.0, (own_parameter(name, "n_each") or params.n_samples) / params.n_samples)
+
+    def asked(name: str, n: str) -> float:  # may be more than there are samples
+        given = given_by_batch(name, read_params(params.model))
+        return given.get(n, own_parameter(name, n)) / params.n_samples
 
     random = IMAGE_PATCHES_TO_QUESTION[:1] * own_parameter("04_image_patch_knockout", "n_draws")
     of_one_task = share("08_window_size") / len(params.tasks)
@@ -94,9 +97,9 @@ def _by_own_parameters(params: Params, n_layers: int) -> dict[str, list[Cut]]:
     of_answers = (*FLOW_TO_LAST, *IMAGE_TO_QUESTION, *IMAGE_PATCHES_TO_QUESTION)
     return {
         "04": [(1, (*IMAGE_PATCHES_TO_QUESTION, *random), None)],
-        "07": [(share("07_efficiency_study", "n_asked") * WAYS_TO_PRUNE, NOTHING, None)],
+        "07": [(asked("07_efficiency_study", "n_asked") * WAYS_TO_PRUNE, NOTHING, None)],
         "08": [(of_one_task, flows, width) for width in window_sizes(n_layers)],
-        "09": [(share("09_last_subword", "n_long"), of_answers * 2, None)],
+        "09": [(asked("09_last_subword", "n_long"), of_answers * 2, None)],
         "11": [(share("11_unimodal_llm"), (*CAPTIONS_TO_LAST, *IMAGE_TO_QUESTION), None)],
         "13": [(share("13_fine_grained_flow"), PARTS, None)],
     }
